@@ -1,1 +1,13 @@
-//! placeholder
+//! The event mesh sidecar. See `ARCHITECTURE.md` for the house and the life of a record.
+//!
+//! Floors, from the top: `app` · `api` · `consume`, `publish`, `control` · `deliver` · `broker` · `config`, `telemetry` ·
+//! `record`, `outcome`, `watermark`, `lanes`, `status`, `table`. A module imports only from floors below its own (a test reads the imports).
+
+pub mod broker;
+pub mod config;
+pub mod deliver;
+pub mod outcome;
+pub mod record;
+pub mod status;
+pub mod table;
+pub mod telemetry;

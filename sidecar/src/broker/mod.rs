@@ -1,0 +1,283 @@
+//! The broker seam: what the mesh needs of a broker, and nothing more. Floor 2.
+//!
+//! Two implementations: [`kafka`] (rdkafka) and [`embedded`] (one process, durable). One conformance suite runs on both
+//! (`tests/tests/conformance.rs`).
+//!
+//! Calls are per batch, so a boxed future is no cost.
+//!
+//! Invariant: a broker that is away is waited for. An implementation reports it ([`Event::Trouble`]) and recovers by itself.
+//! Invariant: `Producer::send` enqueues before it returns, so that the order of calls is the order in a partition.
+//! Invariant: nothing above this module names an implementation, `app` aside.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use futures_util::future::BoxFuture;
+use tokio::sync::oneshot;
+
+use crate::record::{Batch, Position, Record, TopicPartition};
+
+pub mod embedded;
+pub mod kafka;
+
+/// A broker: the way to its three parts.
+pub trait Broker: Send + Sync + 'static {
+    /// The name for `messaging.system` and messages: `kafka` or `embedded`.
+    fn system(&self) -> &'static str;
+
+    /// The shared producer.
+    fn producer(&self) -> Arc<dyn Producer>;
+
+    /// A new consumer. It joins its group, or begins to read, at once and in the background: a broker that is away is no error here.
+    ///
+    /// # Errors
+    /// Only for a configuration that can never work.
+    fn consumer(&self, config: ConsumerConfig) -> Result<Box<dyn Consumer>, BrokerError>;
+
+    /// Administration.
+    fn admin(&self) -> Arc<dyn Admin>;
+
+    /// Whether the broker can be reached now, as far as known, and if not, why. Cheap: for readiness and status.
+    fn health(&self) -> Result<(), BrokerError>;
+
+    /// Flushes what was sent and closes. Called once, after all consumers are closed.
+    fn close(&self, deadline: Duration) -> BoxFuture<'_, Result<(), BrokerError>>;
+}
+
+/// Results of a batch, in the order of its records.
+pub type Acks = BoxFuture<'static, Vec<Result<Position, ProduceError>>>;
+
+/// Appends records, durably and in order.
+pub trait Producer: Send + Sync + 'static {
+    /// Enqueues a batch, in order, before it returns. The future resolves when each record is acknowledged or has failed; dropping it
+    /// does not take records back. Within a partition, records are stored in the order of the calls.
+    /// The partition is chosen by the key as Kafka's `murmur2_random` does, where [`Outgoing::partition`] names none.
+    ///
+    /// An acknowledgement means: on all in-sync replicas (Kafka), on disk after fsync (embedded). Waits for a broker that is away: the
+    /// caller puts the deadline.
+    fn send(&self, records: Vec<Outgoing>) -> Acks;
+
+    /// The topic's partition count if it is known to exist, from a cache and without waiting.
+    fn known_partitions(&self, topic: &str) -> Option<i32>;
+
+    /// Asks the broker for the topic, within the deadline, and remembers it. The embedded broker creates it, with 4 partitions.
+    ///
+    /// # Errors
+    /// [`ProduceErrorKind::UnknownTopic`] if the broker answered that there is none.
+    fn learn_topic(&self, topic: &str, deadline: Duration) -> BoxFuture<'_, Result<i32, ProduceError>>;
+}
+
+/// A record on its way to a topic.
+#[derive(Clone, Debug)]
+pub struct Outgoing {
+    /// The topic.
+    pub topic: Arc<str>,
+    /// The partition; `None` lets the partitioner choose.
+    pub partition: Option<i32>,
+    /// The record.
+    pub record: Record,
+}
+
+/// Why a record was not acknowledged.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{detail}")]
+pub struct ProduceError {
+    /// The kind, for the mapping to statuses and for decisions.
+    pub kind: ProduceErrorKind,
+    /// What happened, for people; names topic and broker.
+    pub detail: String,
+}
+
+/// The kinds of [`ProduceError`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProduceErrorKind {
+    /// There is no such topic. Not stored.
+    UnknownTopic,
+    /// There is no such partition. Not stored.
+    UnknownPartition,
+    /// Larger than the broker takes. Not stored.
+    TooLarge,
+    /// The broker forbids it. Not stored.
+    Unauthorized,
+    /// The broker refuses the record itself (a policy, a null key in a compacted topic). Not stored.
+    Refused,
+    /// The local queue is full: slow down. Not stored.
+    QueueFull,
+    /// The broker is away. Not stored.
+    Unavailable,
+    /// No acknowledgement came. Possibly stored.
+    TimedOut,
+    /// The producer failed for good and is being rebuilt. Possibly stored.
+    Fatal,
+}
+
+/// What a consumer reads.
+#[derive(Clone, Debug)]
+pub struct ConsumerConfig {
+    /// The consumer group; `None` reads all partitions by itself, from `start`, and keeps no offsets.
+    pub group: Option<String>,
+    /// The topics. One that does not exist yet is waited for.
+    pub topics: Vec<Arc<str>>,
+    /// Static membership: the name that is kept over restarts.
+    pub instance: Option<String>,
+    /// Where a partition without a committed offset begins. Resolved, and committed, before the first fetch.
+    pub start: StartOffset,
+    /// How many bytes are fetched ahead at most.
+    pub buffer_bytes: usize,
+}
+
+/// Where a partition without a committed offset begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StartOffset {
+    /// At the oldest record.
+    Earliest,
+    /// After the newest record.
+    Latest,
+    /// At the first record that is not older than this, in milliseconds since 1970-01-01 UTC.
+    At(i64),
+}
+
+/// Reads records: as a member of a group, or by itself.
+pub trait Consumer: Send + 'static {
+    /// The next event. Cancel-safe: an event is never lost.
+    fn next(&mut self) -> BoxFuture<'_, Event>;
+
+    /// Stops [`Event::Records`] of a partition until [`Consumer::release`]; what is fetched stays in its bounded buffer. Membership goes on.
+    fn hold(&mut self, partition: &TopicPartition);
+
+    /// Undoes [`Consumer::hold`].
+    fn release(&mut self, partition: &TopicPartition);
+
+    /// Commits, synchronously at the broker. The future is `'static` so that it can run beside `next`; one at a time.
+    ///
+    /// # Errors
+    /// [`BrokerErrorKind::Fenced`] if the partition belongs to somebody else by now; others may be tried again.
+    fn commit(&self, offsets: Vec<Commit>) -> BoxFuture<'static, Result<(), BrokerError>>;
+
+    /// Leaves the group and frees everything. What was not committed is not. For a static member the membership stays until its timeout.
+    fn close(self: Box<Self>) -> BoxFuture<'static, ()>;
+}
+
+/// What happens to a consumer.
+#[derive(Debug)]
+pub enum Event {
+    /// Partitions were added. Their records follow after this event.
+    Assigned(Vec<Assigned>),
+    /// Partitions are about to be taken away; nothing of any partition comes until [`Revoking::done`] is answered or dropped, or its
+    /// time is over.
+    Revoking(Revoking),
+    /// Records of one partition.
+    Records(Batch),
+    /// The broker deleted offsets `from..to` before they were read; reading goes on at `to`.
+    Expired {
+        /// The partition.
+        partition: TopicPartition,
+        /// The first missing offset.
+        from: i64,
+        /// The first offset that exists.
+        to: i64,
+    },
+    /// Something is wrong and is being waited for; reported when it begins and when it changes.
+    Trouble(BrokerError),
+    /// What was wrong is over.
+    Recovered,
+}
+
+/// A partition that was added.
+#[derive(Clone, Debug)]
+pub struct Assigned {
+    /// The partition.
+    pub partition: TopicPartition,
+    /// The offset where reading begins: the committed one, or the resolved start.
+    pub position: i64,
+    /// The metadata of the commit, as stored; may be foreign. Empty if there is none.
+    pub metadata: String,
+}
+
+/// Partitions that are about to be taken away.
+#[derive(Debug)]
+pub struct Revoking {
+    /// The partitions.
+    pub partitions: Vec<TopicPartition>,
+    /// They are gone already: nothing can be committed for them.
+    pub lost: bool,
+    /// Answered with the last commits, which are made synchronously before the partitions are given away.
+    pub done: oneshot::Sender<Vec<Commit>>,
+}
+
+/// An offset to commit: the next one to read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Commit {
+    /// The partition.
+    pub partition: TopicPartition,
+    /// The watermark: the lowest offset that is not complete.
+    pub offset: i64,
+    /// The commit's metadata; at most 4,096 characters.
+    pub metadata: String,
+}
+
+/// Topics, watermarks, groups.
+pub trait Admin: Send + Sync + 'static {
+    /// All topics with their partition counts.
+    fn topics(&self) -> BoxFuture<'_, Result<BTreeMap<String, i32>, BrokerError>>;
+
+    /// Creates topics that do not exist; one that exists is left as it is and is no error.
+    fn create_topics(&self, topics: Vec<NewTopic>) -> BoxFuture<'_, Result<(), BrokerError>>;
+
+    /// The lowest offset that exists, and the one after the newest.
+    fn watermarks(&self, partition: &TopicPartition) -> BoxFuture<'_, Result<(i64, i64), BrokerError>>;
+
+    /// For each partition of the topic, the first offset whose record is not older; the high watermark if there is none.
+    fn offsets_at(&self, topic: &str, timestamp_ms: i64) -> BoxFuture<'_, Result<Vec<i64>, BrokerError>>;
+
+    /// The committed offsets of a group, `None` where there is none.
+    fn committed(&self, group: &str, partitions: Vec<TopicPartition>) -> BoxFuture<'_, Result<Vec<Option<Commit>>, BrokerError>>;
+}
+
+/// A topic to create.
+#[derive(Clone, Debug, Default)]
+pub struct NewTopic {
+    /// The name.
+    pub name: String,
+    /// Partitions; `None` takes the broker's default (4 in the embedded broker).
+    pub partitions: Option<i32>,
+    /// Replicas; `None` takes the broker's default. The embedded broker has one, whatever is said.
+    pub replication: Option<i32>,
+    /// Further settings by Kafka's names (`retention.ms`, `cleanup.policy`).
+    pub config: BTreeMap<String, String>,
+}
+
+/// Why the broker could not do something, or is waited for.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{detail}")]
+pub struct BrokerError {
+    /// The kind.
+    pub kind: BrokerErrorKind,
+    /// What happened, for people; names broker, topic or group, and what to do where it is known.
+    pub detail: String,
+}
+
+impl BrokerError {
+    /// An error of a kind.
+    pub fn new(kind: BrokerErrorKind, detail: impl Into<String>) -> Self {
+        Self { kind, detail: detail.into() }
+    }
+}
+
+/// The kinds of [`BrokerError`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BrokerErrorKind {
+    /// The broker cannot be reached.
+    Unreachable,
+    /// The topic does not exist (yet).
+    UnknownTopic,
+    /// The broker forbids it.
+    Unauthorized,
+    /// Another member owns the partition, or the group moved on.
+    Fenced,
+    /// The configuration can never work.
+    Config,
+    /// The disk is full, or another fault of the store.
+    Storage,
+    /// Anything else that may pass.
+    Other,
+}

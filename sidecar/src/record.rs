@@ -1,0 +1,128 @@
+//! Records and the places where they are stored, in Kafka's sense. Floor 0: pure types.
+//!
+//! Invariant: keys, values and headers are slices of shared buffers; cloning a record copies no payload.
+
+use std::{fmt, sync::Arc};
+
+use bytes::Bytes;
+use bytestring::ByteString;
+
+/// The names of the headers that the mesh itself writes into records.
+pub mod header {
+    /// A record's identity over copies.
+    pub const MESH_ID: &str = "mesh-id";
+    /// How many routes the record's ancestors went through, decimal.
+    pub const MESH_HOPS: &str = "mesh-hops";
+    /// The route, `topic/partition/offset` and index of a reply's source: `route topic/partition/offset index`.
+    pub const MESH_CAUSE: &str = "mesh-cause";
+    /// The attempt, in retry topics.
+    pub const MESH_ATTEMPT: &str = "mesh-attempt";
+    /// The media type of the value.
+    pub const CONTENT_TYPE: &str = "content-type";
+    /// W3C trace context.
+    pub const TRACEPARENT: &str = "traceparent";
+    /// W3C trace state.
+    pub const TRACESTATE: &str = "tracestate";
+    /// W3C baggage.
+    pub const BAGGAGE: &str = "baggage";
+    /// What the names of a dead letter's own headers begin with.
+    pub const DLQ_PREFIX: &str = "mesh-dlq-";
+    /// What the names of all headers of the mesh begin with; a publisher may set none of them.
+    pub const MESH_PREFIX: &str = "mesh-";
+}
+
+/// One header. Names may repeat within a record, and their order is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// The name; case is kept.
+    pub name: ByteString,
+    /// The value; `None` is Kafka's null.
+    pub value: Option<Bytes>,
+}
+
+impl Header {
+    /// A header of a static name.
+    pub fn new(name: &'static str, value: impl Into<Bytes>) -> Self {
+        Self { name: ByteString::from_static(name), value: Some(value.into()) }
+    }
+}
+
+/// A record: what is published, delivered and forwarded.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Record {
+    /// The key: chooses partition and lane.
+    pub key: Option<Bytes>,
+    /// The value; `None` is a tombstone.
+    pub value: Option<Bytes>,
+    /// The headers, in order.
+    pub headers: Vec<Header>,
+    /// Milliseconds since 1970-01-01 UTC; `None` lets the broker take the present.
+    pub timestamp_ms: Option<i64>,
+}
+
+impl Record {
+    /// The value of the last header of this name (Kafka's rule for repeated names), if it has one.
+    pub fn header(&self, name: &str) -> Option<&Bytes> {
+        self.headers.iter().rev().find(|header| header.name == *name).and_then(|header| header.value.as_ref())
+    }
+
+    /// The same as text; `None` if it is absent or not UTF-8.
+    pub fn header_str(&self, name: &str) -> Option<&str> {
+        self.header(name).and_then(|value| std::str::from_utf8(value).ok())
+    }
+
+    /// The bytes that the record holds in memory, for flow control: payload plus a fixed share for its bookkeeping.
+    pub fn size(&self) -> usize {
+        const BOOKKEEPING: usize = 128;
+        BOOKKEEPING
+            + self.key.as_ref().map_or(0, Bytes::len)
+            + self.value.as_ref().map_or(0, Bytes::len)
+            + self.headers.iter().map(|h| h.name.len() + h.value.as_ref().map_or(0, Bytes::len) + 32).sum::<usize>()
+    }
+}
+
+/// A partition of a topic.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TopicPartition {
+    /// The topic.
+    pub topic: Arc<str>,
+    /// The partition's number, from 0.
+    pub partition: i32,
+}
+
+impl TopicPartition {
+    /// A partition of a topic.
+    pub fn new(topic: impl Into<Arc<str>>, partition: i32) -> Self {
+        Self { topic: topic.into(), partition }
+    }
+}
+
+impl fmt::Display for TopicPartition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.topic, self.partition)
+    }
+}
+
+/// Where a record is stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Position {
+    /// The partition.
+    pub partition: TopicPartition,
+    /// The offset within it, from 0.
+    pub offset: i64,
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.partition, self.offset)
+    }
+}
+
+/// Consecutive records of one partition, as fetched. Offsets grow, and may have gaps (compaction, transaction markers).
+#[derive(Clone, Debug)]
+pub struct Batch {
+    /// The partition.
+    pub partition: TopicPartition,
+    /// The records with their offsets, ascending. May be empty, if only gaps were passed.
+    pub records: Vec<(i64, Record)>,
+}
