@@ -6,8 +6,10 @@
 pub mod broker;
 pub mod config;
 pub mod deliver;
+pub mod lanes;
 pub mod outcome;
 pub mod record;
 pub mod status;
 pub mod table;
 pub mod telemetry;
+pub mod watermark;
