@@ -5,4 +5,6 @@
 
 mod context;
 mod export;
+pub mod logs;
+pub mod metrics;
 pub mod trace;
