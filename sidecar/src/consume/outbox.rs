@@ -17,7 +17,7 @@ use crate::{
     broker::{Outgoing, ProduceError, ProduceErrorKind, Producer},
     outcome::{Delivery, Disposition, Reply},
     record::Position,
-    telemetry::{Span, SpanKind, TraceContext, Tracer},
+    telemetry::trace::{Span, SpanKind, TraceContext, Tracer},
 };
 
 /// The pause before a publication is sent again.
@@ -113,13 +113,7 @@ impl Outbox {
     pub(crate) fn put(&mut self, publication: Publication) {
         self.sequence += 1;
         self.count += 1;
-        self.queue.push_back(Pending {
-            sequence: self.sequence,
-            publication,
-            acknowledged: Vec::new(),
-            spans: Vec::new(),
-            sent: 0,
-        });
+        self.queue.push_back(Pending { sequence: self.sequence, publication, acknowledged: Vec::new(), spans: Vec::new(), sent: 0 });
     }
 
     /// Sends all that may be sent, as one batch.
@@ -161,8 +155,8 @@ impl Outbox {
             span.set("messaging.system", || system.into());
             span.set("messaging.operation.type", || "send".into());
             span.set("messaging.operation.name", || "send".into());
-            span.set("messaging.destination.name", || topic.to_string().into());
-            span.set("mesh.route", || publication.delivery.route.name.to_string().into());
+            span.set("messaging.destination.name", || topic.clone().into());
+            span.set("mesh.route", || publication.delivery.route.name.clone().into());
             let context = span.context().cloned();
             spans.push(span);
             context

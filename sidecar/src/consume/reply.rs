@@ -15,7 +15,7 @@ use crate::{
     broker::Outgoing,
     outcome::{Delivery, Reply, ReplyRecord},
     record::{Header, Position, Record, header},
-    telemetry::TraceContext,
+    telemetry::trace::TraceContext,
 };
 
 /// The namespace of derived ids.
@@ -122,13 +122,13 @@ fn is_managed(name: &str) -> bool {
 /// The dead letter of a record: key, value and headers as they were, and why it ended here.
 pub(crate) fn dead_letter(delivery: &Delivery, reason: Reason, detail: &str, now_ms: i64) -> Outgoing {
     let source = &delivery.record;
-    let mut headers: Vec<Header> =
-        source.headers.iter().filter(|header| !header.name.starts_with(header::DLQ_PREFIX)).cloned().collect();
+    let mut headers: Vec<Header> = source.headers.iter().filter(|header| !header.name.starts_with(header::DLQ_PREFIX)).cloned().collect();
     if source.header(header::MESH_ID).is_none() {
         headers.push(Header::new(header::MESH_ID, delivery.mesh_id.clone()));
     }
     let position = &delivery.position;
-    let mut add = |name: &'static str, value: String| headers.push(Header { name: ByteString::from_static(name), value: Some(value.into()) });
+    let mut add =
+        |name: &'static str, value: String| headers.push(Header { name: ByteString::from_static(name), value: Some(value.into()) });
     add("mesh-dlq-route", delivery.route.name.to_string());
     add("mesh-dlq-reason", reason.as_str().to_owned());
     add("mesh-dlq-detail", shorten(detail));

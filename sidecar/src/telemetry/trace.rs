@@ -246,6 +246,30 @@ pub enum SpanValue {
     Bool(bool),
 }
 
+impl From<&'static str> for SpanValue {
+    fn from(word: &'static str) -> Self {
+        Self::Word(word)
+    }
+}
+
+impl From<Arc<str>> for SpanValue {
+    fn from(text: Arc<str>) -> Self {
+        Self::Shared(text)
+    }
+}
+
+impl From<String> for SpanValue {
+    fn from(text: String) -> Self {
+        Self::Text(text)
+    }
+}
+
+impl From<i64> for SpanValue {
+    fn from(number: i64) -> Self {
+        Self::Int(number)
+    }
+}
+
 impl From<SpanValue> for Value {
     fn from(value: SpanValue) -> Self {
         match value {
