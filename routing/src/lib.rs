@@ -23,8 +23,6 @@
 //! lends its stack to the compiler of expressions.
 //! Invariant: no text, record or reply makes it panic or run without bound.
 
-#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
-
 mod check;
 mod compile;
 mod diff;
@@ -37,18 +35,15 @@ mod record;
 mod table;
 mod value;
 
-pub use compile::{
-    Breaker, Case, CompiledTable, Decision, Destinations, ForwardHeaders, Retry, Route, Topic,
-    compile,
-};
+pub use compile::{Breaker, Case, CompiledTable, Decision, Destinations, ForwardHeaders, Retry, Route, Topic, compile};
 pub use diff::{Change, ChangeKind, diff};
 pub use expression::{Expression, ExpressionError};
 pub use fault::{Fault, Faults};
 pub use graph::{GraphFormat, graph, loops};
 pub use record::{HeaderSource, NoHeaders, RecordView, ReplyView};
 pub use table::{
-    API_VERSION, BreakerSpec, CaseSpec, Deliver, ForwardSpec, Guarantee, KIND, Order, RetrySpec,
-    RouteFields, RouteSpec, Start, Table, To, TopicSpec,
+    API_VERSION, BreakerSpec, CaseSpec, Deliver, ForwardSpec, Guarantee, KIND, Order, RetrySpec, RouteFields, RouteSpec, Start, Table, To,
+    TopicSpec,
 };
 
 /// The most faults that are reported at once.
@@ -80,11 +75,7 @@ pub fn parse(source_name: &str, text: &str) -> Result<Table, Faults> {
             faults.push(fault);
         }
     }
-    if faults.is_empty() {
-        Ok(table)
-    } else {
-        Err(finish(source_name, faults))
-    }
+    if faults.is_empty() { Ok(table) } else { Err(finish(source_name, faults)) }
 }
 
 fn finish(source_name: &str, mut faults: Vec<Fault>) -> Faults {
@@ -93,12 +84,7 @@ fn finish(source_name: &str, mut faults: Vec<Fault>) -> Faults {
     faults.truncate(MAX_FAULTS);
     if more > 0 {
         let message = format!("there are {more} more faults");
-        faults.push(Fault::new(
-            fault::code::LIMIT,
-            "",
-            message,
-            "correct these first",
-        ));
+        faults.push(Fault::new(fault::code::LIMIT, "", message, "correct these first"));
     }
     for fault in &mut faults {
         source_name.clone_into(&mut fault.file);
@@ -116,10 +102,7 @@ impl<'a> Reported<'a> {
     fn new(fields: &'a [String]) -> Self {
         let exact = fields.iter().map(String::as_str).collect();
         let ends = |field: &'a str| field.char_indices().filter(|(_, c)| matches!(c, '.' | '['));
-        let parents = fields
-            .iter()
-            .flat_map(|field| ends(field).map(move |(end, _)| &field[..end]))
-            .collect();
+        let parents = fields.iter().flat_map(|field| ends(field).map(move |(end, _)| &field[..end])).collect();
         Self { exact, parents }
     }
 

@@ -46,10 +46,7 @@ pub(crate) struct Refusal {
 
 impl Refusal {
     fn new(message: impl Into<String>, hint: impl Into<String>) -> Self {
-        Self {
-            message: message.into(),
-            hint: hint.into(),
-        }
+        Self { message: message.into(), hint: hint.into() }
     }
 }
 
@@ -70,15 +67,8 @@ impl Expression {
     ///
     /// When the record has not what the expression asks for (it is not JSON, a field is missing,
     /// a type does not fit), or when the result is neither true nor false.
-    pub fn evaluate(
-        &self,
-        record: &RecordView<'_>,
-        reply: Option<&ReplyView<'_>>,
-    ) -> Result<bool, ExpressionError> {
-        eval::evaluate(&self.0, record, reply).map_err(|message| ExpressionError {
-            expression: self.0.source.clone(),
-            message,
-        })
+    pub fn evaluate(&self, record: &RecordView<'_>, reply: Option<&ReplyView<'_>>) -> Result<bool, ExpressionError> {
+        eval::evaluate(&self.0, record, reply).map_err(|message| ExpressionError { expression: self.0.source.clone(), message })
     }
 }
 
@@ -127,17 +117,11 @@ pub(crate) fn compile_all(sources: Vec<Source>) -> Vec<(String, Result<Expressio
         };
         sources.into_iter().map(compile).collect()
     };
-    let thread = std::thread::Builder::new()
-        .name("cel-compile".into())
-        .stack_size(STACK)
-        .spawn(work);
+    let thread = std::thread::Builder::new().name("cel-compile".into()).stack_size(STACK).spawn(work);
     let done = thread.ok().and_then(|thread| thread.join().ok());
     done.unwrap_or_else(|| {
         let refusal = Refusal::new("the expression could not be compiled", "simplify it");
-        paths
-            .into_iter()
-            .map(|path| (path, Err(refusal.clone())))
-            .collect()
+        paths.into_iter().map(|path| (path, Err(refusal.clone()))).collect()
     })
 }
 

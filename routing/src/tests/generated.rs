@@ -44,11 +44,7 @@ fn to() -> impl Strategy<Value = To> {
 
 fn case() -> impl Strategy<Value = CaseSpec> {
     let when = "reply\\.text == '[a-z #:%{}\\[\\]éß€]{0,12}'";
-    (100u16..600, option::of(when), to()).prop_map(|(status, when, to)| CaseSpec {
-        status: Some(status),
-        when,
-        to,
-    })
+    (100u16..600, option::of(when), to()).prop_map(|(status, when, to)| CaseSpec { status: Some(status), when, to })
 }
 
 prop_compose! {
@@ -143,13 +139,7 @@ fn shuffled(value: &Value, seed: usize) -> String {
             if seed.is_multiple_of(2) {
                 members.reverse();
             }
-            let show = |(key, value): (&String, &Value)| {
-                format!(
-                    "{}:\n {}",
-                    Value::from(key.as_str()),
-                    shuffled(value, seed / 2 + 7)
-                )
-            };
+            let show = |(key, value): (&String, &Value)| format!("{}:\n {}", Value::from(key.as_str()), shuffled(value, seed / 2 + 7));
             let members: Vec<String> = members.into_iter().map(show).collect();
             format!("{{ {} }}", members.join(" ,"))
         }
@@ -218,9 +208,7 @@ proptest! {
 
 #[test]
 fn ten_thousand_routes_are_read_soon() {
-    let mut text = String::from(
-        r#"{"apiVersion":"mesh/v1","kind":"RoutingTable","metadata":{"mesh":"big"},"spec":{"routes":["#,
-    );
+    let mut text = String::from(r#"{"apiVersion":"mesh/v1","kind":"RoutingTable","metadata":{"mesh":"big"},"spec":{"routes":["#);
     for i in 0..10_000 {
         let comma = if i == 0 { "" } else { "," };
         text.push_str(&format!(
@@ -235,16 +223,8 @@ fn ten_thousand_routes_are_read_soon() {
     let compiled = compile(&table).unwrap();
     assert_eq!(compiled.routes.len(), 10_000);
     assert!(loops(&table).is_empty());
-    println!(
-        "{} bytes: parsed in {parsed:?}, with compiling {:?}",
-        text.len(),
-        started.elapsed()
-    );
+    println!("{} bytes: parsed in {parsed:?}, with compiling {:?}", text.len(), started.elapsed());
     assert!(started.elapsed() < Duration::from_secs(60));
-    let names: BTreeSet<&str> = compiled
-        .topic_names()
-        .iter()
-        .map(|topic| &*topic.name)
-        .collect();
+    let names: BTreeSet<&str> = compiled.topic_names().iter().map(|topic| &*topic.name).collect();
     assert_eq!(names.len(), 10_001 + 10_000 + 10_000);
 }

@@ -3,23 +3,11 @@
 use super::*;
 
 fn record(value: &[u8]) -> RecordView<'_> {
-    RecordView {
-        topic: "orders",
-        partition: 0,
-        offset: 1,
-        timestamp_ms: 0,
-        key: None,
-        value: Some(value),
-        headers: &NoHeaders,
-    }
+    RecordView { topic: "orders", partition: 0, offset: 1, timestamp_ms: 0, key: None, value: Some(value), headers: &NoHeaders }
 }
 
 fn reply(status: u16, body: &[u8]) -> ReplyView<'_> {
-    ReplyView {
-        status,
-        body: Some(body),
-        headers: &NoHeaders,
-    }
+    ReplyView { status, body: Some(body), headers: &NoHeaders }
 }
 
 /// What the example's route decides, as the topics it forwards to.
@@ -38,20 +26,14 @@ fn decide(status: u16, body: &str) -> String {
 #[test]
 fn the_first_row_that_fits_decides() {
     assert_eq!(decide(200, r#"{"total": 5}"#), "priced-orders");
-    assert_eq!(
-        decide(200, r#"{"total": 1001}"#),
-        "fraud-check,priced-orders"
-    );
+    assert_eq!(decide(200, r#"{"total": 1001}"#), "fraud-check,priced-orders");
     assert_eq!(decide(202, r#"{"total": 1001}"#), "manual-review");
     assert_eq!(decide(204, ""), "ignored");
     assert_eq!(decide(304, r#"{"total": 1001}"#), "ignored");
     assert_eq!(decide(500, "oops"), "not accepted");
     assert_eq!(decide(404, r#"{"total": 1001}"#), "not accepted");
     let failed = decide(200, "no json");
-    assert!(
-        failed.starts_with("error: `reply.json.total > 1000.0`: reply.json.total: it is not JSON"),
-        "{failed}"
-    );
+    assert!(failed.starts_with("error: `reply.json.total > 1000.0`: reply.json.total: it is not JSON"), "{failed}");
 }
 
 #[test]
@@ -61,15 +43,8 @@ fn a_bad_status_that_is_named_is_a_good_answer() {
          cases: [ { status: 409, to: [conflicts] }, { status: 500, when: 'record.size == 2', to: void } ] }\n",
     );
     let compiled = compile(&parse("t", &text).unwrap()).unwrap();
-    let decide = |status| {
-        compiled.routes[0]
-            .decide(&record(b"{}"), &reply(status, b""))
-            .unwrap()
-    };
-    assert!(matches!(
-        decide(409),
-        Decision::Forward(Destinations::Topics(_))
-    ));
+    let decide = |status| compiled.routes[0].decide(&record(b"{}"), &reply(status, b"")).unwrap();
+    assert!(matches!(decide(409), Decision::Forward(Destinations::Topics(_))));
     assert_eq!(decide(500), Decision::Forward(&Destinations::Void));
     assert_eq!(decide(404), Decision::Ignored);
     assert_eq!(decide(204), Decision::Forward(&Destinations::Void));
@@ -84,9 +59,5 @@ fn filters_admit() {
     assert_eq!(admits(r#"{"country": "FR"}"#), Ok(false));
     let error = admits("{}").unwrap_err();
     assert_eq!(error.message, "record.json.country: there is no such field");
-    assert!(
-        compile(&chain(&[("a", "x", "void")])).unwrap().routes[0]
-            .admits(&record(b""))
-            .unwrap()
-    );
+    assert!(compile(&chain(&[("a", "x", "void")])).unwrap().routes[0].admits(&record(b"")).unwrap());
 }

@@ -43,16 +43,13 @@ spec:
 
 /// A table of these routes.
 pub(crate) fn with_routes(routes: &str) -> String {
-    format!(
-        "apiVersion: mesh/v1\nkind: RoutingTable\nmetadata: {{ mesh: shop }}\nspec:\n  routes:\n{routes}"
-    )
+    format!("apiVersion: mesh/v1\nkind: RoutingTable\nmetadata: {{ mesh: shop }}\nspec:\n  routes:\n{routes}")
 }
 
 /// A table of routes with a name, sources and destinations.
 pub(crate) fn chain(routes: &[(&str, &str, &str)]) -> Table {
-    let line = |(name, from, to): &(&str, &str, &str)| {
-        format!("  - {{ name: {name}, service: s, from: [{from}], handler: /, to: {to} }}\n")
-    };
+    let line =
+        |(name, from, to): &(&str, &str, &str)| format!("  - {{ name: {name}, service: s, from: [{from}], handler: /, to: {to} }}\n");
     let lines: String = routes.iter().map(line).collect();
     parse("t", &with_routes(&lines)).unwrap()
 }
@@ -68,18 +65,8 @@ fn the_example_is_read_and_compiled() {
     assert_eq!(compiled.routes_from("orders").len(), 1);
     assert_eq!(compiled.routes_of("pricing").len(), 1);
     assert!(compiled.routes_from("none").is_empty() && compiled.route("none").is_none());
-    let names: Vec<&str> = compiled
-        .topic_names()
-        .iter()
-        .map(|topic| &*topic.name)
-        .collect();
-    let expected = [
-        "fraud-check",
-        "manual-review",
-        "orders",
-        "price-orders.dlq",
-        "priced-orders",
-    ];
+    let names: Vec<&str> = compiled.topic_names().iter().map(|topic| &*topic.name).collect();
+    let expected = ["fraud-check", "manual-review", "orders", "price-orders.dlq", "priced-orders"];
     assert_eq!(names, expected);
     let dead = compiled.topic("price-orders.dlq").unwrap();
     assert!(!dead.declared && &*dead.dead_letter_of[0] == "orders");
@@ -89,10 +76,7 @@ fn the_example_is_read_and_compiled() {
 #[test]
 fn defaults_of_the_language_and_of_the_table() {
     let text = with_routes("  - { name: a, service: s, from: [x], handler: /h, to: void }\n")
-        .replace(
-            "  routes:",
-            "  defaults: { retry: { attempts: 3 }, filter: 'record.size > 0' }\n  routes:",
-        );
+        .replace("  routes:", "  defaults: { retry: { attempts: 3 }, filter: 'record.size > 0' }\n  routes:");
     let compiled = compile(&parse("t", &text).unwrap()).unwrap();
     let route = &compiled.routes[0];
     assert_eq!(route.to, Destinations::Void);
@@ -100,10 +84,7 @@ fn defaults_of_the_language_and_of_the_table() {
     assert_eq!(route.ignore_status, [204, 205, 304]);
     assert_eq!((&*route.group, &*route.dead_letter), ("shop.a", "a.dlq"));
     assert_eq!((route.concurrency, route.max_hops), (64, 1000));
-    assert_eq!(
-        route.filter.as_ref().map(Expression::source),
-        Some("record.size > 0")
-    );
+    assert_eq!(route.filter.as_ref().map(Expression::source), Some("record.size > 0"));
     assert_eq!(route.retry.pause(1).as_millis(), 100);
     assert_eq!(route.retry.pause(4).as_millis(), 800);
     assert_eq!(route.retry.pause(u32::MAX).as_secs(), 30);
@@ -112,8 +93,7 @@ fn defaults_of_the_language_and_of_the_table() {
 #[test]
 fn an_unchanged_route_is_equal_over_tables() {
     let old = compile(&parse("t", EXAMPLE).unwrap()).unwrap();
-    let text =
-        EXAMPLE.to_owned() + "  - { name: b, service: s, from: [x], handler: /h, to: void }\n";
+    let text = EXAMPLE.to_owned() + "  - { name: b, service: s, from: [x], handler: /h, to: void }\n";
     let new = compile(&parse("t", &text).unwrap()).unwrap();
     assert_eq!(old.route("price-orders"), new.route("price-orders"));
     let text = EXAMPLE.replace("timeout: 5s", "timeout: 6s");
@@ -136,21 +116,12 @@ fn yaml_and_json_are_one() {
 
 #[test]
 fn loops_are_found_and_shown() {
-    let table = chain(&[
-        ("c", "t3", "[t1, out]"),
-        ("a", "t1", "[t2]"),
-        ("b", "t2", "[t3]"),
-        ("self", "t9", "[t9]"),
-        ("line", "out", "[end]"),
-    ]);
+    let table =
+        chain(&[("c", "t3", "[t1, out]"), ("a", "t1", "[t2]"), ("b", "t2", "[t3]"), ("self", "t9", "[t9]"), ("line", "out", "[end]")]);
     assert_eq!(loops(&table), [vec!["a", "b", "c"], vec!["self"]]);
     let warnings = table.warnings();
     assert_eq!(warnings.len(), 1);
-    assert!(
-        warnings[0].message.contains("a → b → c → a"),
-        "{}",
-        warnings[0]
-    );
+    assert!(warnings[0].message.contains("a → b → c → a"), "{}", warnings[0]);
     assert_eq!(warnings[0].field, "spec.routes[1].to");
     for format in [GraphFormat::Text, GraphFormat::Mermaid, GraphFormat::Dot] {
         assert_eq!(graph(&table, format), graph(&table.clone(), format));
@@ -162,12 +133,7 @@ fn loops_are_found_and_shown() {
 
 #[test]
 fn no_loop_where_there_is_none() {
-    let table = chain(&[
-        ("a", "t1", "[t2, t3]"),
-        ("b", "t2", "[t3]"),
-        ("c", "t1", "[t3]"),
-        ("d", "t3", "void"),
-    ]);
+    let table = chain(&[("a", "t1", "[t2, t3]"), ("b", "t2", "[t3]"), ("c", "t1", "[t3]"), ("d", "t3", "void")]);
     assert!(loops(&table).is_empty() && table.warnings().is_empty());
 }
 
@@ -187,10 +153,7 @@ fn differences_name_fields() {
         .replace("    max_hops: 1000\n", "")
         .replace("    orders: {", "    more.topics: {}\n    orders: {")
         + "  - { name: b, service: s, from: [x], handler: /h, to: void }\n";
-    let lines: Vec<String> = diff(&old, &parse("t", &text).unwrap())
-        .iter()
-        .map(Change::to_string)
-        .collect();
+    let lines: Vec<String> = diff(&old, &parse("t", &text).unwrap()).iter().map(Change::to_string).collect();
     assert_eq!(lines[0], "+ topics[\"more.topics\"]: {}");
     assert!(lines[1].starts_with("+ routes.b: {"));
     assert_eq!(lines[2], "- routes.price-orders.max_hops: 1000");
