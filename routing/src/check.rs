@@ -233,7 +233,7 @@ impl Check {
         }
         let from = fields.from.as_deref().unwrap_or_default();
         let dead_letter = crate::compile::dead_letter(name, fields);
-        if topic_fault(&dead_letter).is_some() && fields.dead_letter.is_none() {
+        if fields.dead_letter.is_none() && name_fault(name).is_none() && topic_fault(&dead_letter).is_some() {
             let message = format!("`{dead_letter}` is no topic name");
             self.fault(code::NAME, &at("dead_letter"), message, "name a dead_letter topic");
         }

@@ -187,9 +187,19 @@ struct Loader<'f> {
 
 impl Loader<'_> {
     fn fault(&mut self, code: &'static str, at: Place, message: impl Into<String>, hint: &str) {
-        let mut fault = Fault::new(code, "", message, hint);
+        let mut fault = Fault::new(code, self.path(), message, hint);
         (fault.line, fault.column) = (at.line, at.column);
         self.faults.push(fault);
+    }
+
+    /// The path of the node that is being read.
+    fn path(&self) -> String {
+        let step = |path: String, open: &Open| match open {
+            Open::List(_, items) => format!("{path}[{}]", items.len()),
+            Open::Map { key: None, .. } => path,
+            Open::Map { key: Some((key, _)), .. } => join(&path, key),
+        };
+        self.open.iter().fold(String::new(), step)
     }
 
     /// Takes one event; false when reading cannot go on.
@@ -290,8 +300,12 @@ impl Loader<'_> {
             }
         }
         if let Some((key, at)) = twice {
+            let path = join(&self.path(), &key);
             let message = format!("the key `{key}` occurs twice");
             self.fault(code::DUPLICATE, at, message, "remove one of the two");
+            if let Some(fault) = self.faults.last_mut() {
+                fault.field = path;
+            }
         }
         true
     }

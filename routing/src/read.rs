@@ -439,8 +439,9 @@ fn is_string(text: &str) -> bool {
     if is_null(text) || matches!(text, "true" | "True" | "TRUE" | "false" | "False" | "FALSE") {
         return false;
     }
-    let digits = text.trim_start_matches(['-', '+']);
-    let based = digits.starts_with("0x") || digits.starts_with("0o");
+    let digits = text.strip_prefix(['-', '+']).unwrap_or(text);
+    let all = |digits: &str, base| !digits.is_empty() && digits.chars().all(|c| c.is_digit(base));
+    let based = digits.strip_prefix("0x").is_some_and(|hex| all(hex, 16)) || digits.strip_prefix("0o").is_some_and(|octal| all(octal, 8));
     let special = matches!(digits, ".inf" | ".Inf" | ".INF" | ".nan" | ".NaN" | ".NAN");
     let number = digits.starts_with(|c: char| c.is_ascii_digit() || c == '.') && digits.parse::<f64>().is_ok();
     !(based || special || number)

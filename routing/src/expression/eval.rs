@@ -21,7 +21,8 @@ use crate::record::{HeaderSource, RecordView, ReplyView};
 /// The function that `matches` becomes: its second argument is a compiled expression.
 pub(super) const MATCHES: &str = "@matches";
 
-/// How much an evaluation may look up, in units of about one JSON value or 16 bytes.
+/// How much an evaluation may look up, in units of about one JSON value or 16 bytes; four more for
+/// every byte of the record and the reply.
 const FUEL: i64 = 4 << 20;
 
 /// The one environment of all expressions.
@@ -75,7 +76,15 @@ impl StaticVal for Pattern {}
 
 /// Evaluates a program; the error says what went wrong.
 pub(super) fn evaluate(program: &Program, record: &RecordView<'_>, reply: Option<&ReplyView<'_>>) -> Result<bool, String> {
-    let slots = Slots { program, record, reply, json: [OnceLock::new(), OnceLock::new()], fuel: AtomicI64::new(FUEL) };
+    let bytes = |body: Option<&[u8]>| body.map_or(0, |body| i64::try_from(body.len()).unwrap_or(0));
+    let bytes = bytes(record.value).saturating_add(bytes(reply.and_then(|reply| reply.body)));
+    let slots = Slots {
+        program,
+        record,
+        reply,
+        json: [OnceLock::new(), OnceLock::new()],
+        fuel: AtomicI64::new(bytes.saturating_mul(4).saturating_add(FUEL)),
+    };
     let mut context = Context::with_env(Arc::clone(environment()));
     context.set_variable_resolver(&slots);
     match Value::resolve_val(&program.tree, &context) {

@@ -8,9 +8,9 @@ use super::Refusal;
 
 /// The longest source, in bytes.
 pub(super) const MAX_BYTES: usize = 1024;
-const MAX_DEPTH: usize = 12;
+const MAX_DEPTH: usize = 10;
 const MAX_OPERATORS: usize = 100;
-const MAX_SAME: usize = 32;
+const MAX_ARITHMETIC: usize = 32;
 const MAX_CHAIN: usize = 24;
 const MAX_UNARY: usize = 4;
 const MAX_TERNARIES: usize = 4;
@@ -44,7 +44,7 @@ struct Scan {
     /// Open brackets, each with the length of the chain before it.
     open: Vec<(char, usize)>,
     operators: usize,
-    additions: usize,
+    arithmetic: usize,
     ternaries: usize,
     chain: usize,
     unary: usize,
@@ -85,7 +85,7 @@ impl Scan {
             "," | ":" => (self.chain, self.unary, self.after_value) = (0, 0, false),
             "&&" | "||" | "==" | "!=" | "<" | "<=" | ">" | ">=" | "+" | "-" | "*" | "/" | "%" | "in" | "?" => {
                 self.operators += 1;
-                self.additions += usize::from(matches!(word, "+" | "-" | "*" | "/" | "%"));
+                self.arithmetic += usize::from(matches!(word, "+" | "-" | "*" | "/" | "%"));
                 self.ternaries += usize::from(word == "?");
                 (self.chain, self.unary, self.after_value) = (0, 0, false);
             }
@@ -100,8 +100,8 @@ impl Scan {
         if self.operators > MAX_OPERATORS {
             return refuse("operators", MAX_OPERATORS);
         }
-        if self.additions > MAX_SAME {
-            return refuse("arithmetic operators", MAX_SAME);
+        if self.arithmetic > MAX_ARITHMETIC {
+            return refuse("arithmetic operators", MAX_ARITHMETIC);
         }
         if self.ternaries > MAX_TERNARIES {
             return refuse("conditions (`? :`)", MAX_TERNARIES);

@@ -12,8 +12,9 @@ use super::json::Paths;
 use super::{Refusal, Roots};
 use crate::value::nearest;
 
-/// The deepest syntax tree. Evaluation recurses, on a thread with an ordinary stack.
-const MAX_DEPTH: usize = 40;
+/// The deepest syntax tree. Evaluation recurses, on a thread with an ordinary stack: a level takes
+/// up to 40 KiB without optimisation.
+const MAX_DEPTH: usize = 20;
 const MAX_SLOTS: usize = 64;
 const MAX_REGEX_BYTES: usize = 256 << 10;
 
@@ -165,6 +166,18 @@ impl Walk {
         }
         if let Some((side, path, test)) = self.reference(&node.expr) {
             let slot = self.slot(side, &path, test)?;
+            node.expr = Expr::Ident(format!("@{slot}"));
+            return Ok(());
+        }
+        if let Expr::Call(call) = &node.expr
+            && call.func_name == op::IN
+            && let [IdedExpr { expr: Expr::Literal(LiteralValue::String(name)), .. }, of] = call.args.as_slice()
+            && let Some((side, path, false)) = self.reference(&of.expr)
+            && path == ["headers"]
+        {
+            // `"x" in record.headers` asks for one header: no map of all is needed.
+            let path = ["headers".to_owned(), name.inner().to_owned()];
+            let slot = self.slot(side, &path, true)?;
             node.expr = Expr::Ident(format!("@{slot}"));
             return Ok(());
         }
