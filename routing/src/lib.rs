@@ -1,4 +1,131 @@
-//! The routing table (in work on its own branch).
-/// Placeholder.
-#[derive(Debug)]
-pub struct CompiledTable {}
+//! The routing table of a mesh: parse, validate, compile, match, graph, diff and digest.
+//!
+//! ```
+//! let text = r#"
+//! apiVersion: mesh/v1
+//! kind: RoutingTable
+//! metadata: { mesh: shop }
+//! spec:
+//!   routes:
+//!   - { name: price, service: pricing, from: [orders], handler: /price, to: [priced] }
+//! "#;
+//! let table = mesh_routing::parse("routes.yaml", text)?;
+//! let compiled = mesh_routing::compile(&table)?;
+//! assert_eq!(&*compiled.routes_from("orders")[0].group, "shop.price");
+//! # Ok::<(), mesh_routing::Faults>(())
+//! ```
+//!
+//! Text becomes located nodes (`node`), nodes become a [`Table`] (`read`), a table is checked
+//! (`check`) and compiled (`compile`) to what a sidecar runs. All faults of a table are found at
+//! once, each with its place, its field and a hint.
+//!
+//! Invariant: this crate does no I/O, is not async and reads no clock. The one thread it starts
+//! lends its stack to the compiler of expressions.
+//! Invariant: no text, record or reply makes it panic or run without bound.
+
+mod check;
+mod compile;
+mod diff;
+mod expression;
+pub mod fault;
+mod graph;
+mod node;
+mod read;
+mod record;
+mod table;
+mod value;
+
+pub use compile::{
+    Breaker, Case, CompiledTable, Decision, Destinations, ForwardHeaders, Retry, Route, Topic,
+    compile,
+};
+pub use diff::{Change, ChangeKind, diff};
+pub use expression::{Expression, ExpressionError};
+pub use fault::{Fault, Faults};
+pub use graph::{GraphFormat, graph, loops};
+pub use record::{HeaderSource, NoHeaders, RecordView, ReplyView};
+pub use table::{
+    API_VERSION, BreakerSpec, CaseSpec, Deliver, ForwardSpec, Guarantee, KIND, Order, RetrySpec,
+    RouteFields, RouteSpec, Start, Table, To, TopicSpec,
+};
+
+/// The most faults that are reported at once.
+const MAX_FAULTS: usize = 1_000;
+
+/// Reads a table from YAML or JSON, and checks it. `source_name` is what faults call the text,
+/// such as the name of its file.
+///
+/// # Errors
+///
+/// All faults of the text: of its syntax, its fields, its types and its meaning, in the order of
+/// the text. Above a thousand, the rest is left out.
+pub fn parse(source_name: &str, text: &str) -> Result<Table, Faults> {
+    let mut faults = Vec::new();
+    let Some(root) = node::load(text, &mut faults) else {
+        return Err(finish(source_name, faults));
+    };
+    let table = read::read(&root, &mut faults);
+    let (found, _) = check::check(&table);
+    let known: Vec<String> = faults.iter().map(|fault| fault.field.clone()).collect();
+    // What could not be read is missing for the checks: one fault is enough.
+    let known = Reported::new(&known);
+    for mut fault in found {
+        if !known.explains(&fault) {
+            let at = root.locate(&fault.field);
+            (fault.line, fault.column) = (at.line, at.column);
+            faults.push(fault);
+        }
+    }
+    if faults.is_empty() {
+        Ok(table)
+    } else {
+        Err(finish(source_name, faults))
+    }
+}
+
+fn finish(source_name: &str, mut faults: Vec<Fault>) -> Faults {
+    faults.sort_by_key(|fault| (fault.line, fault.column));
+    let more = faults.len().saturating_sub(MAX_FAULTS);
+    faults.truncate(MAX_FAULTS);
+    if more > 0 {
+        let message = format!("there are {more} more faults");
+        faults.push(Fault::new(
+            fault::code::LIMIT,
+            "",
+            message,
+            "correct these first",
+        ));
+    }
+    for fault in &mut faults {
+        source_name.clone_into(&mut fault.file);
+    }
+    Faults(faults)
+}
+
+/// The fields that reading has reported, and all their parents.
+struct Reported<'a> {
+    exact: std::collections::HashSet<&'a str>,
+    parents: std::collections::HashSet<&'a str>,
+}
+
+impl<'a> Reported<'a> {
+    fn new(fields: &'a [String]) -> Self {
+        let exact = fields.iter().map(String::as_str).collect();
+        let ends = |field: &'a str| field.char_indices().filter(|(_, c)| matches!(c, '.' | '['));
+        let parents = fields
+            .iter()
+            .flat_map(|field| ends(field).map(move |(end, _)| &field[..end]))
+            .collect();
+        Self { exact, parents }
+    }
+
+    /// Whether a fault of the checks only follows from one of reading.
+    fn explains(&self, fault: &Fault) -> bool {
+        let field = fault.field.as_str();
+        let below = || {
+            let mut ends = field.char_indices().filter(|(_, c)| matches!(c, '.' | '['));
+            ends.any(|(end, _)| self.exact.contains(&field[..end]))
+        };
+        self.exact.contains(field) || self.parents.contains(field) || below()
+    }
+}

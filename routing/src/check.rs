@@ -1,0 +1,429 @@
+//! What must hold of a table beyond its shape.
+//!
+//! Invariant: a table without faults here compiles; every fault is found in one pass.
+
+use std::collections::{HashMap, HashSet};
+use std::time::Duration;
+
+use crate::expression::{Expression, Roots, Source, compile_all};
+use crate::fault::{Fault, code};
+use crate::node::join;
+use crate::table::{Deliver, ForwardSpec, RouteFields, Table, To};
+use crate::value::{LONGEST, name_fault, topic_fault};
+
+const DAY: Duration = Duration::from_secs(86_400);
+const MAX_CONCURRENCY: u32 = 10_000;
+const MAX_ROUTES: usize = 100_000;
+const MAX_TARGETS: usize = 1_000;
+
+/// Everything that is wrong with a table, and its compiled expressions: those of route `r` are
+/// under `spec.routes[r].filter` and `spec.routes[r].cases[c].when`, those of the defaults under
+/// `spec.defaults…`.
+pub(crate) fn check(table: &Table) -> (Vec<Fault>, HashMap<String, Expression>) {
+    let mut check = Check {
+        faults: Vec::new(),
+        sources: Vec::new(),
+    };
+    check.table(table);
+    let Check {
+        mut faults,
+        sources,
+    } = check;
+    let mut expressions = HashMap::with_capacity(sources.len());
+    for (path, compiled) in compile_all(sources) {
+        match compiled {
+            Ok(expression) => {
+                expressions.insert(path, expression);
+            }
+            Err(refusal) => {
+                faults.push(Fault::new(
+                    code::EXPRESSION,
+                    path,
+                    refusal.message,
+                    refusal.hint,
+                ));
+            }
+        }
+    }
+    (faults, expressions)
+}
+
+struct Check {
+    faults: Vec<Fault>,
+    sources: Vec<Source>,
+}
+
+impl Check {
+    fn fault(&mut self, code: &'static str, path: &str, message: impl Into<String>, hint: &str) {
+        self.faults.push(Fault::new(code, path, message, hint));
+    }
+
+    fn table(&mut self, table: &Table) {
+        if let Some(fault) = name_fault(&table.mesh) {
+            self.fault(
+                code::NAME,
+                "metadata.mesh",
+                fault,
+                "a mesh is named like `shop`",
+            );
+        }
+        if table.routes.len() > MAX_ROUTES {
+            let message = format!("more than {MAX_ROUTES} routes");
+            self.fault(code::LIMIT, "spec.routes", message, "split the mesh");
+        }
+        for (name, topic) in &table.topics {
+            let path = join("spec.topics", name);
+            self.topic_name(&path, name);
+            if topic.partitions.is_some_and(|n| n == 0 || n > 100_000) {
+                let path = join(&path, "partitions");
+                self.fault(code::VALUE, &path, "partitions go from 1 to 100000", "");
+            }
+            if topic.replication.is_some_and(|n| n == 0 || n > 32_767) {
+                let path = join(&path, "replication");
+                self.fault(code::VALUE, &path, "replication goes from 1 to 32767", "");
+            }
+            if let Some(retention) = topic.retention {
+                self.between(
+                    &join(&path, "retention"),
+                    retention,
+                    Duration::from_secs(1),
+                    LONGEST,
+                );
+            }
+        }
+        self.fields("spec.defaults", &table.defaults);
+        let mut names: HashMap<&str, usize> = HashMap::new();
+        let mut groups: HashMap<String, usize> = HashMap::new();
+        for (i, route) in table.routes.iter().enumerate() {
+            let path = format!("spec.routes[{i}]");
+            let name = join(&path, "name");
+            if let Some(fault) = name_fault(&route.name) {
+                self.fault(
+                    code::NAME,
+                    &name,
+                    fault,
+                    "a route is named like `price-orders`",
+                );
+            } else if let Some(first) = names.insert(&route.name, i) {
+                let message = format!("`{}` is also the name of spec.routes[{first}]", route.name);
+                self.fault(
+                    code::DUPLICATE,
+                    &name,
+                    message,
+                    "names are unique in a table",
+                );
+            }
+            self.fields(&path, &route.fields);
+            let fields = table.resolved(route);
+            self.route(&path, &route.name, &fields);
+            let group = fields
+                .group
+                .unwrap_or_else(|| format!("{}.{}", table.mesh, route.name));
+            if let Some(first) = groups.insert(group.clone(), i)
+                && table.routes[first].name != route.name
+            {
+                let message = format!("the group `{group}` is also that of spec.routes[{first}]");
+                let hint = "two routes with one group would take records from each other";
+                self.fault(code::CONFLICT, &join(&path, "group"), message, hint);
+            }
+        }
+    }
+
+    /// Values as they are written, of a route or of the defaults.
+    fn fields(&mut self, path: &str, fields: &RouteFields) {
+        let at = |field: &str| join(path, field);
+        if let Some(fault) = fields.service.as_deref().and_then(name_fault) {
+            self.fault(
+                code::NAME,
+                &at("service"),
+                fault,
+                "a service is named like `pricing`",
+            );
+        }
+        if let Some(from) = &fields.from {
+            self.topics(&at("from"), from, "a route needs a source");
+        }
+        if let Some(to) = &fields.to {
+            self.to(&at("to"), to);
+        }
+        if let Some(handler) = &fields.handler {
+            self.handler(&at("handler"), handler);
+        }
+        if let Some(filter) = &fields.filter {
+            self.source(at("filter"), filter, Roots::Record);
+        }
+        for (i, case) in fields.cases.iter().flatten().enumerate() {
+            let path = format!("{}[{i}]", at("cases"));
+            if case.status.is_none() && case.when.is_none() {
+                let hint = "name a `status`, a `when`, or both";
+                self.fault(code::MISSING, &path, "a case matches nothing", hint);
+            }
+            if let Some(status) = case.status {
+                self.status(&join(&path, "status"), status);
+            }
+            if let Some(when) = &case.when {
+                self.source(join(&path, "when"), when, Roots::RecordAndReply);
+            }
+            self.to(&join(&path, "to"), &case.to);
+        }
+        for status in fields.ignore_status.iter().flatten() {
+            self.status(&at("ignore_status"), *status);
+        }
+        if let Some(group) = &fields.group
+            && (group.is_empty()
+                || group.len() > 249
+                || group.chars().any(|c| c.is_control() || c.is_whitespace()))
+        {
+            let message = "a group has 1 to 249 characters and no spaces";
+            self.fault(code::NAME, &at("group"), message, "");
+        }
+        if let Some(text) = &fields.content_type
+            && (!text.contains('/') || !text.bytes().all(|b| (b' '..=b'~').contains(&b)))
+        {
+            let message = format!("`{text}` is no content type");
+            self.fault(
+                code::VALUE,
+                &at("content_type"),
+                message,
+                "write one like application/json",
+            );
+        }
+        if fields
+            .concurrency
+            .is_some_and(|n| n == 0 || n > MAX_CONCURRENCY)
+        {
+            let message = format!("concurrency goes from 1 to {MAX_CONCURRENCY}");
+            self.fault(code::VALUE, &at("concurrency"), message, "");
+        }
+        if let Some(timeout) = fields.timeout {
+            self.between(&at("timeout"), timeout, Duration::from_millis(1), DAY);
+        }
+        if let Some(topic) = &fields.dead_letter {
+            self.topic_name(&at("dead_letter"), topic);
+        }
+        self.retry_and_breaker(path, fields);
+        if let Some(ForwardSpec::Only(names)) = &fields.forward_headers {
+            let mut seen = HashSet::new();
+            for (i, name) in names.iter().enumerate() {
+                let path = format!("{}[{i}]", at("forward_headers"));
+                if name.is_empty() {
+                    self.fault(code::NAME, &path, "a header name is empty", "");
+                } else if !seen.insert(name) {
+                    let message = format!("`{name}` occurs twice");
+                    self.fault(code::DUPLICATE, &path, message, "remove one of the two");
+                }
+            }
+        }
+    }
+
+    fn retry_and_breaker(&mut self, path: &str, fields: &RouteFields) {
+        if let Some(retry) = &fields.retry {
+            let path = join(path, "retry");
+            if retry.attempts == Some(0) {
+                let hint = "the first delivery is an attempt: 1 means no retry";
+                self.fault(
+                    code::VALUE,
+                    &join(&path, "attempts"),
+                    "attempts are at least 1",
+                    hint,
+                );
+            }
+            if let Some(initial) = retry.initial {
+                self.between(
+                    &join(&path, "initial"),
+                    initial,
+                    Duration::from_millis(1),
+                    DAY,
+                );
+            }
+            if let Some(max) = retry.max {
+                self.between(&join(&path, "max"), max, Duration::from_millis(1), DAY);
+            }
+            if retry
+                .multiplier
+                .is_some_and(|m| !(1.0..=1000.0).contains(&m))
+            {
+                let hint = "1 keeps the pause as it is";
+                let message = "the multiplier goes from 1 to 1000";
+                self.fault(code::VALUE, &join(&path, "multiplier"), message, hint);
+            }
+        }
+        if let Some(breaker) = &fields.breaker {
+            let path = join(path, "breaker");
+            if breaker.failures == Some(0) {
+                self.fault(
+                    code::VALUE,
+                    &join(&path, "failures"),
+                    "failures are at least 1",
+                    "",
+                );
+            }
+            if let Some(open) = breaker.open {
+                self.between(&join(&path, "open"), open, Duration::from_millis(1), DAY);
+            }
+        }
+    }
+
+    /// What must hold of a route as a whole, defaults folded in.
+    fn route(&mut self, path: &str, name: &str, fields: &RouteFields) {
+        let at = |field: &str| join(path, field);
+        if fields.service.is_none() {
+            let hint = "name the service that gets the records";
+            self.fault(code::MISSING, &at("service"), "`service` is missing", hint);
+        }
+        if fields.from.is_none() {
+            let hint = "name the source topics, such as [orders]";
+            self.fault(code::MISSING, &at("from"), "`from` is missing", hint);
+        }
+        if fields.to.is_none() {
+            let hint = "name the destination topics, or `void` to forward nothing";
+            self.fault(code::MISSING, &at("to"), "`to` is missing", hint);
+        }
+        let deliver = fields.deliver.unwrap_or(Deliver::Push);
+        match (deliver, &fields.handler) {
+            (Deliver::Push, None) => {
+                let hint = "name the path at the service, such as /price";
+                self.fault(code::MISSING, &at("handler"), "`handler` is missing", hint);
+            }
+            (Deliver::Stream | Deliver::Pull, Some(_)) => {
+                let hint = "remove it, or write `deliver: push`";
+                let message = "only a push route has a handler";
+                self.fault(code::CONFLICT, &at("handler"), message, hint);
+            }
+            _ => {}
+        }
+        let retry = crate::compile::retry(fields);
+        if retry.max < retry.initial {
+            let message = "`retry.max` is shorter than `retry.initial`";
+            self.fault(
+                code::CONFLICT,
+                &at("retry"),
+                message,
+                "raise max, or lower initial",
+            );
+        }
+        let from = fields.from.as_deref().unwrap_or_default();
+        let dead_letter = crate::compile::dead_letter(name, fields);
+        if topic_fault(&dead_letter).is_some() && fields.dead_letter.is_none() {
+            let message = format!("`{dead_letter}` is no topic name");
+            self.fault(
+                code::NAME,
+                &at("dead_letter"),
+                message,
+                "name a dead_letter topic",
+            );
+        }
+        if from.contains(&dead_letter) {
+            let message =
+                format!("the dead letter topic `{dead_letter}` is a source of this route");
+            let hint = "its failures would come back for ever; name another topic";
+            self.fault(code::CONFLICT, &at("dead_letter"), message, hint);
+        }
+        self.endless(path, from, fields);
+    }
+
+    /// A route onto its own source ends only if something can stop an answer from going round.
+    fn endless(&mut self, path: &str, from: &[String], fields: &RouteFields) {
+        let goes_round = |to: &To| match to {
+            To::Void => false,
+            To::Topics(topics) => topics.iter().any(|topic| from.contains(topic)),
+        };
+        let never_ignored = fields.ignore_status.as_ref().is_some_and(|s| s.is_empty());
+        let no_way_out = fields.cases.as_ref().is_none_or(Vec::is_empty) && fields.filter.is_none();
+        if fields.to.as_ref().is_some_and(goes_round) && never_ignored && no_way_out {
+            let message = "the route feeds its own source and no answer can end it";
+            let hint = "leave ignore_status at its default, or add a case or a filter";
+            self.fault(code::ENDLESS, &join(path, "to"), message, hint);
+        }
+    }
+
+    // Values.
+
+    fn source(&mut self, path: String, text: &str, roots: Roots) {
+        let text = text.to_owned();
+        self.sources.push(Source { path, text, roots });
+    }
+
+    fn status(&mut self, path: &str, status: u16) {
+        if !(100..=599).contains(&status) {
+            let message = format!("{status} is no status");
+            self.fault(code::VALUE, path, message, "a status goes from 100 to 599");
+        }
+    }
+
+    fn between(&mut self, path: &str, value: Duration, least: Duration, most: Duration) {
+        use crate::value::print_duration as print;
+        if value < least || value > most {
+            let message = format!(
+                "{} is not between {} and {}",
+                print(value),
+                print(least),
+                print(most)
+            );
+            self.fault(code::VALUE, path, message, "");
+        }
+    }
+
+    fn handler(&mut self, path: &str, handler: &str) {
+        let hint = "write a path such as /price; the address is in the sidecar's own configuration";
+        if handler.contains("://") || handler.starts_with("//") || !handler.starts_with('/') {
+            let message = format!("`{handler}` is not a path");
+            self.fault(code::VALUE, path, message, hint);
+        } else if handler.len() > 1024 || !handler.bytes().all(is_path_byte) {
+            let message = "a handler is a path of up to 1024 characters that a URL may have";
+            self.fault(
+                code::VALUE,
+                path,
+                message,
+                "percent-encode other characters; no `#`",
+            );
+        }
+    }
+
+    fn to(&mut self, path: &str, to: &To) {
+        if let To::Topics(topics) = to {
+            self.topics(path, topics, "write `void` to forward nothing");
+        }
+    }
+
+    fn topics(&mut self, path: &str, topics: &[String], when_empty: &str) {
+        if topics.is_empty() {
+            self.fault(code::VALUE, path, "the list of topics is empty", when_empty);
+        }
+        if topics.len() > MAX_TARGETS {
+            let message = format!("more than {MAX_TARGETS} topics");
+            self.fault(code::LIMIT, path, message, "");
+        }
+        let mut seen = HashSet::new();
+        for (i, topic) in topics.iter().enumerate() {
+            let path = format!("{path}[{i}]");
+            self.topic_name(&path, topic);
+            if !seen.insert(topic) {
+                let message = format!("`{topic}` occurs twice");
+                self.fault(code::DUPLICATE, &path, message, "remove one of the two");
+            }
+        }
+    }
+
+    fn topic_name(&mut self, path: &str, name: &str) {
+        if name == "void" {
+            let hint = "`void` stands alone, as `to: void`; it is no topic";
+            self.fault(code::NAME, path, "`void` is not a topic", hint);
+        } else if let Some(fault) = topic_fault(name) {
+            let short: String = name.chars().take(60).collect();
+            self.fault(code::NAME, path, fault, &format!("found `{short}`"));
+        } else if name.starts_with("__") {
+            let message = format!("`{name}` begins with `__`");
+            self.fault(
+                code::NAME,
+                path,
+                message,
+                "such topics belong to the broker and the mesh",
+            );
+        }
+    }
+}
+
+fn is_path_byte(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:@%/?".contains(&byte)
+}

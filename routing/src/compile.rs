@@ -1,0 +1,455 @@
+//! A table, compiled: defaults folded in, expressions compiled, indexed by topic, name and
+//! service.
+//!
+//! Invariant: a compiled table has no faults, and looking a route up costs nothing for the routes
+//! that do not match.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::check::check;
+use crate::expression::{Expression, ExpressionError};
+use crate::fault::Faults;
+use crate::record::{RecordView, ReplyView};
+use crate::table::{Deliver, ForwardSpec, Order, RouteFields, Start, Table, To, TopicSpec};
+
+/// A table, ready to be asked.
+#[derive(Debug)]
+pub struct CompiledTable {
+    /// The name of the mesh.
+    pub mesh: Arc<str>,
+    /// The digest of the table, as [`Table::digest`].
+    pub digest: Arc<str>,
+    /// All topics that the table names, sorted by name.
+    pub topics: Vec<Topic>,
+    /// The routes, in the order of the table.
+    pub routes: Vec<Arc<Route>>,
+    by_name: HashMap<Arc<str>, usize>,
+    by_topic: HashMap<Arc<str>, Vec<Arc<Route>>>,
+    by_service: HashMap<Arc<str>, Vec<Arc<Route>>>,
+}
+
+/// A topic that a table names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Topic {
+    /// The name.
+    pub name: Arc<str>,
+    /// What the table declares; all absent when it declares nothing.
+    pub spec: TopicSpec,
+    /// Whether the table declares it under `topics`.
+    pub declared: bool,
+    /// For a dead letter topic: the source topics of its routes. Where `spec` names no count, it
+    /// gets the largest partition count among them.
+    pub dead_letter_of: Vec<Arc<str>>,
+}
+
+/// A route, ready to run.
+#[derive(Debug)]
+pub struct Route {
+    /// The name, unique in the table.
+    pub name: Arc<str>,
+    /// The service that it belongs to.
+    pub service: Arc<str>,
+    /// The source topics.
+    pub from: Vec<Arc<str>>,
+    /// How a record reaches the service.
+    pub deliver: Deliver,
+    /// The path at the service; only for [`Deliver::Push`].
+    pub handler: Option<String>,
+    /// Where a good answer goes when no case matches.
+    pub to: Destinations,
+    /// Answers that go elsewhere; the first that matches counts.
+    pub cases: Vec<Case>,
+    /// Which records are delivered; all when absent.
+    pub filter: Option<Expression>,
+    /// Statuses of answers that forward nothing, sorted.
+    pub ignore_status: Vec<u16>,
+    /// Where a group with no offset yet begins.
+    pub start: Start,
+    /// The consumer group.
+    pub group: Arc<str>,
+    /// What is kept in order.
+    pub order: Order,
+    /// The content type of a record that names none.
+    pub content_type: Option<Arc<str>>,
+    /// How many records may be at the service at once.
+    pub concurrency: usize,
+    /// How long one delivery may take.
+    pub timeout: Duration,
+    /// How failed deliveries are repeated.
+    pub retry: Retry,
+    /// The topic of what cannot be processed.
+    pub dead_letter: Arc<str>,
+    /// When to stop calling a service that fails.
+    pub breaker: Breaker,
+    /// Which of the source's headers its replies carry.
+    pub forward_headers: ForwardHeaders,
+    /// The most hops a record may have made; 0 is no limit.
+    pub max_hops: u32,
+    /// The fields that this route was compiled from, defaults of the table folded in.
+    pub spec: RouteFields,
+}
+
+/// Two routes are equal when they would behave the same, so that a swap of tables can leave the
+/// running one alone.
+impl PartialEq for Route {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name && self.group == other.group && self.spec == other.spec
+    }
+}
+
+/// Where an answer goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Destinations {
+    /// Nowhere.
+    Void,
+    /// To these topics.
+    Topics(Arc<[Arc<str>]>),
+}
+
+/// An answer that goes elsewhere.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Case {
+    /// The status it must have; any when absent.
+    pub status: Option<u16>,
+    /// What must hold of record and reply; nothing when absent.
+    pub when: Option<Expression>,
+    /// Where it goes.
+    pub to: Destinations,
+}
+
+/// How failed deliveries are repeated.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Retry {
+    /// How many attempts there are, the first included; at least 1.
+    pub attempts: u32,
+    /// The first pause.
+    pub initial: Duration,
+    /// The longest pause.
+    pub max: Duration,
+    /// By how much each pause is longer than the one before; at least 1.
+    pub multiplier: f64,
+}
+
+impl Retry {
+    /// The pause after the given number of failed attempts (1 is the first), without jitter.
+    pub fn pause(&self, failed: u32) -> Duration {
+        let exponent = i32::try_from(failed.saturating_sub(1)).unwrap_or(i32::MAX);
+        let seconds = self.initial.as_secs_f64() * self.multiplier.powi(exponent);
+        Duration::try_from_secs_f64(seconds).map_or(self.max, |pause| pause.min(self.max))
+    }
+}
+
+/// When to stop calling a service that fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Breaker {
+    /// How many failures in a row open it.
+    pub failures: u32,
+    /// How long it stays open.
+    pub open: Duration,
+}
+
+/// Which of the source's headers its replies carry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ForwardHeaders {
+    /// All of the source's own headers.
+    All,
+    /// None of them.
+    None,
+    /// Those of these names.
+    Only(Vec<Arc<str>>),
+}
+
+/// What an answer means for a route.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Decision<'a> {
+    /// Its status says: forward nothing.
+    Ignored,
+    /// A case, or `to`, says where it goes.
+    Forward(&'a Destinations),
+    /// Its status is neither good nor named by a case.
+    NotAccepted,
+}
+
+impl Route {
+    /// Whether a record is delivered at all; true when there is no filter.
+    ///
+    /// # Errors
+    ///
+    /// When the filter fails on this record.
+    pub fn admits(&self, record: &RecordView<'_>) -> Result<bool, ExpressionError> {
+        match &self.filter {
+            Some(filter) => filter.evaluate(record, None),
+            None => Ok(true),
+        }
+    }
+
+    /// What an answer means: `ignore_status` first, then the first case that matches, then `to`
+    /// for a 2xx.
+    ///
+    /// # Errors
+    ///
+    /// When a `when` that has to be asked fails on this record or this reply.
+    pub fn decide(
+        &self,
+        record: &RecordView<'_>,
+        reply: &ReplyView<'_>,
+    ) -> Result<Decision<'_>, ExpressionError> {
+        if self.ignore_status.binary_search(&reply.status).is_ok() {
+            return Ok(Decision::Ignored);
+        }
+        let good = (200..300).contains(&reply.status);
+        for case in &self.cases {
+            // A case without a status is about good answers: a failure is never one by accident.
+            if case.status.map_or(!good, |status| status != reply.status) {
+                continue;
+            }
+            let matches = match &case.when {
+                Some(when) => when.evaluate(record, Some(reply))?,
+                None => true,
+            };
+            if matches {
+                return Ok(Decision::Forward(&case.to));
+            }
+        }
+        Ok(if good {
+            Decision::Forward(&self.to)
+        } else {
+            Decision::NotAccepted
+        })
+    }
+}
+
+impl CompiledTable {
+    /// The route of a name.
+    pub fn route(&self, name: &str) -> Option<&Arc<Route>> {
+        self.routes.get(*self.by_name.get(name)?)
+    }
+
+    /// The routes that read a topic.
+    pub fn routes_from(&self, topic: &str) -> &[Arc<Route>] {
+        self.by_topic.get(topic).map_or(&[], Vec::as_slice)
+    }
+
+    /// The routes of a service.
+    pub fn routes_of(&self, service: &str) -> &[Arc<Route>] {
+        self.by_service.get(service).map_or(&[], Vec::as_slice)
+    }
+
+    /// All topics that the table names, sorted by name: declared ones, sources, destinations, and
+    /// dead letter topics.
+    pub fn topic_names(&self) -> &[Topic] {
+        &self.topics
+    }
+
+    /// A topic by its name.
+    pub fn topic(&self, name: &str) -> Option<&Topic> {
+        let found = self
+            .topics
+            .binary_search_by(|topic| topic.name.as_ref().cmp(name));
+        self.topics.get(found.ok()?)
+    }
+}
+
+/// Compiles a table.
+///
+/// # Errors
+///
+/// All its faults, without places; a table that [`parse`](crate::parse) returned has none.
+pub fn compile(table: &Table) -> Result<CompiledTable, Faults> {
+    let (faults, expressions) = check(table);
+    if !faults.is_empty() {
+        return Err(Faults(faults));
+    }
+    let mut names = Names::default();
+    let mut out = CompiledTable {
+        mesh: Arc::from(table.mesh.as_str()),
+        digest: Arc::from(table.digest()),
+        topics: Vec::new(),
+        routes: Vec::with_capacity(table.routes.len()),
+        by_name: HashMap::with_capacity(table.routes.len()),
+        by_topic: HashMap::new(),
+        by_service: HashMap::new(),
+    };
+    for (i, spec) in table.routes.iter().enumerate() {
+        // An expression of the route itself, or of the defaults when it has none.
+        let place = |own: bool, field: &str| match own {
+            true => format!("spec.routes[{i}].{field}"),
+            false => format!("spec.defaults.{field}"),
+        };
+        let own_cases = spec.fields.cases.is_some();
+        let filter = expressions.get(&place(spec.fields.filter.is_some(), "filter"));
+        let fields = table.resolved(spec);
+        let cases = fields
+            .cases
+            .iter()
+            .flatten()
+            .enumerate()
+            .map(|(c, case)| Case {
+                status: case.status,
+                when: expressions
+                    .get(&place(own_cases, &format!("cases[{c}].when")))
+                    .cloned(),
+                to: names.destinations(&case.to),
+            });
+        let cases = cases.collect();
+        let route = route(
+            &table.mesh,
+            &spec.name,
+            fields,
+            filter.cloned(),
+            cases,
+            &mut names,
+        );
+        let route = Arc::new(route);
+        out.by_name.insert(Arc::clone(&route.name), i);
+        for topic in &route.from {
+            out.by_topic
+                .entry(Arc::clone(topic))
+                .or_default()
+                .push(Arc::clone(&route));
+        }
+        let service = Arc::clone(&route.service);
+        out.by_service
+            .entry(service)
+            .or_default()
+            .push(Arc::clone(&route));
+        out.routes.push(route);
+    }
+    out.topics = topics(table, &out.routes, &mut names);
+    Ok(out)
+}
+
+fn route(
+    mesh: &str,
+    name: &str,
+    fields: RouteFields,
+    filter: Option<Expression>,
+    cases: Vec<Case>,
+    names: &mut Names,
+) -> Route {
+    let breaker = fields.breaker.clone().unwrap_or_default();
+    let group = fields
+        .group
+        .clone()
+        .unwrap_or_else(|| format!("{mesh}.{name}"));
+    let ignored = |set: &BTreeSet<u16>| set.iter().copied().collect();
+    let from = fields.from.as_deref().unwrap_or_default();
+    Route {
+        name: Arc::from(name),
+        service: names.get(fields.service.as_deref().unwrap_or_default()),
+        from: from.iter().map(|topic| names.get(topic)).collect(),
+        deliver: fields.deliver.unwrap_or(Deliver::Push),
+        handler: fields.handler.clone(),
+        to: names.destinations(fields.to.as_ref().unwrap_or(&To::Void)),
+        cases,
+        filter,
+        ignore_status: fields
+            .ignore_status
+            .as_ref()
+            .map_or_else(|| vec![204, 205, 304], ignored),
+        start: fields.start.unwrap_or(Start::Earliest),
+        group: Arc::from(group),
+        order: fields.order.unwrap_or(Order::Key),
+        content_type: fields.content_type.as_deref().map(Arc::from),
+        concurrency: fields
+            .concurrency
+            .map_or(64, |n| usize::try_from(n).unwrap_or(usize::MAX)),
+        timeout: fields.timeout.unwrap_or(Duration::from_secs(10)),
+        retry: retry(&fields),
+        dead_letter: names.get(&dead_letter(name, &fields)),
+        breaker: Breaker {
+            failures: breaker.failures.unwrap_or(20),
+            open: breaker.open.unwrap_or(Duration::from_secs(10)),
+        },
+        forward_headers: match &fields.forward_headers {
+            None | Some(ForwardSpec::All) => ForwardHeaders::All,
+            Some(ForwardSpec::None) => ForwardHeaders::None,
+            Some(ForwardSpec::Only(list)) => {
+                ForwardHeaders::Only(list.iter().map(|name| names.get(name)).collect())
+            }
+        },
+        max_hops: fields.max_hops.unwrap_or(1000),
+        spec: fields,
+    }
+}
+
+/// The retries of a route, defaults filled in.
+pub(crate) fn retry(fields: &RouteFields) -> Retry {
+    let retry = fields.retry.clone().unwrap_or_default();
+    // A default never contradicts what is written: it gives way.
+    let initial = match (retry.initial, retry.max) {
+        (Some(initial), _) => initial,
+        (None, Some(max)) => max.min(Duration::from_millis(100)),
+        (None, None) => Duration::from_millis(100),
+    };
+    Retry {
+        attempts: retry.attempts.unwrap_or(10),
+        initial,
+        max: retry.max.unwrap_or(initial.max(Duration::from_secs(30))),
+        multiplier: retry.multiplier.unwrap_or(2.0),
+    }
+}
+
+/// The dead letter topic of a route.
+pub(crate) fn dead_letter(name: &str, fields: &RouteFields) -> String {
+    fields
+        .dead_letter
+        .clone()
+        .unwrap_or_else(|| format!("{name}.dlq"))
+}
+
+/// One copy of each name.
+#[derive(Default)]
+struct Names(BTreeSet<Arc<str>>);
+
+impl Names {
+    fn get(&mut self, name: &str) -> Arc<str> {
+        if let Some(known) = self.0.get(name) {
+            return Arc::clone(known);
+        }
+        let name: Arc<str> = Arc::from(name);
+        self.0.insert(Arc::clone(&name));
+        name
+    }
+
+    fn destinations(&mut self, to: &To) -> Destinations {
+        match to {
+            To::Void => Destinations::Void,
+            To::Topics(topics) => {
+                Destinations::Topics(topics.iter().map(|topic| self.get(topic)).collect())
+            }
+        }
+    }
+}
+
+fn topics(table: &Table, routes: &[Arc<Route>], names: &mut Names) -> Vec<Topic> {
+    let mut all: BTreeMap<Arc<str>, BTreeSet<Arc<str>>> = BTreeMap::new();
+    for name in table.topics.keys() {
+        all.entry(names.get(name)).or_default();
+    }
+    for route in routes {
+        let to = std::iter::once(&route.to).chain(route.cases.iter().map(|case| &case.to));
+        for destinations in to {
+            if let Destinations::Topics(topics) = destinations {
+                for topic in topics.iter() {
+                    all.entry(Arc::clone(topic)).or_default();
+                }
+            }
+        }
+        for topic in &route.from {
+            all.entry(Arc::clone(topic)).or_default();
+        }
+        let sources = all.entry(Arc::clone(&route.dead_letter)).or_default();
+        sources.extend(route.from.iter().cloned());
+    }
+    all.into_iter()
+        .map(|(name, sources)| Topic {
+            spec: table.topics.get(name.as_ref()).cloned().unwrap_or_default(),
+            declared: table.topics.contains_key(name.as_ref()),
+            dead_letter_of: sources.into_iter().collect(),
+            name,
+        })
+        .collect()
+}

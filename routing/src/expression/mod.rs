@@ -1,0 +1,158 @@
+//! CEL expressions of a table, guarded: a table reaches every sidecar, so no expression may take
+//! one down or run without bound.
+//!
+//! The way of an expression: [`guard`] bounds the source before the parser sees it; the parser
+//! runs on a thread with a large stack; [`walk`] checks the syntax tree and replaces every
+//! reference to `record` and `reply` by a numbered slot; [`eval`] fills the slots on demand.
+//!
+//! Invariant: what compiles evaluates in time and memory linear in the size of the record.
+
+mod eval;
+mod guard;
+mod json;
+mod walk;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+
+use crate::record::{RecordView, ReplyView};
+
+/// The stack of the compiling thread. The parser takes about 40 KiB for a level of nesting.
+const STACK: usize = 64 << 20;
+
+/// What an expression may name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Roots {
+    /// A `filter`: the record only.
+    Record,
+    /// A `when`: the record and the reply.
+    RecordAndReply,
+}
+
+/// An expression to compile, and the path of its field.
+pub(crate) struct Source {
+    pub(crate) path: String,
+    pub(crate) text: String,
+    pub(crate) roots: Roots,
+}
+
+/// Why an expression is refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Refusal {
+    pub(crate) message: String,
+    pub(crate) hint: String,
+}
+
+impl Refusal {
+    fn new(message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self {
+            message: message.into(),
+            hint: hint.into(),
+        }
+    }
+}
+
+/// A compiled CEL expression over a record, and over its reply. Cheap to clone; two are equal
+/// when their sources are.
+#[derive(Clone)]
+pub struct Expression(Arc<walk::Program>);
+
+impl Expression {
+    /// The source, as it was written.
+    pub fn source(&self) -> &str {
+        &self.0.source
+    }
+
+    /// Evaluates the expression.
+    ///
+    /// # Errors
+    ///
+    /// When the record has not what the expression asks for (it is not JSON, a field is missing,
+    /// a type does not fit), or when the result is neither true nor false.
+    pub fn evaluate(
+        &self,
+        record: &RecordView<'_>,
+        reply: Option<&ReplyView<'_>>,
+    ) -> Result<bool, ExpressionError> {
+        eval::evaluate(&self.0, record, reply).map_err(|message| ExpressionError {
+            expression: self.0.source.clone(),
+            message,
+        })
+    }
+}
+
+impl PartialEq for Expression {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.source == other.0.source
+    }
+}
+
+impl fmt::Debug for Expression {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Expression").field(&self.source()).finish()
+    }
+}
+
+/// An expression that failed on a record. The record is at fault or the expression is; trying
+/// again does not help.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{expression}`: {message}")]
+pub struct ExpressionError {
+    /// The source of the expression.
+    pub expression: Arc<str>,
+    /// What went wrong; it names fields, and holds no more of the record than a short value.
+    pub message: String,
+}
+
+/// Compiles expressions, on one thread with a large stack. Equal sources are compiled once.
+pub(crate) fn compile_all(sources: Vec<Source>) -> Vec<(String, Result<Expression, Refusal>)> {
+    if sources.is_empty() {
+        return Vec::new();
+    }
+    let paths: Vec<String> = sources.iter().map(|source| source.path.clone()).collect();
+    let work = move || {
+        let mut known: HashMap<(String, Roots), Result<Expression, Refusal>> = HashMap::new();
+        let compile = |source: Source| {
+            let key = (source.text, source.roots);
+            let result = match known.get(&key) {
+                Some(result) => result.clone(),
+                None => {
+                    let result = compile(&key.0, key.1);
+                    known.insert(key, result.clone());
+                    result
+                }
+            };
+            (source.path, result)
+        };
+        sources.into_iter().map(compile).collect()
+    };
+    let thread = std::thread::Builder::new()
+        .name("cel-compile".into())
+        .stack_size(STACK)
+        .spawn(work);
+    let done = thread.ok().and_then(|thread| thread.join().ok());
+    done.unwrap_or_else(|| {
+        let refusal = Refusal::new("the expression could not be compiled", "simplify it");
+        paths
+            .into_iter()
+            .map(|path| (path, Err(refusal.clone())))
+            .collect()
+    })
+}
+
+fn compile(text: &str, roots: Roots) -> Result<Expression, Refusal> {
+    guard::check(text)?;
+    let parsed = eval::environment().compile(text).map_err(|errors| {
+        let first = errors.errors.first();
+        let message = first.map_or_else(String::new, |e| e.msg.clone());
+        let column = first.map_or(0, |e| e.pos.1);
+        let message = format!("not CEL: {message} (at character {column} of the expression)");
+        Refusal::new(message, "see cel.dev for the language")
+    })?;
+    let program = walk::walk(text, parsed.expression().clone(), roots)?;
+    Ok(Expression(Arc::new(program)))
+}
+
+#[cfg(test)]
+mod tests;
