@@ -1,0 +1,3 @@
+//! What listeners serve. Floor 5.
+
+pub mod admin;
