@@ -7,6 +7,7 @@ pub mod api;
 pub mod broker;
 pub mod config;
 pub mod consume;
+pub mod control;
 pub mod deliver;
 pub mod lanes;
 pub mod outcome;

@@ -1405,6 +1405,9 @@ pub struct InstanceStatus {
     /// Where its table came from.
     #[prost(enumeration = "TableOrigin", tag = "11")]
     pub origin: i32,
+    /// The newest generation that it refused, and `error` says why; 0: none.
+    #[prost(uint64, tag = "12")]
+    pub refused_generation: u64,
 }
 /// The state of a route at one instance.
 #[derive(Clone, PartialEq, ::prost::Message)]

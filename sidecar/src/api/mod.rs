@@ -1,3 +1,4 @@
 //! The listeners. Floor 5.
 
+pub mod admin;
 pub mod probe;

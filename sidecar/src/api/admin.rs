@@ -1,0 +1,148 @@
+//! The admin listener's services: `mesh.v1.Control`, health and reflection. Floor 5.
+//!
+//! Invariant: this file translates, and decides nothing: what may be applied is `control`'s business.
+
+use axum::Router;
+use mesh_proto::{
+    FILE_DESCRIPTOR_SET,
+    v1::{self, control_server::ControlServer},
+};
+use mesh_routing::Fault;
+use tonic::{Request, Response, Status};
+
+use crate::{
+    broker::BrokerErrorKind,
+    control::{ApplyError, ApplyOptions, Control},
+};
+
+/// The largest request, in bytes: a table of 10,000 routes is 3 MB.
+const MAX_REQUEST: usize = 16 << 20;
+
+/// `mesh.v1.Control` over the control plane of this process.
+#[derive(Clone, Debug)]
+pub struct AdminService {
+    control: Control,
+}
+
+impl AdminService {
+    /// The service.
+    pub fn new(control: Control) -> Self {
+        Self { control }
+    }
+
+    /// The service, with limits that fit tables.
+    pub fn into_server(self) -> ControlServer<Self> {
+        ControlServer::new(self).max_decoding_message_size(MAX_REQUEST).max_encoding_message_size(4 * MAX_REQUEST)
+    }
+}
+
+/// All gRPC services of the admin listener as a router, to which others can be added.
+///
+/// # Errors
+/// Only if the descriptors of this build cannot be read.
+pub async fn router(control: Control) -> Result<Router, tonic_reflection::server::Error> {
+    let (reporter, health) = tonic_health::server::health_reporter();
+    reporter.set_serving::<ControlServer<AdminService>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()?;
+    let mut routes = tonic::service::Routes::builder();
+    routes.add_service(AdminService::new(control).into_server()).add_service(health).add_service(reflection);
+    Ok(routes.routes().into_axum_router())
+}
+
+#[tonic::async_trait]
+impl v1::control_server::Control for AdminService {
+    async fn validate(&self, request: Request<v1::ValidateRequest>) -> Result<Response<v1::ValidateResponse>, Status> {
+        let table = source(request.into_inner().table)?;
+        let response = match self.control.validate(&table.file, &table.text).await {
+            Ok(checked) => v1::ValidateResponse { faults: Vec::new(), warnings: faults(checked.warnings), digest: checked.digest },
+            Err(ApplyError::Faults(found)) => v1::ValidateResponse { faults: faults(found.0), ..Default::default() },
+            Err(error) => return Err(status(&error)),
+        };
+        Ok(Response::new(response))
+    }
+
+    async fn apply(&self, request: Request<v1::ApplyRequest>) -> Result<Response<v1::ApplyResponse>, Status> {
+        let request = request.into_inner();
+        let table = source(request.table)?;
+        let options = ApplyOptions { expected_generation: request.expected_generation, dry_run: request.dry_run };
+        let response = match self.control.apply(&table.file, &table.text, options).await {
+            Ok(applied) => v1::ApplyResponse {
+                generation: applied.generation,
+                digest: applied.digest,
+                changed: applied.changed,
+                warnings: faults(applied.warnings),
+                new_routes: applied
+                    .new_routes
+                    .into_iter()
+                    .map(|backlog| v1::RouteBacklog { route: backlog.route, records: backlog.records })
+                    .collect(),
+                changes: applied.changes,
+                faults: Vec::new(),
+            },
+            Err(ApplyError::Faults(found)) => v1::ApplyResponse { faults: faults(found.0), ..Default::default() },
+            Err(error) => return Err(status(&error)),
+        };
+        Ok(Response::new(response))
+    }
+
+    async fn get_table(&self, request: Request<v1::GetTableRequest>) -> Result<Response<v1::GetTableResponse>, Status> {
+        let generation = request.into_inner().generation;
+        match self.control.get_table(generation).await {
+            Ok(Some(table)) => Ok(Response::new(table)),
+            Ok(None) => Err(Status::not_found(match (generation, self.control.waiting()) {
+                (Some(generation), _) => format!("generation {generation} is not in the mesh's history (any more)"),
+                (None, Some(waiting)) => format!("this sidecar has no routing table yet: {waiting}"),
+                (None, None) => "this mesh has no routing table yet: `mesh-ctl apply -f FILE` gives it one".into(),
+            })),
+            Err(reason) => Err(Status::data_loss(format!("that generation cannot be read: {reason}"))),
+        }
+    }
+
+    async fn get_status(&self, _: Request<v1::GetStatusRequest>) -> Result<Response<v1::GetStatusResponse>, Status> {
+        Ok(Response::new(self.control.status()))
+    }
+}
+
+fn source(table: Option<v1::TableSource>) -> Result<v1::TableSource, Status> {
+    let mut table = table
+        .filter(|table| !table.text.trim().is_empty())
+        .ok_or_else(|| Status::invalid_argument("`table.text` is empty: send the routing table's YAML or JSON"))?;
+    if table.file.is_empty() {
+        table.file = "table".into();
+    }
+    Ok(table)
+}
+
+fn faults(faults: Vec<Fault>) -> Vec<v1::Fault> {
+    let convert = |Fault { file, line, column, field, message, hint, code }| v1::Fault {
+        file,
+        line,
+        column,
+        field,
+        message,
+        hint,
+        code: String::from(code),
+    };
+    faults.into_iter().map(convert).collect()
+}
+
+fn status(error: &ApplyError) -> Status {
+    let message = error.to_string();
+    match error {
+        ApplyError::Faults(_) => Status::invalid_argument(message),
+        ApplyError::Pinned { .. } | ApplyError::Expected { .. } => Status::failed_precondition(message),
+        ApplyError::Lost { .. } => Status::aborted(message),
+        ApplyError::NotReady(_) => Status::unavailable(message),
+        ApplyError::Broker(broker) => match broker.kind {
+            BrokerErrorKind::Unreachable => Status::unavailable(message),
+            BrokerErrorKind::Unauthorized => Status::permission_denied(message),
+            _ => Status::failed_precondition(message),
+        },
+        ApplyError::Refused(_) => Status::failed_precondition(message),
+        ApplyError::Unclear { .. } => Status::unknown(message),
+        ApplyError::Internal(_) => Status::internal(message),
+    }
+}

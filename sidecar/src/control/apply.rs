@@ -1,0 +1,370 @@
+//! Checks a table, and proposes it to the mesh.
+//!
+//! Invariant: nothing is proposed that this sidecar could not run itself.
+//! Invariant: the answer is what the log says. A proposal whose acknowledgement is lost is looked for in the log, not sent again.
+
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
+
+use mesh_routing::{CompiledTable, Fault, Faults, RouteFields, Table};
+use tokio::{
+    task::spawn_blocking,
+    time::{Instant, timeout, timeout_at},
+};
+
+use super::{
+    Control,
+    log::proposal_key,
+    snapshot::Snapshot,
+    state::now_ms,
+    topics::{self, CONTROL_TOPIC, Plan, RouteBacklog},
+};
+use crate::{
+    broker::{BrokerError, BrokerErrorKind, NewTopic, Outgoing, ProduceError, ProduceErrorKind},
+    record::{Record, TopicPartition},
+};
+
+/// How long each question to the broker may take.
+const BROKER: Duration = Duration::from_secs(15);
+/// How long the counting of backlogs may take: it is a courtesy.
+const COUNTING: Duration = Duration::from_secs(10);
+/// How long the proposal may take to come back from the log.
+const READ_BACK: Duration = Duration::from_secs(30);
+/// How long the answer waits for this sidecar itself to take the table into force.
+const ADOPTION: Duration = Duration::from_secs(5);
+
+/// How to apply.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ApplyOptions {
+    /// Apply only if this generation is in force.
+    pub expected_generation: Option<u64>,
+    /// Check everything, and apply nothing.
+    pub dry_run: bool,
+}
+
+/// A table without faults.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Checked {
+    /// Its digest.
+    pub digest: String,
+    /// What deserves a look.
+    pub warnings: Vec<Fault>,
+}
+
+/// What apply did.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Applied {
+    /// The generation that carries the table; in a dry run the one in force.
+    pub generation: u64,
+    /// The table's digest.
+    pub digest: String,
+    /// Whether there is a new generation.
+    pub changed: bool,
+    /// What deserves a look.
+    pub warnings: Vec<Fault>,
+    /// What the routes that are new will begin with.
+    pub new_routes: Vec<RouteBacklog>,
+    /// The changes from the table that was in force, one a line; then the topics that were missing.
+    pub changes: Vec<String>,
+}
+
+/// Why a table was not applied. The last good one stays in force.
+#[derive(Debug, thiserror::Error)]
+pub enum ApplyError {
+    /// The table has faults.
+    #[error("the table has faults:\n{0}")]
+    Faults(#[from] Faults),
+    /// This sidecar's config pins its table.
+    #[error(
+        "this sidecar runs the table that its config pins ({path}) and takes part in no apply: \
+         change that file and restart, or remove `table.file` from its config", path = path.display()
+    )]
+    Pinned {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Another generation is in force.
+    #[error("generation {expected} is expected to be in force, but generation {actual} is: look at it (`get`, `diff`) and apply again")]
+    Expected {
+        /// What the caller expects.
+        expected: u64,
+        /// What is in force.
+        actual: u64,
+    },
+    /// Somebody else applied at the same time, and came first.
+    #[error("generation {generation} was applied by {winner} at the same time, and came first: look at it (`get`, `diff`) and apply again")]
+    Lost {
+        /// The generation that both proposed.
+        generation: u64,
+        /// The instance through which the other one came.
+        winner: String,
+    },
+    /// The control topic cannot be read, so what is in force is not known.
+    #[error("the state of the mesh cannot be read: {0}")]
+    NotReady(String),
+    /// The broker failed before anything was proposed.
+    #[error("nothing was applied: {0}")]
+    Broker(#[from] BrokerError),
+    /// The broker refused the proposal.
+    #[error("the broker refused the table: {0}")]
+    Refused(ProduceError),
+    /// No answer came in time: the table may be in force, or come in force later.
+    #[error("it is not known whether generation {generation} was applied: {detail}. Look with `get` or `status` before trying again")]
+    Unclear {
+        /// The generation.
+        generation: u64,
+        /// What happened.
+        detail: String,
+    },
+    /// A fault of this program.
+    #[error("internal error: {0}")]
+    Internal(String),
+}
+
+/// A table, checked and compiled.
+struct Candidate {
+    table: Table,
+    compiled: CompiledTable,
+    json: String,
+    warnings: Vec<Fault>,
+}
+
+/// The table in force in the mesh.
+struct InForce {
+    /// Its generation; 0: there is none.
+    generation: u64,
+    /// Its digest, if its record can be read.
+    digest: Option<String>,
+    table: Option<Table>,
+    compiled: Option<CompiledTable>,
+}
+
+impl Control {
+    /// Checks a table.
+    ///
+    /// # Errors
+    /// [`ApplyError::Faults`] with all its faults.
+    pub async fn validate(&self, file: &str, text: &str) -> Result<Checked, ApplyError> {
+        let candidate = self.check(file, text).await?;
+        Ok(Checked { digest: candidate.compiled.digest.to_string(), warnings: candidate.warnings })
+    }
+
+    /// Applies a table to the whole mesh: creates its topics, proposes it as the next generation, and reads back who won. Returns once
+    /// this sidecar runs it, or after a few seconds more.
+    ///
+    /// When the future is dropped, the proposal may have been made: the log says so.
+    ///
+    /// # Errors
+    /// See [`ApplyError`]; in every case but [`ApplyError::Unclear`] nothing was applied.
+    pub async fn apply(&self, file: &str, text: &str, options: ApplyOptions) -> Result<Applied, ApplyError> {
+        if let Some(path) = &self.0.config.table {
+            return Err(ApplyError::Pinned { path: path.clone() });
+        }
+        let mut candidate = self.check(file, text).await?;
+        let _one_at_a_time = self.0.applying.acquire().await.map_err(|error| ApplyError::Internal(error.to_string()))?;
+
+        self.catch_up().await?;
+        let in_force = self.in_force().await?;
+        if let Some(expected) = options.expected_generation.filter(|expected| *expected != in_force.generation) {
+            return Err(ApplyError::Expected { expected, actual: in_force.generation });
+        }
+        let digest = candidate.compiled.digest.to_string();
+        let changed = in_force.digest.as_deref() != Some(&*digest);
+
+        let admin = self.0.broker.admin();
+        let existing = within(BROKER, "the topics", admin.topics()).await?;
+        let plan = topics::plan(&candidate.compiled, &existing);
+        warn_of_topics(file, &plan, &mut candidate.warnings);
+        let mut changes = self.changes(&in_force, &candidate);
+        changes.extend(plan.create.iter().map(|topic| created(topic, options.dry_run)));
+        let new_routes = if changed { self.backlogs(file, &existing, &in_force, &mut candidate).await } else { Vec::new() };
+
+        let mut generation = in_force.generation;
+        if !options.dry_run {
+            if !plan.create.is_empty() {
+                within(BROKER, "the creation of topics", admin.create_topics(plan.create)).await?;
+            }
+            if changed {
+                generation = in_force.generation.checked_add(1).ok_or_else(|| ApplyError::Internal("no generation is left".into()))?;
+                self.propose(generation, candidate.json).await?;
+                let mut local = self.0.local.subscribe();
+                // Not waiting longer is no error: status tells how far each instance is.
+                timeout(ADOPTION, local.wait_for(|local| local.judged >= generation)).await.map(drop).unwrap_or_default();
+            }
+        }
+        let changed = changed && !options.dry_run;
+        Ok(Applied { generation, digest, changed, warnings: candidate.warnings, new_routes, changes })
+    }
+
+    async fn check(&self, file: &str, text: &str) -> Result<Candidate, ApplyError> {
+        let (file, text, mesh) = (file.to_owned(), text.to_owned(), self.0.config.mesh.clone());
+        spawn_blocking(move || {
+            let table = mesh_routing::parse(&file, &text)?;
+            if table.mesh != *mesh {
+                return Err(Faults(vec![Fault {
+                    message: format!("the table is of mesh {:?}, and this sidecar belongs to mesh {mesh:?}", table.mesh),
+                    hint: "correct the name, or talk to a sidecar of the other mesh (--admin)".into(),
+                    ..fault(&file, "metadata.mesh", mesh_routing::fault::code::CONFLICT)
+                }])
+                .into());
+            }
+            let compiled = mesh_routing::compile(&table)?;
+            let mut warnings = table.warnings();
+            for warning in &mut warnings {
+                warning.file.clone_from(&file);
+            }
+            Ok(Candidate { json: table.to_json(), table, compiled, warnings })
+        })
+        .await
+        .map_err(|error| ApplyError::Internal(error.to_string()))?
+    }
+
+    /// Waits until the log was read as far as it reaches now.
+    async fn catch_up(&self) -> Result<(), ApplyError> {
+        let not_ready = || {
+            let reasons = self.0.waiting_reasons().join("; ");
+            ApplyError::NotReady(if reasons.is_empty() { format!("{CONTROL_TOPIC} was not read to its end in time") } else { reasons })
+        };
+        let mut progress = self.0.progress.subscribe();
+        let wait = timeout(BROKER, progress.wait_for(|progress| progress.caught_up)).await;
+        if !wait.is_ok_and(|progress| progress.is_ok()) {
+            return Err(not_ready());
+        }
+        let partition = TopicPartition::new(CONTROL_TOPIC, 0);
+        let (_, end) = within(BROKER, "the end of the control topic", self.0.broker.admin().watermarks(&partition)).await?;
+        let wait = timeout(BROKER, progress.wait_for(|progress| progress.next_offset >= end)).await;
+        if wait.is_ok_and(|progress| progress.is_ok()) { Ok(()) } else { Err(not_ready()) }
+    }
+
+    async fn in_force(&self) -> Result<InForce, ApplyError> {
+        let (head, winner) = self.0.log(|log| (log.head(), log.winner(log.head()).cloned()));
+        let local = self.0.local.borrow().table.clone();
+        // A copy on disk may be ahead of a control topic that was lost: generations grow all the same.
+        let generation = local.as_ref().map_or(0, |table| table.generation).max(head);
+        let mesh = self.0.config.mesh.clone();
+        spawn_blocking(move || {
+            let snapshot = winner.filter(|_| head == generation).and_then(|winner| Snapshot::unpack(&winner.value).ok());
+            let snapshot = snapshot.filter(|snapshot| snapshot.check(&mesh, head).is_ok());
+            let digest = snapshot.as_ref().map(|snapshot| snapshot.digest.clone());
+            let json = snapshot.map(|snapshot| snapshot.table).or_else(|| local.map(|table| table.json.clone()));
+            let table = json.and_then(|json| mesh_routing::parse("the table in force", &json).ok());
+            let compiled = table.as_ref().and_then(|table| mesh_routing::compile(table).ok());
+            InForce { generation, digest, table, compiled }
+        })
+        .await
+        .map_err(|error| ApplyError::Internal(error.to_string()))
+    }
+
+    fn changes(&self, in_force: &InForce, candidate: &Candidate) -> Vec<String> {
+        let none =
+            Table { mesh: candidate.table.mesh.clone(), topics: BTreeMap::new(), defaults: RouteFields::default(), routes: Vec::new() };
+        let changes = mesh_routing::diff(in_force.table.as_ref().unwrap_or(&none), &candidate.table);
+        changes.iter().map(ToString::to_string).collect()
+    }
+
+    async fn backlogs(
+        &self,
+        file: &str,
+        existing: &BTreeMap<String, i32>,
+        in_force: &InForce,
+        candidate: &mut Candidate,
+    ) -> Vec<RouteBacklog> {
+        let admin = self.0.broker.admin();
+        let counting = topics::backlogs(&*admin, existing, in_force.compiled.as_ref(), &candidate.compiled);
+        let detail = match timeout(COUNTING, counting).await {
+            Ok(Ok(backlogs)) => return backlogs,
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("the broker did not answer within {} s", COUNTING.as_secs()),
+        };
+        candidate.warnings.push(Fault {
+            message: format!("how many records the new routes begin with could not be counted: {detail}"),
+            hint: "`start: latest` skips what exists".into(),
+            ..fault(file, "spec.routes", "backlog_unknown")
+        });
+        Vec::new()
+    }
+
+    /// Appends the proposal, and waits for the log to say who won.
+    async fn propose(&self, generation: u64, table: String) -> Result<(), ApplyError> {
+        let deadline = Instant::now() + READ_BACK;
+        let unclear = |detail: &str| ApplyError::Unclear { generation, detail: detail.to_owned() };
+        let snapshot = Snapshot::new(&self.0.config.mesh, generation, now_ms(), &self.0.instance, table);
+        let packed = spawn_blocking(move || snapshot.pack()).await;
+        let value = packed.map_err(|error| error.to_string()).and_then(|packed| packed.map_err(|error| error.to_string()));
+        let value = value.map_err(ApplyError::Internal)?;
+        let key = proposal_key(&self.0.config.mesh, generation, &uuid::Uuid::new_v4().simple().to_string());
+
+        let producer = self.0.broker.producer();
+        producer.learn_topic(CONTROL_TOPIC, BROKER).await.map_err(ApplyError::Refused)?;
+        // What is old is deleted before the proposal, so that the log ends with a record that compaction keeps.
+        let topic: Arc<str> = CONTROL_TOPIC.into();
+        let outgoing = |key: bytes::Bytes, value| Outgoing {
+            topic: topic.clone(),
+            partition: Some(0),
+            record: Record { key: Some(key), value, headers: Vec::new(), timestamp_ms: None },
+        };
+        let mut records: Vec<Outgoing> = self.0.log(|log| log.deletable()).into_iter().map(|key| outgoing(key, None)).collect();
+        records.push(outgoing(key.clone().into(), Some(value)));
+        let mut progress = self.0.progress.subscribe();
+        let mut acks = producer.send(records);
+        let mut acked = false;
+        loop {
+            if let Some(winner) = self.0.log(|log| log.winner(generation).cloned()) {
+                if winner.key == key.as_bytes() {
+                    return Ok(());
+                }
+                let read = spawn_blocking(move || Snapshot::unpack(&winner.value).map(|snapshot| snapshot.writer)).await;
+                let winner = read.ok().and_then(Result::ok).map_or_else(|| "somebody".into(), |writer| format!("instance {writer}"));
+                return Err(ApplyError::Lost { generation, winner });
+            }
+            tokio::select! {
+                results = &mut acks, if !acked => {
+                    acked = true;
+                    match results.into_iter().next_back() {
+                        Some(Err(error)) if !possibly_stored(error.kind) => return Err(ApplyError::Refused(error)),
+                        Some(Err(error)) => tracing::warn!(generation, %error, "no acknowledgement for a proposal: the log will tell"),
+                        Some(Ok(_)) | None => {},
+                    }
+                },
+                changed = timeout_at(deadline, progress.changed()) => match changed {
+                    Ok(Ok(())) => {},
+                    Ok(Err(_)) => return Err(unclear("the control plane stopped")),
+                    Err(_) => return Err(unclear("the broker did not give the record back in time")),
+                },
+            }
+        }
+    }
+}
+
+fn possibly_stored(kind: ProduceErrorKind) -> bool {
+    matches!(kind, ProduceErrorKind::TimedOut | ProduceErrorKind::Fatal)
+}
+
+/// Asks the broker, within a deadline.
+async fn within<T>(deadline: Duration, what: &str, question: impl Future<Output = Result<T, BrokerError>>) -> Result<T, BrokerError> {
+    timeout(deadline, question).await.unwrap_or_else(|_| {
+        let detail = format!("the broker did not answer within {} s ({what})", deadline.as_secs());
+        Err(BrokerError::new(BrokerErrorKind::Unreachable, detail))
+    })
+}
+
+fn fault(file: &str, field: impl Into<String>, code: &'static str) -> Fault {
+    Fault { file: file.to_owned(), line: 0, column: 0, field: field.into(), message: String::new(), hint: String::new(), code }
+}
+
+fn warn_of_topics(file: &str, plan: &Plan, warnings: &mut Vec<Fault>) {
+    warnings.extend(plan.differs.iter().map(|differs| Fault {
+        message: differs.to_string(),
+        hint: "correct the table, or change the topic with the broker's own tools".into(),
+        ..fault(file, format!("spec.topics.{}.partitions", differs.topic), "topic_differs")
+    }));
+}
+
+fn created(topic: &NewTopic, dry_run: bool) -> String {
+    let partitions = match topic.partitions {
+        Some(1) => "1 partition".to_owned(),
+        Some(count) => format!("{count} partitions"),
+        None => "the broker's default number of partitions".to_owned(),
+    };
+    let verb = if dry_run { "would be created" } else { "is created" };
+    format!("+ topic {} {verb} with {partitions}", topic.name)
+}

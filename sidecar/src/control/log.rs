@@ -1,0 +1,306 @@
+//! The control log: which record of `__mesh.control` carries the table in force. Pure.
+//!
+//! A record is a proposal for one generation, under a key of its own: `<mesh>/<generation>/<id>`.
+//!
+//! Invariant: the first record of a generation in log order wins it, whatever its value is. A reader that cannot read the value
+//! comes to the same winner as one that can, and refuses the table, not the generation.
+//! Invariant: the generation in force is the highest one that was claimed; it never goes back.
+//! Invariant: only generations that are [`KEEP`] or more behind are deleted, so a compacted log has the same head as the whole one.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+
+/// How many generations are kept in the log.
+pub(crate) const KEEP: u64 = 50;
+
+/// How many beaten or stray keys are remembered for deletion, so that a broken writer cannot fill the memory.
+const MAX_LOSERS: usize = 1_024;
+
+/// The key of a proposal.
+pub(crate) fn proposal_key(mesh: &str, generation: u64, id: &str) -> String {
+    format!("{mesh}/{generation}/{id}")
+}
+
+/// The generation that a key proposes for this mesh; `None` for another mesh's record, or a foreign one.
+fn parse_key(mesh: &str, key: &[u8]) -> Option<u64> {
+    let rest = std::str::from_utf8(key).ok()?.strip_prefix(mesh)?.strip_prefix('/')?;
+    let (generation, id) = rest.split_once('/')?;
+    let canonical = generation == "0" || !generation.starts_with(['0', '+']);
+    let generation = generation.parse::<u64>().ok().filter(|generation| canonical && *generation > 0)?;
+    (!id.is_empty() && !id.contains('/')).then_some(generation)
+}
+
+/// A record that won its generation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Winner {
+    /// Its key.
+    pub(crate) key: Bytes,
+    /// Its offset.
+    pub(crate) offset: i64,
+    /// The snapshot, as stored.
+    pub(crate) value: Bytes,
+}
+
+/// What a record meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Meaning {
+    /// It claimed this generation, which is the newest now.
+    Head(u64),
+    /// It came too late for this generation.
+    Beaten(u64),
+    /// It deleted an old record.
+    Deleted,
+    /// It asked to delete the record in force, which is never done: this is somebody's mistake.
+    DeletedHead,
+    /// It is not of this mesh, or was seen before.
+    Foreign,
+}
+
+/// The fold over the records of the control topic.
+#[derive(Debug)]
+pub(crate) struct Log {
+    mesh: String,
+    next_offset: i64,
+    head: u64,
+    winners: BTreeMap<u64, Winner>,
+    losers: BTreeMap<Bytes, u64>,
+}
+
+impl Log {
+    /// An empty log of a mesh.
+    pub(crate) fn new(mesh: &str) -> Self {
+        Self { mesh: mesh.to_owned(), next_offset: 0, head: 0, winners: BTreeMap::new(), losers: BTreeMap::new() }
+    }
+
+    /// Takes the next record. One with an offset that was passed already changes nothing, so a reader may begin again.
+    pub(crate) fn push(&mut self, offset: i64, key: Option<&Bytes>, value: Option<&Bytes>) -> Meaning {
+        if offset < self.next_offset {
+            return Meaning::Foreign;
+        }
+        self.next_offset = offset + 1;
+        let Some((key, generation)) = key.and_then(|key| Some((key, parse_key(&self.mesh, key)?))) else {
+            return Meaning::Foreign;
+        };
+        let Some(value) = value else { return self.delete(key, generation) };
+        if generation > self.head {
+            self.head = generation;
+            // Own copies: slices would keep the whole fetched batch alive.
+            let winner = Winner { key: Bytes::copy_from_slice(key), offset, value: Bytes::copy_from_slice(value) };
+            self.winners.insert(generation, winner);
+            return Meaning::Head(generation);
+        }
+        if self.losers.len() < MAX_LOSERS && self.winners.get(&generation).is_none_or(|winner| winner.key != *key) {
+            self.losers.insert(Bytes::copy_from_slice(key), generation);
+        }
+        Meaning::Beaten(generation)
+    }
+
+    fn delete(&mut self, key: &Bytes, generation: u64) -> Meaning {
+        self.losers.remove(key);
+        if self.winners.get(&generation).is_some_and(|winner| winner.key == *key) {
+            if generation == self.head {
+                return Meaning::DeletedHead;
+            }
+            self.winners.remove(&generation);
+        }
+        Meaning::Deleted
+    }
+
+    /// Notes that everything below this offset was passed.
+    pub(crate) fn passed(&mut self, offset: i64) {
+        self.next_offset = self.next_offset.max(offset);
+    }
+
+    /// The offset after the last one that was passed.
+    pub(crate) fn next_offset(&self) -> i64 {
+        self.next_offset
+    }
+
+    /// The newest generation; 0 if there is none.
+    pub(crate) fn head(&self) -> u64 {
+        self.head
+    }
+
+    /// The record that won a generation; `None` if there is none, or it was deleted.
+    pub(crate) fn winner(&self, generation: u64) -> Option<&Winner> {
+        self.winners.get(&generation)
+    }
+
+    /// The generations that exist, the newest first.
+    pub(crate) fn generations(&self) -> impl Iterator<Item = u64> {
+        self.winners.keys().rev().copied()
+    }
+
+    /// The keys to delete now: everything of generations that are [`KEEP`] or more behind, the beaten before the winners.
+    pub(crate) fn deletable(&self) -> Vec<Bytes> {
+        let Some(last) = self.head.checked_sub(KEEP) else { return Vec::new() };
+        let losers = self.losers.iter().filter(|(_, generation)| **generation <= last).map(|(key, _)| key.clone());
+        losers.chain(self.winners.range(..=last).map(|(_, winner)| winner.key.clone())).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn push(log: &mut Log, offset: i64, key: &str, value: Option<&'static str>) -> Meaning {
+        log.push(offset, Some(&Bytes::copy_from_slice(key.as_bytes())), value.map(|v| Bytes::from_static(v.as_bytes())).as_ref())
+    }
+
+    #[test]
+    fn the_first_record_of_a_generation_wins() {
+        let mut log = Log::new("shop");
+        assert_eq!(push(&mut log, 0, "shop/1/a", Some("A")), Meaning::Head(1));
+        assert_eq!(push(&mut log, 1, "shop/1/b", Some("B")), Meaning::Beaten(1));
+        assert_eq!(push(&mut log, 2, "shop/2/b", Some("B")), Meaning::Head(2));
+        assert_eq!(push(&mut log, 3, "shop/1/c", Some("C")), Meaning::Beaten(1));
+        assert_eq!(log.head(), 2);
+        assert_eq!(log.winner(1).map(|winner| winner.value.clone()), Some(Bytes::from_static(b"A")));
+        assert_eq!(log.next_offset(), 4);
+        assert_eq!(push(&mut log, 2, "shop/9/x", Some("X")), Meaning::Foreign, "an offset that was passed");
+        assert_eq!(log.head(), 2);
+    }
+
+    #[test]
+    fn other_meshes_and_foreign_keys_are_ignored() {
+        let mut log = Log::new("shop");
+        for (offset, key) in
+            ["shop2/1/a", "shop/x/1/a", "shop/1", "shop/1/", "shop/01/a", "shop/+1/a", "shop/0/a", "shop/7/8/a", "", "shop/-1/a"]
+                .iter()
+                .enumerate()
+        {
+            assert_eq!(push(&mut log, offset as i64, key, Some("A")), Meaning::Foreign, "{key}");
+        }
+        assert_eq!(log.push(20, None, Some(&Bytes::new())), Meaning::Foreign);
+        assert_eq!(log.push(21, Some(&Bytes::from_static(b"\xff/1/a")), None), Meaning::Foreign);
+        assert_eq!(log.head(), 0);
+    }
+
+    #[test]
+    fn the_record_in_force_is_never_deleted() {
+        let mut log = Log::new("shop");
+        push(&mut log, 0, "shop/1/a", Some("A"));
+        assert_eq!(push(&mut log, 1, "shop/1/a", None), Meaning::DeletedHead);
+        assert!(log.winner(1).is_some());
+        push(&mut log, 2, "shop/2/a", Some("A"));
+        assert_eq!(push(&mut log, 3, "shop/1/a", None), Meaning::Deleted);
+        assert!(log.winner(1).is_none());
+    }
+
+    #[test]
+    fn old_generations_are_deletable_losers_first() {
+        let mut log = Log::new("shop");
+        push(&mut log, 0, "shop/1/w", Some("A"));
+        push(&mut log, 1, "shop/1/l", Some("A"));
+        for generation in 2..=KEEP {
+            push(&mut log, generation as i64, &format!("shop/{generation}/w"), Some("A"));
+        }
+        assert!(log.deletable().is_empty());
+        push(&mut log, 100, &format!("shop/{}/w", KEEP + 1), Some("A"));
+        assert_eq!(log.deletable(), [Bytes::from_static(b"shop/1/l"), Bytes::from_static(b"shop/1/w")]);
+    }
+
+    type Stored = (i64, Bytes, Option<Bytes>);
+
+    fn fold(records: &[Stored]) -> Log {
+        let mut log = Log::new("shop");
+        for (offset, key, value) in records {
+            log.push(*offset, Some(key), value.as_ref());
+        }
+        log
+    }
+
+    /// What a writer does next: which one, how stale its view is, and whether it writes garbage or another mesh's record.
+    #[derive(Clone, Debug)]
+    enum Step {
+        Propose { behind: usize, garbage: bool },
+        Clean,
+        Other,
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        prop::collection::vec(
+            prop_oneof![
+                8 => (0usize..5, any::<bool>()).prop_map(|(behind, garbage)| Step::Propose { behind, garbage }),
+                1 => Just(Step::Clean),
+                1 => Just(Step::Other),
+            ],
+            1..300,
+        )
+    }
+
+    /// The log that writers with stale views leave behind: each proposes its own view's head + 1.
+    fn written(steps: &[Step]) -> Vec<Stored> {
+        let mut records: Vec<Stored> = Vec::new();
+        for step in steps {
+            let offset = records.len() as i64;
+            match step {
+                Step::Propose { behind, garbage } => {
+                    let seen = fold(&records[..records.len().saturating_sub(*behind)]);
+                    let key = proposal_key("shop", seen.head() + 1, &offset.to_string());
+                    let value = if *garbage { "garbage".to_owned() } else { format!("table {offset}") };
+                    records.push((offset, key.into(), Some(value.into())));
+                }
+                Step::Clean => {
+                    for key in fold(&records).deletable() {
+                        records.push((records.len() as i64, key, None));
+                    }
+                }
+                Step::Other => records.push((offset, Bytes::from_static(b"other/99999/x"), Some(Bytes::from_static(b"x")))),
+            }
+        }
+        records
+    }
+
+    /// What the broker's compaction leaves: of each key the last record up to `until`, and possibly no tombstone.
+    fn compacted(records: &[Stored], until: usize, tombstones: bool) -> Vec<Stored> {
+        let (old, new) = records.split_at(until.min(records.len()));
+        let last: BTreeMap<&Bytes, i64> = old.iter().map(|(offset, key, _)| (key, *offset)).collect();
+        let kept = old.iter().filter(|(offset, key, value)| last[key] == *offset && (tombstones || value.is_some()));
+        kept.chain(new).cloned().collect()
+    }
+
+    proptest! {
+        #[test]
+        fn readers_agree_wherever_they_start(steps in steps(), until in 0usize..400, tombstones: bool, pause in 0usize..400) {
+            let records = written(&steps);
+            let whole = fold(&records);
+
+            // A reader that comes after a compaction.
+            let late = fold(&compacted(&records, until, tombstones));
+            prop_assert_eq!(late.head(), whole.head());
+            prop_assert_eq!(late.winner(late.head()), whole.winner(whole.head()));
+            // Within the window that is kept, the history is the same too.
+            for generation in whole.head().saturating_sub(KEEP) + 1..=whole.head() {
+                prop_assert_eq!(late.winner(generation), whole.winner(generation));
+            }
+
+            // A reader that stopped somewhere, and reads from the beginning again after a reconnect.
+            let mut again = fold(&records[..pause.min(records.len())]);
+            for (offset, key, value) in &records {
+                again.push(*offset, Some(key), value.as_ref());
+            }
+            prop_assert_eq!(again.head(), whole.head());
+            prop_assert_eq!(again.winner(again.head()), whole.winner(whole.head()));
+        }
+
+        #[test]
+        fn generations_only_grow_and_have_one_winner(steps in steps()) {
+            let records = written(&steps);
+            let mut log = Log::new("shop");
+            let (mut head, mut claimed) = (0, BTreeSet::new());
+            for (offset, key, value) in &records {
+                if let Meaning::Head(generation) = log.push(*offset, Some(key), value.as_ref()) {
+                    prop_assert!(claimed.insert(generation));
+                }
+                prop_assert!(log.head() >= head);
+                head = log.head();
+            }
+        }
+    }
+}

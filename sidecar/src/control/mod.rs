@@ -1,0 +1,215 @@
+//! The control plane: learns, verifies, caches and swaps routing tables, and reports the state of the mesh. Floor 4.
+//!
+//! The table lives in the broker, in `__mesh.control`; see [`log`] for who wins when two propose at once.
+//!
+//! ```text
+//! __mesh.control ──▶ reader ──▶ log ──▶ adopter ──▶ table (a watch that routes follow) ──▶ copy on disk
+//!        ▲                       │
+//!        └── apply ◀─────────────┘          __mesh.status ◀──▶ status: what each instance says of itself
+//! ```
+//!
+//! Invariant: a sidecar is ready once it has read the log to its end, or runs its copy on disk, or a pinned file.
+//! Invariant: whatever is wrong with a new table, the last good one stays in force, and status says why.
+//! Invariant: nothing here needs the broker at start; what is waited for is visible in status.
+//!
+//! Later, and kept free: signatures (`Snapshot::signature`), further channels (`Snapshot::channel`), history beyond `GetTable`.
+
+mod adopt;
+mod apply;
+mod cache;
+mod log;
+mod read;
+mod report;
+mod snapshot;
+mod state;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+mod topics;
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use mesh_proto::v1;
+use mesh_routing::Faults;
+use tokio::sync::watch;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use self::{
+    adopt::Pinned,
+    state::{Local, Shared},
+};
+pub use self::{
+    apply::{Applied, ApplyError, ApplyOptions, Checked},
+    topics::RouteBacklog,
+};
+use crate::{
+    broker::Broker,
+    config::Config,
+    status::Board,
+    table::{TableOrigin, TableWatch},
+};
+
+/// How long a start waits for the broker before it takes the copy on disk.
+const CACHE_AFTER: Duration = Duration::from_secs(2);
+
+/// Why the control plane cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The file that pins the table cannot be read.
+    #[error("the pinned table {path} cannot be read: {error}; correct `table.file`, or remove it to take the table from the mesh", path = path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        error: std::io::Error,
+    },
+    /// The file that pins the table has faults: all of them, one a line.
+    #[error("the pinned table {path} has faults:\n{faults}", path = path.display())]
+    Faults {
+        /// The file.
+        path: PathBuf,
+        /// The faults.
+        faults: Faults,
+    },
+    /// The file pins the table of another mesh.
+    #[error("the pinned table {path} is of mesh {found:?}, and this sidecar belongs to mesh {expected:?}", path = path.display())]
+    Mesh {
+        /// The file.
+        path: PathBuf,
+        /// The mesh in the file.
+        found: String,
+        /// The mesh in the config.
+        expected: String,
+    },
+    /// A task failed.
+    #[error("the pinned table could not be compiled: {0}")]
+    Task(#[from] tokio::task::JoinError),
+}
+
+/// The control plane of this process. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Control(Arc<Shared>);
+
+/// Owns the tasks of the control plane.
+#[derive(Debug)]
+pub struct ControlHandle {
+    control: Control,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl Control {
+    /// Starts the control plane. Returns at once, but for a pinned table, which is read and compiled first.
+    ///
+    /// `shutdown` ends its tasks; [`ControlHandle::close`] awaits them.
+    ///
+    /// # Errors
+    /// Only for a pinned table that cannot be used. A broker that is away is waited for.
+    pub async fn start(
+        broker: Arc<dyn Broker>,
+        config: Arc<Config>,
+        board: Board,
+        shutdown: CancellationToken,
+    ) -> Result<ControlHandle, StartError> {
+        let pinned = match &config.table {
+            Some(path) => Some(Pinned::load(path, &config.mesh).await?),
+            None => None,
+        };
+        let shared = Arc::new(Shared::new(broker, config, board));
+        let stop = shutdown.child_token();
+        let tasks = TaskTracker::new();
+        tasks.spawn(read::run(shared.clone(), stop.clone()));
+        match pinned {
+            Some(pinned) => tasks.spawn(adopt::run_pinned(shared.clone(), pinned, stop.clone())),
+            None => tasks.spawn(adopt::run(shared.clone(), stop.clone())),
+        };
+        tasks.spawn(report::read(shared.clone(), stop.clone()));
+        tasks.spawn(report::publish(shared.clone(), stop.clone()));
+        tasks.close();
+        Ok(ControlHandle { control: Self(shared), tasks, stop })
+    }
+
+    /// The table in force here.
+    pub fn table(&self) -> TableWatch {
+        self.0.table.subscribe()
+    }
+
+    /// Whether a table, or the knowledge that there is none, is there: `None` when ready, else what is waited for.
+    pub fn waiting(&self) -> Option<String> {
+        if *self.0.ready.borrow() {
+            return None;
+        }
+        let reasons = self.0.waiting_reasons();
+        Some(if reasons.is_empty() { "the routing table is being read from the mesh".into() } else { reasons.join("; ") })
+    }
+
+    /// Becomes `true` once, when the control plane is ready; see [`Control::waiting`].
+    pub fn ready(&self) -> watch::Receiver<bool> {
+        self.0.ready.subscribe()
+    }
+
+    /// The name of this instance: the configured one, or `<service>-<random>`.
+    pub fn instance(&self) -> &str {
+        &self.0.instance
+    }
+
+    /// The state of the mesh as far as this sidecar knows: this instance as it is now, the others as they reported last.
+    pub fn status(&self) -> v1::GetStatusResponse {
+        report::mesh(&self.0)
+    }
+
+    /// A table: the one in force here, or that of a generation. `None` if there is none.
+    ///
+    /// # Errors
+    /// Why the record of that generation cannot be read.
+    pub async fn get_table(&self, generation: Option<u64>) -> Result<Option<v1::GetTableResponse>, String> {
+        let local = self.0.local.borrow().clone();
+        match generation {
+            None => Ok(local.table.map(|table| (*table).clone())),
+            Some(generation) => {
+                if let Some(table) = local.table.filter(|table| table.generation == generation && generation > 0) {
+                    return Ok(Some((*table).clone()));
+                }
+                let Some(winner) = self.0.log(|log| log.winner(generation).cloned()) else { return Ok(None) };
+                let mesh = self.0.config.mesh.clone();
+                let read = tokio::task::spawn_blocking(move || {
+                    let snapshot = snapshot::Snapshot::unpack(&winner.value)?;
+                    snapshot.check(&mesh, generation)?;
+                    Ok::<_, snapshot::SnapshotError>(snapshot)
+                });
+                let snapshot = read.await.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
+                Ok(Some(Local::response(&snapshot, TableOrigin::Mesh)))
+            }
+        }
+    }
+}
+
+impl ControlHandle {
+    /// The operations.
+    pub fn control(&self) -> &Control {
+        &self.control
+    }
+
+    /// The table in force here.
+    pub fn table(&self) -> TableWatch {
+        self.control.table()
+    }
+
+    /// Becomes `true` once, when the control plane is ready.
+    pub fn ready(&self) -> watch::Receiver<bool> {
+        self.control.ready()
+    }
+
+    /// Ends all tasks: this instance's status is taken back from the mesh, within 2 s. Call it before the broker is closed.
+    pub async fn close(self) {
+        self.stop.cancel();
+        self.tasks.wait().await;
+    }
+}
+
+impl Drop for ControlHandle {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}

@@ -1,0 +1,320 @@
+//! What instances say of themselves in `__mesh.status`, and what follows from it.
+//!
+//! A record's key is `<mesh>/<instance>`, its value the zstd-compressed protobuf of `InstanceStatus`; a tombstone is a clean exit.
+//!
+//! Invariant: the answering instance's own status is made on the spot, never read from the topic.
+//! Invariant: what is known of others is bounded in number and in age.
+
+use std::{
+    collections::BTreeMap,
+    io::Read as _,
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
+
+use mesh_proto::v1;
+use prost::Message as _;
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    state::{Backoff, Shared, now_ms},
+    topics::STATUS_TOPIC,
+};
+use crate::{
+    broker::{BrokerError, Consumer, ConsumerConfig, Event, Outgoing, StartOffset},
+    record::{Record, TopicPartition},
+    status::{RouteState, RouteStatus},
+};
+
+/// How often an instance reports when nothing changes; ± 20 %, so that many do not report at once.
+const EVERY: Duration = Duration::from_secs(30);
+/// How often the board is looked at for changes.
+const LOOK: Duration = Duration::from_secs(1);
+/// An instance that did not report for so long is lost.
+const LOST_AFTER_MS: i64 = 90_000;
+/// An instance that did not report for so long is forgotten.
+const FORGOTTEN_AFTER_MS: i64 = 24 * 60 * 60 * 1_000;
+/// How many instances are remembered at most.
+const MAX_PEERS: usize = 20_000;
+/// How long the taking back at exit may take.
+const GOODBYE: Duration = Duration::from_secs(2);
+/// How long a report may take to be acknowledged.
+const REPORT: Duration = Duration::from_secs(10);
+/// The largest report that is unpacked, in bytes.
+const MAX_REPORT: u64 = 16 << 20;
+
+/// What other instances reported last, by instance.
+pub(super) type Peers = BTreeMap<String, Peer>;
+
+/// The offsets after the last record, by partition.
+type Ends = BTreeMap<TopicPartition, i64>;
+
+/// An instance's last report.
+#[derive(Clone, Debug)]
+pub(super) struct Peer {
+    status: v1::InstanceStatus,
+    /// When it was heard, by this process's clock, which knows nothing of the other's.
+    heard_ms: i64,
+}
+
+/// The state of the mesh.
+pub(super) fn mesh(shared: &Shared) -> v1::GetStatusResponse {
+    let now = now_ms();
+    let head = shared.progress.borrow().head;
+    let local = shared.local.borrow().clone();
+    let digest = local.head_digest.as_deref().filter(|_| local.judged == head);
+    let mut peers = {
+        let mut peers = shared.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        peers.retain(|_, peer| now.saturating_sub(peer.heard_ms) < FORGOTTEN_AFTER_MS);
+        peers.clone()
+    };
+    peers.remove(&shared.instance);
+    let mut instances: Vec<_> = peers
+        .into_values()
+        .map(|Peer { mut status, heard_ms }| {
+            status.state = derive(&status, head, digest, now.saturating_sub(heard_ms)).into();
+            // Its age, by one clock.
+            status.reported_ms = heard_ms;
+            status
+        })
+        .collect();
+    instances.push(own(shared));
+    instances.sort_by(|a, b| a.instance.cmp(&b.instance));
+    v1::GetStatusResponse { mesh: shared.config.mesh.to_string(), generation: head, instances }
+}
+
+/// This instance, now.
+fn own(shared: &Shared) -> v1::InstanceStatus {
+    let local = shared.local.borrow().clone();
+    let head = shared.progress.borrow().head;
+    let refused = local.refused.is_some();
+    let mut status = v1::InstanceStatus {
+        instance: shared.instance.clone(),
+        services: shared.config.services.iter().map(|service| service.name.to_string()).collect(),
+        state: v1::InstanceState::Unspecified.into(),
+        generation: local.generation(),
+        digest: local.table.as_ref().map(|table| table.digest.clone()).unwrap_or_default(),
+        error: local.refused.unwrap_or_default(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        reported_ms: now_ms(),
+        routes: shared.board.routes().iter().map(route).collect(),
+        waiting: shared.waiting_reasons(),
+        origin: local.table.as_ref().map_or(0, |table| table.origin),
+        refused_generation: if refused { local.judged } else { 0 },
+    };
+    let digest = local.head_digest.as_deref().filter(|_| local.judged == head);
+    status.state = derive(&status, head, digest, 0).into();
+    status
+}
+
+/// How an instance stands to the newest table, from what it says and how long ago it said it.
+fn derive(status: &v1::InstanceStatus, head: u64, digest: Option<&str>, age_ms: i64) -> v1::InstanceState {
+    use v1::InstanceState as State;
+    if age_ms > LOST_AFTER_MS {
+        return State::Lost;
+    }
+    match status.origin() {
+        v1::TableOrigin::Pinned => return State::Pinned,
+        v1::TableOrigin::Cache => return State::Cached,
+        v1::TableOrigin::Mesh | v1::TableOrigin::Unspecified => {}
+    }
+    // What was refused may have been replaced by now.
+    if status.refused_generation >= head && status.refused_generation > 0 {
+        return State::Nacked;
+    }
+    match status.generation.cmp(&head) {
+        std::cmp::Ordering::Less => State::Pending,
+        std::cmp::Ordering::Equal if digest.is_none_or(|digest| digest == status.digest) => State::Synced,
+        std::cmp::Ordering::Equal | std::cmp::Ordering::Greater => State::Drift,
+    }
+}
+
+fn route(status: &RouteStatus) -> v1::RouteStatus {
+    v1::RouteStatus {
+        route: status.route.to_string(),
+        service: status.service.to_string(),
+        state: match status.state {
+            RouteState::Joining => v1::RouteState::Joining,
+            RouteState::Running => v1::RouteState::Running,
+            RouteState::WaitingForService => v1::RouteState::WaitingForService,
+            RouteState::WaitingForBroker => v1::RouteState::WaitingForBroker,
+            RouteState::WaitingForTopic => v1::RouteState::WaitingForTopic,
+            RouteState::Draining => v1::RouteState::Draining,
+        }
+        .into(),
+        reason: status.reason.clone(),
+        partitions: status.partitions,
+        lag_records: status.lag_records,
+        lag_seconds: status.lag_seconds,
+        in_flight: status.in_flight,
+        dispositions: status.dispositions.iter().map(|(end, count)| (end.as_str().to_owned(), *count)).collect(),
+        waiting_since_ms: status.waiting_since_ms,
+    }
+}
+
+/// A report without what changes all the time.
+fn significant(status: &v1::InstanceStatus) -> v1::InstanceStatus {
+    let mut status = status.clone();
+    status.reported_ms = 0;
+    for route in &mut status.routes {
+        (route.lag_records, route.lag_seconds, route.in_flight) = (0, 0.0, 0);
+        route.dispositions.clear();
+    }
+    status
+}
+
+/// Reports this instance until the token is cancelled, and takes the report back then.
+pub(super) async fn publish(shared: Arc<Shared>, stop: CancellationToken) {
+    let mut reported = false;
+    stop.run_until_cancelled(report_on(&shared, &mut reported)).await;
+    if reported && !matches!(timeout(GOODBYE, send(&shared, None)).await, Ok(Ok(()))) {
+        tracing::warn!(instance = shared.instance, "the mesh was not told of the exit: it shows this instance as lost after a while");
+    }
+}
+
+async fn report_on(shared: &Shared, reported: &mut bool) {
+    // The reader creates the topic.
+    let mut progress = shared.progress.subscribe();
+    if progress.wait_for(|progress| progress.caught_up).await.is_err() {
+        return;
+    }
+    let mut ready = shared.ready.subscribe();
+    if ready.wait_for(|ready| *ready).await.is_err() {
+        return;
+    }
+    let mut local = shared.local.subscribe();
+    let (mut last, mut due) = (v1::InstanceStatus::default(), Instant::now());
+    loop {
+        let status = own(shared);
+        let now = significant(&status);
+        if now != last || Instant::now() >= due {
+            // Sent or not: it may be there.
+            *reported = true;
+            match timeout(REPORT, send(shared, Some(&status))).await {
+                Ok(Ok(())) => {
+                    last = now;
+                    due = Instant::now() + jittered(EVERY);
+                }
+                // Tried again at the next look; the broker's health is in the status already.
+                Ok(Err(error)) => tracing::debug!(error, "a status report failed"),
+                Err(_) => tracing::debug!("a status report was not acknowledged in time"),
+            }
+        }
+        tokio::select! {
+            changed = local.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(LOOK) => {},
+        }
+    }
+}
+
+fn jittered(every: Duration) -> Duration {
+    let random = uuid::Uuid::new_v4().as_u128() % 401;
+    every.mul_f64(0.8 + 0.001 * random as f64)
+}
+
+async fn send(shared: &Shared, status: Option<&v1::InstanceStatus>) -> Result<(), String> {
+    let value = match status {
+        Some(status) => Some(zstd::encode_all(status.encode_to_vec().as_slice(), 1).map_err(|error| error.to_string())?.into()),
+        None => None,
+    };
+    let producer = shared.broker.producer();
+    if producer.known_partitions(STATUS_TOPIC).is_none() {
+        producer.learn_topic(STATUS_TOPIC, REPORT).await.map_err(|error| error.to_string())?;
+    }
+    let key = format!("{}/{}", shared.config.mesh, shared.instance);
+    let record = Record { key: Some(key.into()), value, headers: Vec::new(), timestamp_ms: None };
+    let acks = producer.send(vec![Outgoing { topic: STATUS_TOPIC.into(), partition: None, record }]).await;
+    acks.into_iter().try_for_each(|ack| ack.map(drop)).map_err(|error| error.to_string())
+}
+
+/// Reads what others report until the token is cancelled.
+pub(super) async fn read(shared: Arc<Shared>, stop: CancellationToken) {
+    let Some((mut consumer, ends)) = stop.run_until_cancelled(begin(&shared)).await else { return };
+    stop.run_until_cancelled(follow(&shared, &mut *consumer, &ends)).await;
+    consumer.close().await;
+}
+
+/// Waits for the broker, and begins to read. Gives the ends of the partitions, too: reports that were there before are as old as they
+/// say; later ones are heard as they come.
+async fn begin(shared: &Shared) -> (Box<dyn Consumer>, Ends) {
+    // The reader of the control topic creates this topic too. This cannot fail: the sender is in `shared`.
+    shared.progress.subscribe().wait_for(|progress| progress.caught_up).await.map(drop).unwrap_or_default();
+    let mut backoff = Backoff::new();
+    loop {
+        match try_to_begin(shared).await {
+            Ok(begun) => return begun,
+            Err(error) => tracing::debug!(%error, "{STATUS_TOPIC} cannot be read yet"),
+        }
+        backoff.pause().await;
+    }
+}
+
+async fn try_to_begin(shared: &Shared) -> Result<(Box<dyn Consumer>, Ends), BrokerError> {
+    let admin = shared.broker.admin();
+    let partitions = admin.topics().await?.get(STATUS_TOPIC).copied().unwrap_or(0);
+    let mut ends = Ends::new();
+    for partition in (0..partitions).map(|partition| TopicPartition::new(STATUS_TOPIC, partition)) {
+        let (_, end) = admin.watermarks(&partition).await?;
+        ends.insert(partition, end);
+    }
+    let config = ConsumerConfig {
+        group: None,
+        topics: vec![STATUS_TOPIC.into()],
+        instance: None,
+        start: StartOffset::Earliest,
+        buffer_bytes: 1 << 20,
+    };
+    Ok((shared.broker.consumer(config)?, ends))
+}
+
+async fn follow(shared: &Shared, consumer: &mut dyn Consumer, ends: &Ends) {
+    loop {
+        match consumer.next().await {
+            Event::Records(batch) => {
+                let end = ends.get(&batch.partition).copied().unwrap_or(0);
+                for (offset, record) in &batch.records {
+                    hear(shared, record, *offset >= end);
+                }
+            }
+            Event::Trouble(error) => tracing::debug!(%error, "{STATUS_TOPIC} is waited for"),
+            Event::Assigned(_) | Event::Revoking(_) | Event::Expired { .. } | Event::Recovered => {}
+        }
+    }
+}
+
+/// Takes a report.
+fn hear(shared: &Shared, record: &Record, live: bool) {
+    let Some(instance) = record
+        .key
+        .as_ref()
+        .and_then(|key| std::str::from_utf8(key).ok())
+        .and_then(|key| key.strip_prefix(&*shared.config.mesh)?.strip_prefix('/'))
+        .filter(|instance| !instance.contains('/'))
+    else {
+        return;
+    };
+    let peer = record.value.as_ref().map(|value| {
+        let mut bytes = Vec::new();
+        let unpacked = zstd::Decoder::with_buffer(&**value).and_then(|decoder| decoder.take(MAX_REPORT).read_to_end(&mut bytes));
+        let status = unpacked
+            .map_err(|error| error.to_string())
+            .and_then(|_| v1::InstanceStatus::decode(bytes.as_slice()).map_err(|error| error.to_string()));
+        status.map(|status| {
+            let now = now_ms();
+            let heard_ms = if live { now } else { status.reported_ms.min(now) };
+            Peer { status, heard_ms }
+        })
+    });
+    let mut peers = shared.peers.lock().unwrap_or_else(PoisonError::into_inner);
+    match peer {
+        None => drop(peers.remove(instance)),
+        Some(Ok(peer)) if peer.status.instance == instance => {
+            if peers.len() < MAX_PEERS || peers.contains_key(instance) {
+                peers.insert(instance.to_owned(), peer);
+            }
+        }
+        Some(Ok(_)) => tracing::debug!(instance, "a status report names another instance than its key"),
+        Some(Err(error)) => tracing::debug!(instance, error, "a status report cannot be read"),
+    }
+}

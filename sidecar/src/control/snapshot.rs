@@ -1,0 +1,186 @@
+//! The form of a record of `__mesh.control`, and of the copy on disk: one whole table with its place in the mesh's history.
+//!
+//! Invariant: the digest is over the table's text as it is stored; a snapshot whose digest differs is refused.
+//! Invariant: what is unpacked is bounded ([`MAX_BYTES`]), whatever a record claims.
+
+use std::io::Read as _;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+/// The schema that this version writes, and the only one that it reads.
+pub(crate) const SCHEMA: u32 = 1;
+/// The only channel. Others are for later.
+pub(crate) const CHANNEL: &str = "stable";
+/// The largest snapshot that is unpacked, in bytes.
+pub(crate) const MAX_BYTES: u64 = 64 << 20;
+/// The compression's level: tables are written seldom and read by everybody.
+const LEVEL: i32 = 9;
+
+/// A table with its place in the mesh's history.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Snapshot {
+    /// The form of what follows.
+    pub(crate) schema: u32,
+    /// The mesh.
+    pub(crate) mesh: String,
+    /// The channel: [`CHANNEL`].
+    pub(crate) channel: String,
+    /// The generation, from 1.
+    pub(crate) generation: u64,
+    /// The table's digest, `sha256:…`.
+    pub(crate) digest: String,
+    /// When it was applied, in milliseconds since 1970-01-01 UTC.
+    pub(crate) applied_ms: i64,
+    /// The instance that wrote it.
+    pub(crate) writer: String,
+    /// The signature: the place is kept, none is made yet.
+    #[serde(default)]
+    pub(crate) signature: Option<serde_json::Value>,
+    /// The table's canonical JSON, as text, so that the digest holds whatever a reader makes of it.
+    pub(crate) table: String,
+}
+
+/// Why a snapshot is refused.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SnapshotError {
+    /// It cannot be unpacked.
+    #[error("the snapshot cannot be unpacked: {0}")]
+    Unpack(#[from] std::io::Error),
+    /// It is beyond the limit.
+    #[error("the snapshot is larger than {MAX_BYTES} bytes unpacked")]
+    TooLarge,
+    /// It is not what a snapshot looks like.
+    #[error("the snapshot is not a JSON envelope of schema {SCHEMA}: {0}")]
+    Json(#[from] serde_json::Error),
+    /// Written by another version.
+    #[error("the snapshot has schema {0}, and this version reads schema {SCHEMA} only: update this sidecar")]
+    Schema(u32),
+    /// A channel that this version does not know.
+    #[error("the snapshot is for channel {0:?}, and this version knows {CHANNEL:?} only: update this sidecar")]
+    Channel(String),
+    /// The envelope contradicts its place.
+    #[error("the snapshot says {field} {found:?} where {expected:?} is expected")]
+    Mismatch {
+        /// The field.
+        field: &'static str,
+        /// What it says.
+        found: String,
+        /// What it ought to say.
+        expected: String,
+    },
+}
+
+impl Snapshot {
+    /// A snapshot of a canonical table.
+    pub(crate) fn new(mesh: &str, generation: u64, applied_ms: i64, writer: &str, table: String) -> Self {
+        Self {
+            schema: SCHEMA,
+            mesh: mesh.to_owned(),
+            channel: CHANNEL.to_owned(),
+            generation,
+            digest: digest(&table),
+            applied_ms,
+            writer: writer.to_owned(),
+            signature: None,
+            table,
+        }
+    }
+
+    /// The record's value.
+    pub(crate) fn pack(&self) -> Result<Bytes, SnapshotError> {
+        Ok(zstd::encode_all(serde_json::to_vec(self)?.as_slice(), LEVEL)?.into())
+    }
+
+    /// Reads a record's value. CPU-heavy for large tables.
+    pub(crate) fn unpack(value: &[u8]) -> Result<Self, SnapshotError> {
+        let mut json = Vec::new();
+        zstd::Decoder::with_buffer(value)?.take(MAX_BYTES + 1).read_to_end(&mut json)?;
+        if json.len() as u64 > MAX_BYTES {
+            return Err(SnapshotError::TooLarge);
+        }
+        Self::from_json(&json)
+    }
+
+    /// Reads the envelope's JSON, and checks its schema and digest.
+    pub(crate) fn from_json(json: &[u8]) -> Result<Self, SnapshotError> {
+        // The schema first: the rest may look different in another one.
+        #[derive(Deserialize)]
+        struct Probe {
+            schema: u32,
+        }
+        match serde_json::from_slice::<Probe>(json)?.schema {
+            SCHEMA => {}
+            other => return Err(SnapshotError::Schema(other)),
+        }
+        let snapshot: Self = serde_json::from_slice(json)?;
+        if snapshot.channel != CHANNEL {
+            return Err(SnapshotError::Channel(snapshot.channel));
+        }
+        snapshot.expect("digest", &snapshot.digest, &digest(&snapshot.table))?;
+        Ok(snapshot)
+    }
+
+    /// Checks that the envelope belongs where it was found.
+    pub(crate) fn check(&self, mesh: &str, generation: u64) -> Result<(), SnapshotError> {
+        self.expect("mesh", &self.mesh, mesh)?;
+        self.expect("generation", &self.generation.to_string(), &generation.to_string())
+    }
+
+    fn expect(&self, field: &'static str, found: &str, expected: &str) -> Result<(), SnapshotError> {
+        if found == expected {
+            return Ok(());
+        }
+        Err(SnapshotError::Mismatch { field, found: found.to_owned(), expected: expected.to_owned() })
+    }
+}
+
+/// `sha256:<hex>` of a canonical table.
+fn digest(table: &str) -> String {
+    let mut out = String::from("sha256:");
+    for byte in Sha256::digest(table) {
+        out.push(char::from_digit(u32::from(byte >> 4), 16).unwrap_or_default());
+        out.push(char::from_digit(u32::from(byte & 15), 16).unwrap_or_default());
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Snapshot {
+        Snapshot::new("shop", 7, 1_700_000_000_000, "pricing-0", r#"{"routes":[]}"#.into())
+    }
+
+    #[test]
+    fn survives_the_way_through_a_record() {
+        let snapshot = sample();
+        let read = Snapshot::unpack(&snapshot.pack().unwrap()).unwrap();
+        assert_eq!(read, snapshot);
+        read.check("shop", 7).unwrap();
+        assert!(read.check("shop", 8).unwrap_err().to_string().contains("generation"));
+        assert!(read.check("other", 7).unwrap_err().to_string().contains("mesh"));
+    }
+
+    #[test]
+    fn refuses_what_it_does_not_understand() {
+        assert!(matches!(Snapshot::unpack(b"no zstd"), Err(SnapshotError::Unpack(_))));
+        let other = Snapshot { schema: 2, ..sample() };
+        assert!(matches!(Snapshot::unpack(&other.pack().unwrap()), Err(SnapshotError::Schema(2))));
+        let canary = Snapshot { channel: "canary".into(), ..sample() };
+        assert!(matches!(Snapshot::unpack(&canary.pack().unwrap()), Err(SnapshotError::Channel(_))));
+        let forged = Snapshot { table: "{}".into(), ..sample() };
+        assert!(matches!(Snapshot::unpack(&forged.pack().unwrap()), Err(SnapshotError::Mismatch { field: "digest", .. })));
+        let truncated = sample().pack().unwrap();
+        assert!(Snapshot::unpack(&truncated[..truncated.len() - 3]).is_err());
+    }
+
+    #[test]
+    fn refuses_a_bomb() {
+        let bomb = zstd::encode_all(std::io::repeat(b' ').take(MAX_BYTES + 10), 1).unwrap();
+        assert!(bomb.len() < 100_000);
+        assert!(matches!(Snapshot::unpack(&bomb), Err(SnapshotError::TooLarge)));
+    }
+}

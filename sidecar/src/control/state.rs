@@ -1,0 +1,182 @@
+//! What the tasks of the control plane share.
+//!
+//! Invariant: one writer each: `read` writes the log and `progress`, `adopt` writes `local` and `table`, `report` writes `peers`.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use mesh_proto::v1;
+use tokio::sync::{Semaphore, watch};
+
+use super::{log::Log, report::Peers, snapshot::Snapshot};
+use crate::{
+    broker::Broker,
+    config::Config,
+    status::Board,
+    table::{ActiveTable, TableOrigin},
+};
+
+/// How far the control topic was read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Progress {
+    /// The offset after the last one that was read.
+    pub(super) next_offset: i64,
+    /// The newest generation.
+    pub(super) head: u64,
+    /// Whether the end was reached once.
+    pub(super) caught_up: bool,
+}
+
+/// What this instance made of the log.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Local {
+    /// The table in force here.
+    pub(super) table: Option<Arc<v1::GetTableResponse>>,
+    /// The newest generation that was judged, adopted or refused.
+    pub(super) judged: u64,
+    /// Why the newest generation is refused; `None` if it is not.
+    pub(super) refused: Option<String>,
+    /// The digest of the generation `judged`; `None` if its record cannot be read.
+    pub(super) head_digest: Option<String>,
+}
+
+impl Local {
+    pub(super) fn generation(&self) -> u64 {
+        self.table.as_ref().map_or(0, |table| table.generation)
+    }
+
+    /// A snapshot in the API's words.
+    pub(super) fn response(snapshot: &Snapshot, origin: TableOrigin) -> v1::GetTableResponse {
+        v1::GetTableResponse {
+            generation: snapshot.generation,
+            digest: snapshot.digest.clone(),
+            json: snapshot.table.clone(),
+            applied_ms: snapshot.applied_ms,
+            origin: origin_of(origin).into(),
+        }
+    }
+}
+
+/// What the tasks share.
+pub(super) struct Shared {
+    pub(super) broker: Arc<dyn Broker>,
+    pub(super) config: Arc<Config>,
+    pub(super) board: Board,
+    /// This instance's name.
+    pub(super) instance: String,
+    log: Mutex<Log>,
+    pub(super) progress: watch::Sender<Progress>,
+    pub(super) local: watch::Sender<Local>,
+    pub(super) table: watch::Sender<Option<Arc<ActiveTable>>>,
+    pub(super) ready: watch::Sender<bool>,
+    /// What is waited for, by subject.
+    waiting: Mutex<BTreeMap<&'static str, String>>,
+    pub(super) peers: Mutex<Peers>,
+    /// One apply at a time here; what others do is settled by the log.
+    pub(super) applying: Semaphore,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Control").field("instance", &self.instance).finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    pub(super) fn new(broker: Arc<dyn Broker>, config: Arc<Config>, board: Board) -> Self {
+        let instance = config.instance.clone().unwrap_or_else(|| {
+            let service = config.services.first().map_or("sidecar", |service| &*service.name);
+            let random = uuid::Uuid::new_v4().simple().to_string();
+            format!("{service}-{}", random.get(..8).unwrap_or_default())
+        });
+        Self {
+            log: Mutex::new(Log::new(&config.mesh)),
+            broker,
+            config,
+            board,
+            instance,
+            progress: watch::Sender::default(),
+            local: watch::Sender::default(),
+            table: watch::Sender::default(),
+            ready: watch::Sender::default(),
+            waiting: Mutex::default(),
+            peers: Mutex::default(),
+            applying: Semaphore::new(1),
+        }
+    }
+
+    /// Uses the log, shortly.
+    pub(super) fn log<T>(&self, use_it: impl FnOnce(&mut Log) -> T) -> T {
+        use_it(&mut self.log.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Says what is waited for; `None` when it is over. Logs changes.
+    pub(super) fn wait_for(&self, subject: &'static str, reason: Option<String>) {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        match reason {
+            Some(reason) if waiting.get(subject) == Some(&reason) => {}
+            Some(reason) => {
+                tracing::warn!(subject, reason, "the control plane waits");
+                waiting.insert(subject, reason);
+            }
+            None => {
+                if waiting.remove(subject).is_some() {
+                    tracing::info!(subject, "the control plane goes on");
+                }
+            }
+        }
+    }
+
+    /// What is waited for, in words.
+    pub(super) fn waiting_reasons(&self) -> Vec<String> {
+        let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reasons: Vec<String> = waiting.values().cloned().collect();
+        drop(waiting);
+        if let Err(error) = self.broker.health() {
+            let reason = format!("broker: {error}");
+            if !reasons.iter().any(|known| known.contains(&error.detail)) {
+                reasons.insert(0, reason);
+            }
+        }
+        reasons
+    }
+}
+
+/// An origin in the API's words.
+pub(super) fn origin_of(origin: TableOrigin) -> v1::TableOrigin {
+    match origin {
+        TableOrigin::Mesh => v1::TableOrigin::Mesh,
+        TableOrigin::Cache => v1::TableOrigin::Cache,
+        TableOrigin::Pinned => v1::TableOrigin::Pinned,
+    }
+}
+
+/// The present, in milliseconds since 1970-01-01 UTC.
+pub(super) fn now_ms() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// Pauses between tries: doubling, bounded.
+#[derive(Debug)]
+pub(super) struct Backoff(std::time::Duration);
+
+impl Backoff {
+    const FIRST: std::time::Duration = std::time::Duration::from_millis(100);
+    const LONGEST: std::time::Duration = std::time::Duration::from_secs(5);
+
+    pub(super) fn new() -> Self {
+        Self(Self::FIRST)
+    }
+
+    /// Waits, and waits longer the next time. Cancel-safe.
+    pub(super) async fn pause(&mut self) {
+        let pause = self.0;
+        self.0 = (pause * 2).min(Self::LONGEST);
+        tokio::time::sleep(pause).await;
+    }
+}

@@ -1,0 +1,403 @@
+//! The control plane over a broker in memory: several instances, rivals, refusals, restarts, absences.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use mesh_proto::v1::{self, InstanceState};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    ApplyError, ApplyOptions, Control, ControlHandle, StartError, cache, log::proposal_key, snapshot::Snapshot, testing::Memory,
+    topics::CONTROL_TOPIC,
+};
+use crate::{
+    config::{BrokerConfig, Config, Limits, Listen, LogFormat, ServiceConfig, TelemetryConfig},
+    record::Record,
+    status::{Board, RouteState, RouteStatus},
+    table::TableOrigin,
+};
+
+const SOON: Duration = Duration::from_secs(20);
+
+fn config(instance: &str, state: &Path, table: Option<&Path>) -> Arc<Config> {
+    let address = ([127, 0, 0, 1], 0).into();
+    Arc::new(Config {
+        mesh: "shop".into(),
+        services: vec![ServiceConfig { name: "pricing".into(), app: None, publish: None, subscribe: None, token_file: None }],
+        instance: (!instance.is_empty()).then(|| instance.to_owned()),
+        state: state.to_owned(),
+        broker: BrokerConfig::Embedded { path: state.to_owned() },
+        table: table.map(Path::to_owned),
+        listen: Listen { api: address, admin: address, probe: address },
+        telemetry: TelemetryConfig { otlp: None, log: String::new(), log_format: LogFormat::Json },
+        limits: Limits {
+            record_bytes: 1 << 20,
+            publish_timeout: Duration::from_secs(5),
+            drain_timeout: Duration::from_secs(5),
+            buffer_bytes: 1 << 20,
+        },
+    })
+}
+
+struct Instance {
+    handle: ControlHandle,
+    board: Board,
+    state: tempfile::TempDir,
+}
+
+async fn start(broker: &Memory, name: &str) -> Instance {
+    start_in(broker, name, tempfile::tempdir().unwrap()).await
+}
+
+async fn start_in(broker: &Memory, name: &str, state: tempfile::TempDir) -> Instance {
+    let board = Board::default();
+    let config = config(name, state.path(), None);
+    let handle = Control::start(Arc::new(broker.clone()), config, board.clone(), CancellationToken::new()).await.unwrap();
+    Instance { handle, board, state }
+}
+
+impl Instance {
+    fn control(&self) -> &Control {
+        self.handle.control()
+    }
+
+    async fn ready(&self) {
+        timeout(SOON, self.handle.ready().wait_for(|ready| *ready)).await.expect("ready in time").unwrap();
+    }
+
+    async fn generation(&self, generation: u64) {
+        let mut table = self.handle.table();
+        let found = table.wait_for(|table| table.as_ref().is_some_and(|table| table.generation == generation));
+        timeout(SOON, found).await.expect("the generation in time").unwrap();
+    }
+
+    /// Waits for a state of the mesh, as this instance sees it.
+    async fn status(&self, what: &str, holds: impl Fn(&v1::GetStatusResponse) -> bool) -> v1::GetStatusResponse {
+        let (mut table, mut progress) = (self.handle.table(), self.control().0.progress.subscribe());
+        let looked = timeout(SOON, async {
+            loop {
+                let status = self.control().status();
+                if holds(&status) {
+                    return status;
+                }
+                // Reports of others have no event of their own.
+                let _ = tokio::select! {
+                    changed = table.changed() => changed,
+                    changed = progress.changed() => changed,
+                    () = tokio::time::sleep(Duration::from_millis(10)) => Ok(()),
+                };
+            }
+        });
+        looked.await.unwrap_or_else(|_| panic!("{what} does not come: {:#?}", self.control().status()))
+    }
+
+    async fn apply(&self, text: &str) -> Result<super::Applied, ApplyError> {
+        self.control().apply("routes.yaml", text, ApplyOptions::default()).await
+    }
+}
+
+fn state_of(status: &v1::GetStatusResponse, instance: &str) -> InstanceState {
+    status.instances.iter().find(|found| found.instance == instance).map_or(InstanceState::Unspecified, |found| found.state())
+}
+
+fn table(routes: &[(&str, &str, &str)]) -> String {
+    let mut text = "apiVersion: mesh/v1\nkind: RoutingTable\nmetadata: { mesh: shop }\nspec:\n  routes:\n".to_owned();
+    for (name, from, to) in routes {
+        text += &format!("  - {{ name: {name}, service: pricing, from: [{from}], handler: /h, to: [{to}] }}\n");
+    }
+    text
+}
+
+fn one(to: &str) -> String {
+    table(&[("price", "orders", to)])
+}
+
+fn last(broker: &Memory) -> Record {
+    broker.records(CONTROL_TOPIC).pop().unwrap()
+}
+
+#[tokio::test]
+async fn a_table_reaches_all_instances() {
+    let broker = Memory::new(true);
+    let (a, b) = (start(&broker, "a").await, start(&broker, "b").await);
+    a.ready().await;
+    b.ready().await;
+    assert!(a.control().get_table(None).await.unwrap().is_none());
+    assert_eq!(a.control().waiting(), None);
+
+    let applied = a.apply(&one("priced")).await.unwrap();
+    assert_eq!((applied.generation, applied.changed), (1, true));
+    assert_eq!(a.handle.table().borrow().as_ref().map(|table| table.generation), Some(1), "the answer comes after the swap here");
+    b.generation(1).await;
+    let table = b.control().get_table(None).await.unwrap().unwrap();
+    assert_eq!((&table.digest, table.origin()), (&applied.digest, v1::TableOrigin::Mesh));
+
+    // Each sees both in sync, and routes with their reasons.
+    b.board.post(RouteStatus {
+        route: "price".into(),
+        service: "pricing".into(),
+        state: RouteState::WaitingForService,
+        reason: "service pricing at 127.0.0.1:8080 refuses connections".into(),
+        lag_records: 7,
+        ..RouteStatus::default()
+    });
+    for instance in [&a, &b] {
+        let status = instance
+            .status("two synced instances and a reason", |status| {
+                state_of(status, "a") == InstanceState::Synced
+                    && state_of(status, "b") == InstanceState::Synced
+                    && status.instances.iter().flat_map(|instance| &instance.routes).any(|route| route.reason.contains("pricing"))
+            })
+            .await;
+        assert_eq!((status.generation, &*status.mesh), (1, "shop"));
+    }
+
+    // The same table again, formatted in another way, changes nothing.
+    let again = b.apply(&one("priced").replace("{ name: price,", "{   name:   price,")).await.unwrap();
+    assert_eq!((again.generation, again.changed, &again.digest), (1, false, &applied.digest));
+    assert!(again.changes.is_empty() && again.new_routes.is_empty(), "{again:?}");
+
+    // A clean exit takes the instance off the list.
+    b.handle.close().await;
+    a.status("b is gone", |status| status.instances.len() == 1).await;
+}
+
+#[tokio::test]
+async fn of_rivals_exactly_one_wins_each_generation() {
+    let broker = Memory::new(true);
+    let (a, b) = (start(&broker, "a").await, start(&broker, "b").await);
+    a.ready().await;
+    b.ready().await;
+    let mut losses = 0;
+    for round in 0..20 {
+        let (left, right) = (one(&format!("left-{round}")), one(&format!("right-{round}")));
+        let before = a.control().status().generation.max(b.control().status().generation);
+        let (left, right) = tokio::join!(a.apply(&left), b.apply(&right));
+        let mut won = Vec::new();
+        for (result, rival) in [(left, "b"), (right, "a")] {
+            match result {
+                Ok(applied) => won.push(applied.generation),
+                Err(ApplyError::Lost { generation, winner }) => {
+                    assert_eq!(generation, before + 1);
+                    assert_eq!(winner, format!("instance {rival}"));
+                    losses += 1;
+                }
+                Err(other) => panic!("{other}"),
+            }
+        }
+        won.sort_unstable();
+        assert!(won == [before + 1] || won == [before + 1, before + 2], "{won:?} after {before}");
+        let newest = *won.last().unwrap();
+        a.generation(newest).await;
+        b.generation(newest).await;
+        let digests = [&a, &b].map(|instance| instance.handle.table().borrow().as_ref().unwrap().compiled.digest.clone());
+        assert_eq!(digests[0], digests[1]);
+    }
+    assert!(losses > 0, "the rivals never met: this test proves nothing");
+}
+
+#[tokio::test]
+async fn a_refused_table_leaves_the_last_good_one() {
+    let broker = Memory::new(true);
+    let a = start(&broker, "a").await;
+    a.ready().await;
+    a.apply(&one("priced")).await.unwrap();
+
+    // A table with faults never gets into the log.
+    let faults = match a.apply(&one("__forbidden").replace("handler: /h", "handel: /h")).await {
+        Err(ApplyError::Faults(faults)) => faults.0,
+        other => panic!("{other:?}"),
+    };
+    assert!(faults.len() >= 2 && faults.iter().all(|fault| fault.file == "routes.yaml" && fault.line > 0), "{faults:#?}");
+    let other_mesh = a.apply(&one("priced").replace("mesh: shop", "mesh: other")).await.unwrap_err();
+    assert!(other_mesh.to_string().contains("metadata.mesh") && other_mesh.to_string().contains("shop"), "{other_mesh}");
+    assert_eq!(broker.records(CONTROL_TOPIC).len(), 1);
+
+    // What others write can be anything.
+    broker.append(CONTROL_TOPIC, 0, "shop/2/x", Some(b"garbage"));
+    let newer = Snapshot { schema: 9, ..Snapshot::new("shop", 3, 0, "x", "{}".into()) };
+    broker.append(CONTROL_TOPIC, 0, "shop/3/x", Some(&newer.pack().unwrap()));
+    broker.append(CONTROL_TOPIC, 0, "other/9/x", Some(b"of another mesh"));
+    let status = a.status("NACKED", |status| status.generation == 3 && state_of(status, "a") == InstanceState::Nacked).await;
+    let mine = &status.instances[0];
+    assert_eq!((mine.generation, mine.refused_generation), (1, 3));
+    assert!(mine.error.contains("schema 9") && mine.error.contains("update"), "{}", mine.error);
+
+    // A restart comes to the same: the newest good generation.
+    let b = start(&broker, "b").await;
+    b.generation(1).await;
+    a.status("b NACKED", |status| state_of(status, "b") == InstanceState::Nacked).await;
+
+    // And the next good one heals it.
+    let healed = b.apply(&one("priced-2")).await.unwrap();
+    assert_eq!(healed.generation, 4);
+    a.generation(4).await;
+    let status = a.status("SYNCED", |status| state_of(status, "b") == InstanceState::Synced).await;
+    assert_eq!(state_of(&status, "a"), InstanceState::Synced);
+    assert!(status.instances.iter().all(|instance| instance.error.is_empty()));
+}
+
+#[tokio::test]
+async fn expectations_and_dry_runs() {
+    let broker = Memory::new(true);
+    broker.create("orders", 2);
+    let a = start(&broker, "a").await;
+    a.ready().await;
+    a.apply(&one("priced")).await.unwrap();
+    for record in ["1", "2", "3"] {
+        broker.append("orders", 1, record, Some(b"x"));
+    }
+    let text = table(&[("price", "orders", "priced"), ("bill", "orders", "billed"), ("known", "orders", "known-out")])
+        .replace("spec:", "spec:\n  topics: { orders: { partitions: 6 }, billed: { partitions: 3, replication: 2, retention: 7d } }");
+    let dry = ApplyOptions { dry_run: true, ..ApplyOptions::default() };
+    let before = broker.created().len();
+    let result = a.control().apply("routes.yaml", &text, dry).await.unwrap();
+    assert_eq!((result.generation, result.changed), (1, false));
+    assert_eq!((broker.created().len(), broker.records(CONTROL_TOPIC).len()), (before, 1), "a dry run leaves no trace");
+    assert!(result.changes.iter().any(|line| line.contains("topic billed would be created with 3 partitions")), "{:#?}", result.changes);
+    let warning = result.warnings.iter().find(|warning| warning.code == "topic_differs").expect("a warning of the count");
+    assert!(warning.message.contains("2 partitions") && warning.message.contains('6') && warning.file == "routes.yaml", "{warning:?}");
+
+    let expect = |generation| ApplyOptions { expected_generation: Some(generation), dry_run: false };
+    let error = a.control().apply("routes.yaml", &text, expect(7)).await.unwrap_err();
+    assert!(matches!(error, ApplyError::Expected { expected: 7, actual: 1 }), "{error}");
+    let applied = a.control().apply("routes.yaml", &text, expect(1)).await.unwrap();
+    assert_eq!((applied.generation, applied.changed), (2, true));
+    let backlogs: Vec<_> = applied.new_routes.iter().map(|new| (&*new.route, new.records)).collect();
+    assert_eq!(backlogs, [("bill", 3), ("known", 2)], "all of orders; and what the group of an old route has left");
+    let created = broker.created();
+    let find = |name: &str| created.iter().find(|topic| topic.name == name).unwrap_or_else(|| panic!("{name}: {created:#?}"));
+    assert_eq!((find("billed").partitions, find("billed").replication), (Some(3), Some(2)));
+    assert_eq!(find("billed").config["retention.ms"], (7 * 24 * 3600 * 1000_u64).to_string());
+    assert_eq!(find("bill.dlq").partitions, Some(2), "a dead letter topic follows its source");
+    assert!(created.iter().all(|topic| topic.name != "orders"), "what exists is left alone");
+    assert_eq!(find(CONTROL_TOPIC).config["cleanup.policy"], "compact");
+}
+
+#[tokio::test]
+async fn old_generations_are_deleted_and_history_is_readable() {
+    let broker = Memory::new(true);
+    let a = start(&broker, "a").await;
+    a.ready().await;
+    for round in 1..=52 {
+        assert_eq!(a.apply(&one(&format!("out-{round}"))).await.unwrap().generation, round);
+    }
+    let old = a.control().get_table(Some(10)).await.unwrap().unwrap();
+    assert!(old.json.contains("out-10") && old.generation == 10);
+    assert!(a.control().get_table(Some(1)).await.unwrap().is_none());
+    assert!(a.control().get_table(Some(99)).await.unwrap().is_none());
+    assert!(last(&broker).value.is_some(), "the log ends with the record in force, which compaction keeps");
+    let deleted = broker.records(CONTROL_TOPIC).into_iter().filter(|record| record.value.is_none());
+    let keys: Vec<_> = deleted.map(|record| String::from_utf8(record.key.unwrap().to_vec()).unwrap()).collect();
+    assert!(keys.len() == 1 && keys[0].starts_with(&proposal_key("shop", 1, "")), "{keys:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_start_without_broker_runs_the_copy_and_goes_on_trying() {
+    let broker = Memory::new(true);
+    let a = start(&broker, "a").await;
+    a.ready().await;
+    a.apply(&one("priced")).await.unwrap();
+    let Instance { handle, state, .. } = a;
+    handle.close().await;
+
+    broker.set_there(false);
+    let a = start_in(&broker, "a", state).await;
+    assert!(a.control().waiting().is_some());
+    a.ready().await;
+    let active = a.handle.table().borrow().clone().unwrap();
+    assert_eq!((active.generation, active.origin), (1, TableOrigin::Cache));
+    let status = a.control().status();
+    assert_eq!(state_of(&status, "a"), InstanceState::Cached);
+    assert!(status.instances[0].waiting.iter().any(|reason| reason.contains("memory:1 refuses connections")), "{status:#?}");
+    let error = a.apply(&one("other")).await.unwrap_err();
+    assert!(matches!(error, ApplyError::NotReady(_)) && error.to_string().contains("memory:1"), "{error}");
+
+    broker.set_there(true);
+    let status = a.status("SYNCED", |status| state_of(status, "a") == InstanceState::Synced).await;
+    assert!(status.instances[0].waiting.is_empty(), "{status:#?}");
+    let now = a.handle.table().borrow().clone().unwrap();
+    assert_eq!((now.generation, now.origin), (1, TableOrigin::Mesh));
+    assert!(Arc::ptr_eq(&now.compiled, &active.compiled), "the same table is the same pointer");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_start_without_broker_and_copy_waits_visibly() {
+    let broker = Memory::new(false);
+    let state = tempfile::tempdir().unwrap();
+    std::fs::write(state.path().join(cache::FILE), "{ \"schema\": 1, \"mesh\": ").unwrap();
+    let a = start_in(&broker, "", state).await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert!(!*a.handle.ready().borrow());
+    assert!(a.control().waiting().unwrap().contains("memory:1"));
+    assert!(a.control().instance().starts_with("pricing-"));
+    broker.set_there(true);
+    a.ready().await;
+    a.apply(&one("priced")).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_lost_control_topic_leaves_the_last_good_table() {
+    let broker = Memory::new(true);
+    let a = start(&broker, "a").await;
+    a.ready().await;
+    a.apply(&one("priced")).await.unwrap();
+    a.apply(&one("priced-2")).await.unwrap();
+    let Instance { handle, state, .. } = a;
+    handle.close().await;
+
+    let broker = Memory::new(true);
+    let a = start_in(&broker, "a", state).await;
+    a.generation(2).await;
+    let status = a.status("CACHED", |status| state_of(status, "a") == InstanceState::Cached).await;
+    assert!(status.instances[0].waiting.iter().any(|reason| reason.contains("apply the table again")), "{status:#?}");
+    let applied = a.apply(&one("priced-2")).await.unwrap();
+    assert_eq!((applied.generation, applied.changed), (3, true), "generations only grow");
+    let status = a.status("SYNCED", |status| state_of(status, "a") == InstanceState::Synced).await;
+    assert!(status.instances[0].waiting.is_empty(), "{status:#?}");
+}
+
+#[tokio::test]
+async fn a_pinned_table() {
+    let broker = Memory::new(true);
+    let state = tempfile::tempdir().unwrap();
+    let file = state.path().join("routes.yaml");
+    let begin = || {
+        let config = config("p", state.path(), Some(&file));
+        Control::start(Arc::new(broker.clone()), config, Board::default(), CancellationToken::new())
+    };
+    assert!(matches!(begin().await, Err(StartError::Read { .. })));
+    std::fs::write(&file, one("__no").replace("service: pricing", "servise: x")).unwrap();
+    let error = begin().await.unwrap_err();
+    assert!(matches!(&error, StartError::Faults { faults, .. } if faults.0.len() >= 2), "{error}");
+    assert!(error.to_string().contains("routes.yaml:"), "{error}");
+    std::fs::write(&file, one("priced").replace("mesh: shop", "mesh: other")).unwrap();
+    assert!(matches!(begin().await, Err(StartError::Mesh { .. })));
+
+    std::fs::write(&file, one("priced")).unwrap();
+    let handle = begin().await.unwrap();
+    let pinned = Instance { handle, board: Board::default(), state: tempfile::tempdir().unwrap() };
+    pinned.ready().await;
+    let active = pinned.handle.table().borrow().clone().unwrap();
+    assert_eq!((active.generation, active.origin), (0, TableOrigin::Pinned));
+    assert!(broker.created().iter().any(|topic| topic.name == "price.dlq"));
+    let error = pinned.apply(&one("priced-2")).await.unwrap_err();
+    assert!(matches!(error, ApplyError::Pinned { .. }) && error.to_string().contains("routes.yaml"), "{error}");
+
+    // It sees the mesh go on without it.
+    let a = start(&broker, "a").await;
+    a.ready().await;
+    a.apply(&one("other")).await.unwrap();
+    let status = pinned.status("a SYNCED", |status| state_of(status, "a") == InstanceState::Synced).await;
+    assert_eq!((state_of(&status, "p"), status.generation), (InstanceState::Pinned, 1));
+    assert_eq!(pinned.handle.table().borrow().as_ref().unwrap().generation, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_control_topic_with_several_partitions_is_named() {
+    let broker = Memory::new(true);
+    broker.create(CONTROL_TOPIC, 4);
+    let a = start(&broker, "a").await;
+    a.status("the reason", |status| status.instances[0].waiting.iter().any(|reason| reason.contains("has 4 partitions"))).await;
+    assert!(!*a.handle.ready().borrow());
+}

@@ -1,0 +1,197 @@
+//! The topics that a table needs, and those that the control plane itself needs.
+//!
+//! Invariant: a topic that exists is never altered. One that differs from what the table declares is a warning.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    fmt,
+    sync::Arc,
+};
+
+use futures_util::{StreamExt as _, stream};
+use mesh_routing::{CompiledTable, Route, Start};
+
+use crate::{
+    broker::{Admin, BrokerError, BrokerErrorKind, NewTopic},
+    record::TopicPartition,
+};
+
+/// Where tables are.
+pub(crate) const CONTROL_TOPIC: &str = "__mesh.control";
+/// Where instances report.
+pub(crate) const STATUS_TOPIC: &str = "__mesh.status";
+
+/// How many questions for watermarks are asked at once.
+const QUESTIONS: usize = 16;
+
+/// A declared topic that exists with another partition count.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Differs {
+    /// The topic.
+    pub(crate) topic: String,
+    /// What the table declares.
+    pub(crate) declared: i32,
+    /// What there is.
+    pub(crate) actual: i32,
+}
+
+/// What is to be done for a table's topics.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Plan {
+    /// What is missing.
+    pub(crate) create: Vec<NewTopic>,
+    /// What is different, and stays so.
+    pub(crate) differs: Vec<Differs>,
+}
+
+/// Compares what a table needs with what there is.
+pub(crate) fn plan(table: &CompiledTable, existing: &BTreeMap<String, i32>) -> Plan {
+    let mut plan = Plan::default();
+    let mut counts: HashMap<&str, i32> = existing.iter().map(|(name, count)| (name.as_str(), *count)).collect();
+    // A dead letter topic follows its sources: their counts have to be known first.
+    let (dead, other): (Vec<_>, Vec<_>) = table.topics.iter().partition(|topic| !topic.dead_letter_of.is_empty());
+    for topic in other.into_iter().chain(dead) {
+        let declared = topic.spec.partitions.and_then(|count| i32::try_from(count).ok());
+        if let Some(actual) = existing.get(&*topic.name).copied() {
+            if let Some(declared) = declared.filter(|declared| *declared != actual) {
+                plan.differs.push(Differs { topic: topic.name.to_string(), declared, actual });
+            }
+            continue;
+        }
+        // A source that is created with the broker's default count has none here, and its dead letters get that default too.
+        let partitions = declared.or_else(|| topic.dead_letter_of.iter().filter_map(|source| counts.get(&**source)).max().copied());
+        if let Some(count) = partitions {
+            counts.insert(&topic.name, count);
+        }
+        let retention = topic.spec.retention.map(|retention| ("retention.ms".to_owned(), retention.as_millis().to_string()));
+        plan.create.push(NewTopic {
+            name: topic.name.to_string(),
+            partitions,
+            replication: topic.spec.replication.map(i32::from),
+            config: retention.into_iter().collect(),
+        });
+    }
+    plan
+}
+
+/// Creates the topics that a table needs and that do not exist.
+///
+/// # Errors
+/// What the broker says; [`BrokerErrorKind::Unreachable`] and the like may pass.
+pub(crate) async fn ensure(admin: &dyn Admin, table: &CompiledTable) -> Result<Plan, BrokerError> {
+    let plan = plan(table, &admin.topics().await?);
+    if !plan.create.is_empty() {
+        admin.create_topics(plan.create.clone()).await?;
+    }
+    Ok(plan)
+}
+
+/// Creates the control plane's own topics where they do not exist, and checks that the control topic has one partition.
+///
+/// # Errors
+/// What the broker says, or [`BrokerErrorKind::Config`] if the control topic has several partitions.
+pub(crate) async fn ensure_own(admin: &dyn Admin) -> Result<(), BrokerError> {
+    let existing = admin.topics().await?;
+    let compacted = |name: &str| NewTopic {
+        name: name.to_owned(),
+        partitions: Some(1),
+        replication: None,
+        config: BTreeMap::from([("cleanup.policy".to_owned(), "compact".to_owned())]),
+    };
+    let missing: Vec<_> = [CONTROL_TOPIC, STATUS_TOPIC].into_iter().filter(|name| !existing.contains_key(*name)).collect();
+    if !missing.is_empty() {
+        admin.create_topics(missing.into_iter().map(compacted).collect()).await?;
+    }
+    // The order of all records decides who wins, and only a partition has an order.
+    match existing.get(CONTROL_TOPIC) {
+        None | Some(1) => Ok(()),
+        Some(count) => Err(BrokerError::new(
+            BrokerErrorKind::Config,
+            format!(
+                "topic {CONTROL_TOPIC} has {count} partitions and must have exactly one: \
+                 delete it, and a sidecar creates it anew (cleanup.policy=compact)"
+            ),
+        )),
+    }
+}
+
+/// How many existing records a new route begins with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RouteBacklog {
+    /// The route.
+    pub route: String,
+    /// The records that exist and will be delivered.
+    pub records: u64,
+}
+
+/// Counts what the routes whose groups are new begin with. Routes whose sources do not exist yet begin with nothing.
+///
+/// # Errors
+/// What the broker says.
+pub(crate) async fn backlogs(
+    admin: &dyn Admin,
+    existing: &BTreeMap<String, i32>,
+    before: Option<&CompiledTable>,
+    after: &CompiledTable,
+) -> Result<Vec<RouteBacklog>, BrokerError> {
+    let known: HashSet<String> = before.iter().flat_map(|table| &table.routes).map(|route| route.group.to_string()).collect();
+    let new: Vec<Arc<Route>> = after.routes.iter().filter(|route| !known.contains(&*route.group)).cloned().collect();
+
+    // Each topic's watermarks once, however many routes read it.
+    let topics: HashSet<&str> = new.iter().flat_map(|route| &route.from).map(|topic| &**topic).collect();
+    let partitions: Vec<TopicPartition> = topics
+        .into_iter()
+        .flat_map(|topic| {
+            let name: Arc<str> = topic.into();
+            (0..existing.get(topic).copied().unwrap_or(0)).map(move |partition| TopicPartition::new(name.clone(), partition))
+        })
+        .collect();
+    let mut bounds: HashMap<TopicPartition, (i64, i64)> = HashMap::new();
+    let mut answers = stream::iter(partitions)
+        .map(|partition| async move { admin.watermarks(&partition).await.map(|bounds| (partition, bounds)) })
+        .buffer_unordered(QUESTIONS);
+    while let Some(answer) = answers.next().await {
+        let (partition, found) = answer?;
+        bounds.insert(partition, found);
+    }
+    let bounds = &bounds;
+    let mut counted = stream::iter(new)
+        .map(|route| async move {
+            let mut records: u64 = 0;
+            for topic in &route.from {
+                let count = existing.get(&**topic).copied().unwrap_or(0);
+                let name: Arc<str> = (**topic).into();
+                let partitions: Vec<_> = (0..count).map(|partition| TopicPartition::new(name.clone(), partition)).collect();
+                // A group that read before goes on where it was, wherever a new one would begin.
+                let committed = admin.committed(&route.group, partitions.clone()).await?;
+                let at = match route.start {
+                    Start::At(time) if count > 0 => admin.offsets_at(topic, time).await?,
+                    _ => Vec::new(),
+                };
+                for (index, partition) in partitions.iter().enumerate() {
+                    let (low, high) = bounds.get(partition).copied().unwrap_or((0, 0));
+                    let begin = match (committed.get(index), route.start) {
+                        (Some(Some(commit)), _) => commit.offset,
+                        (_, Start::Earliest) => low,
+                        (_, Start::Latest | Start::Applied) => high,
+                        (_, Start::At(_)) => at.get(index).copied().unwrap_or(high),
+                    };
+                    records += u64::try_from(high - begin.clamp(low, high)).unwrap_or(0);
+                }
+            }
+            Ok::<_, BrokerError>(RouteBacklog { route: route.name.to_string(), records })
+        })
+        .buffered(QUESTIONS);
+    let mut backlogs = Vec::new();
+    while let Some(backlog) = counted.next().await {
+        backlogs.push(backlog?);
+    }
+    Ok(backlogs)
+}
+
+impl fmt::Display for Differs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { topic, declared, actual } = self;
+        write!(f, "topic {topic} exists with {actual} partitions, the table declares {declared}: it stays as it is")
+    }
+}
