@@ -6,7 +6,7 @@
 use std::io::{self, IsTerminal};
 
 use tracing::Subscriber;
-use tracing_subscriber::{EnvFilter, Registry, fmt, layer::SubscriberExt, registry::LookupSpan, util::SubscriberInitExt};
+use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, registry::LookupSpan, util::SubscriberInitExt};
 
 use crate::config::{LogFormat, TelemetryConfig};
 
@@ -86,7 +86,7 @@ mod tests {
     fn json_lines_carry_the_fields_beside_the_message() {
         let lines = Lines::default();
         let writer = lines.clone();
-        let subscriber = Registry::default().with(filter("info,quiet=warn").unwrap()).with(json(move || writer.clone()));
+        let subscriber = tracing_subscriber::registry().with(filter("info,quiet=warn").unwrap()).with(json(move || writer.clone()));
         tracing::subscriber::with_default(subscriber, || {
             tracing::info!(trace_id = "4bf9", route = "price", count = 3, "dead letter\nwith a \"quote\"");
             tracing::debug!("not this");
