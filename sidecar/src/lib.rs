@@ -3,6 +3,7 @@
 //! Floors, from the top: `app` · `api` · `consume`, `publish`, `control` · `deliver` · `broker` · `config`, `telemetry` ·
 //! `record`, `outcome`, `watermark`, `lanes`, `status`, `table`. A module imports only from floors below its own (a test reads the imports).
 
+pub mod api;
 pub mod broker;
 pub mod config;
 pub mod deliver;

@@ -1,0 +1,3 @@
+//! The listeners. Floor 5.
+
+pub mod listen;
