@@ -8,6 +8,7 @@ pub mod broker;
 pub mod config;
 pub mod deliver;
 pub mod outcome;
+pub mod publish;
 pub mod record;
 pub mod status;
 pub mod table;
