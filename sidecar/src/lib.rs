@@ -11,6 +11,7 @@ pub mod control;
 pub mod deliver;
 pub mod lanes;
 pub mod outcome;
+pub mod publish;
 pub mod record;
 pub mod status;
 pub mod table;
