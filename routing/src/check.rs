@@ -20,15 +20,9 @@ const MAX_TARGETS: usize = 1_000;
 /// under `spec.routes[r].filter` and `spec.routes[r].cases[c].when`, those of the defaults under
 /// `spec.defaults…`.
 pub(crate) fn check(table: &Table) -> (Vec<Fault>, HashMap<String, Expression>) {
-    let mut check = Check {
-        faults: Vec::new(),
-        sources: Vec::new(),
-    };
+    let mut check = Check { faults: Vec::new(), sources: Vec::new() };
     check.table(table);
-    let Check {
-        mut faults,
-        sources,
-    } = check;
+    let Check { mut faults, sources } = check;
     let mut expressions = HashMap::with_capacity(sources.len());
     for (path, compiled) in compile_all(sources) {
         match compiled {
@@ -36,12 +30,7 @@ pub(crate) fn check(table: &Table) -> (Vec<Fault>, HashMap<String, Expression>) 
                 expressions.insert(path, expression);
             }
             Err(refusal) => {
-                faults.push(Fault::new(
-                    code::EXPRESSION,
-                    path,
-                    refusal.message,
-                    refusal.hint,
-                ));
+                faults.push(Fault::new(code::EXPRESSION, path, refusal.message, refusal.hint));
             }
         }
     }
@@ -60,12 +49,7 @@ impl Check {
 
     fn table(&mut self, table: &Table) {
         if let Some(fault) = name_fault(&table.mesh) {
-            self.fault(
-                code::NAME,
-                "metadata.mesh",
-                fault,
-                "a mesh is named like `shop`",
-            );
+            self.fault(code::NAME, "metadata.mesh", fault, "a mesh is named like `shop`");
         }
         if table.routes.len() > MAX_ROUTES {
             let message = format!("more than {MAX_ROUTES} routes");
@@ -83,12 +67,7 @@ impl Check {
                 self.fault(code::VALUE, &path, "replication goes from 1 to 32767", "");
             }
             if let Some(retention) = topic.retention {
-                self.between(
-                    &join(&path, "retention"),
-                    retention,
-                    Duration::from_secs(1),
-                    LONGEST,
-                );
+                self.between(&join(&path, "retention"), retention, Duration::from_secs(1), LONGEST);
             }
         }
         self.fields("spec.defaults", &table.defaults);
@@ -98,27 +77,15 @@ impl Check {
             let path = format!("spec.routes[{i}]");
             let name = join(&path, "name");
             if let Some(fault) = name_fault(&route.name) {
-                self.fault(
-                    code::NAME,
-                    &name,
-                    fault,
-                    "a route is named like `price-orders`",
-                );
+                self.fault(code::NAME, &name, fault, "a route is named like `price-orders`");
             } else if let Some(first) = names.insert(&route.name, i) {
                 let message = format!("`{}` is also the name of spec.routes[{first}]", route.name);
-                self.fault(
-                    code::DUPLICATE,
-                    &name,
-                    message,
-                    "names are unique in a table",
-                );
+                self.fault(code::DUPLICATE, &name, message, "names are unique in a table");
             }
             self.fields(&path, &route.fields);
             let fields = table.resolved(route);
             self.route(&path, &route.name, &fields);
-            let group = fields
-                .group
-                .unwrap_or_else(|| format!("{}.{}", table.mesh, route.name));
+            let group = fields.group.unwrap_or_else(|| format!("{}.{}", table.mesh, route.name));
             if let Some(first) = groups.insert(group.clone(), i)
                 && table.routes[first].name != route.name
             {
@@ -133,12 +100,7 @@ impl Check {
     fn fields(&mut self, path: &str, fields: &RouteFields) {
         let at = |field: &str| join(path, field);
         if let Some(fault) = fields.service.as_deref().and_then(name_fault) {
-            self.fault(
-                code::NAME,
-                &at("service"),
-                fault,
-                "a service is named like `pricing`",
-            );
+            self.fault(code::NAME, &at("service"), fault, "a service is named like `pricing`");
         }
         if let Some(from) = &fields.from {
             self.topics(&at("from"), from, "a route needs a source");
@@ -170,9 +132,7 @@ impl Check {
             self.status(&at("ignore_status"), *status);
         }
         if let Some(group) = &fields.group
-            && (group.is_empty()
-                || group.len() > 249
-                || group.chars().any(|c| c.is_control() || c.is_whitespace()))
+            && (group.is_empty() || group.len() > 249 || group.chars().any(|c| c.is_control() || c.is_whitespace()))
         {
             let message = "a group has 1 to 249 characters and no spaces";
             self.fault(code::NAME, &at("group"), message, "");
@@ -181,17 +141,9 @@ impl Check {
             && (!text.contains('/') || !text.bytes().all(|b| (b' '..=b'~').contains(&b)))
         {
             let message = format!("`{text}` is no content type");
-            self.fault(
-                code::VALUE,
-                &at("content_type"),
-                message,
-                "write one like application/json",
-            );
+            self.fault(code::VALUE, &at("content_type"), message, "write one like application/json");
         }
-        if fields
-            .concurrency
-            .is_some_and(|n| n == 0 || n > MAX_CONCURRENCY)
-        {
+        if fields.concurrency.is_some_and(|n| n == 0 || n > MAX_CONCURRENCY) {
             let message = format!("concurrency goes from 1 to {MAX_CONCURRENCY}");
             self.fault(code::VALUE, &at("concurrency"), message, "");
         }
@@ -221,28 +173,15 @@ impl Check {
             let path = join(path, "retry");
             if retry.attempts == Some(0) {
                 let hint = "the first delivery is an attempt: 1 means no retry";
-                self.fault(
-                    code::VALUE,
-                    &join(&path, "attempts"),
-                    "attempts are at least 1",
-                    hint,
-                );
+                self.fault(code::VALUE, &join(&path, "attempts"), "attempts are at least 1", hint);
             }
             if let Some(initial) = retry.initial {
-                self.between(
-                    &join(&path, "initial"),
-                    initial,
-                    Duration::from_millis(1),
-                    DAY,
-                );
+                self.between(&join(&path, "initial"), initial, Duration::from_millis(1), DAY);
             }
             if let Some(max) = retry.max {
                 self.between(&join(&path, "max"), max, Duration::from_millis(1), DAY);
             }
-            if retry
-                .multiplier
-                .is_some_and(|m| !(1.0..=1000.0).contains(&m))
-            {
+            if retry.multiplier.is_some_and(|m| !(1.0..=1000.0).contains(&m)) {
                 let hint = "1 keeps the pause as it is";
                 let message = "the multiplier goes from 1 to 1000";
                 self.fault(code::VALUE, &join(&path, "multiplier"), message, hint);
@@ -251,12 +190,7 @@ impl Check {
         if let Some(breaker) = &fields.breaker {
             let path = join(path, "breaker");
             if breaker.failures == Some(0) {
-                self.fault(
-                    code::VALUE,
-                    &join(&path, "failures"),
-                    "failures are at least 1",
-                    "",
-                );
+                self.fault(code::VALUE, &join(&path, "failures"), "failures are at least 1", "");
             }
             if let Some(open) = breaker.open {
                 self.between(&join(&path, "open"), open, Duration::from_millis(1), DAY);
@@ -295,27 +229,16 @@ impl Check {
         let retry = crate::compile::retry(fields);
         if retry.max < retry.initial {
             let message = "`retry.max` is shorter than `retry.initial`";
-            self.fault(
-                code::CONFLICT,
-                &at("retry"),
-                message,
-                "raise max, or lower initial",
-            );
+            self.fault(code::CONFLICT, &at("retry"), message, "raise max, or lower initial");
         }
         let from = fields.from.as_deref().unwrap_or_default();
         let dead_letter = crate::compile::dead_letter(name, fields);
-        if topic_fault(&dead_letter).is_some() && fields.dead_letter.is_none() {
+        if fields.dead_letter.is_none() && name_fault(name).is_none() && topic_fault(&dead_letter).is_some() {
             let message = format!("`{dead_letter}` is no topic name");
-            self.fault(
-                code::NAME,
-                &at("dead_letter"),
-                message,
-                "name a dead_letter topic",
-            );
+            self.fault(code::NAME, &at("dead_letter"), message, "name a dead_letter topic");
         }
         if from.contains(&dead_letter) {
-            let message =
-                format!("the dead letter topic `{dead_letter}` is a source of this route");
+            let message = format!("the dead letter topic `{dead_letter}` is a source of this route");
             let hint = "its failures would come back for ever; name another topic";
             self.fault(code::CONFLICT, &at("dead_letter"), message, hint);
         }
@@ -354,12 +277,7 @@ impl Check {
     fn between(&mut self, path: &str, value: Duration, least: Duration, most: Duration) {
         use crate::value::print_duration as print;
         if value < least || value > most {
-            let message = format!(
-                "{} is not between {} and {}",
-                print(value),
-                print(least),
-                print(most)
-            );
+            let message = format!("{} is not between {} and {}", print(value), print(least), print(most));
             self.fault(code::VALUE, path, message, "");
         }
     }
@@ -371,12 +289,7 @@ impl Check {
             self.fault(code::VALUE, path, message, hint);
         } else if handler.len() > 1024 || !handler.bytes().all(is_path_byte) {
             let message = "a handler is a path of up to 1024 characters that a URL may have";
-            self.fault(
-                code::VALUE,
-                path,
-                message,
-                "percent-encode other characters; no `#`",
-            );
+            self.fault(code::VALUE, path, message, "percent-encode other characters; no `#`");
         }
     }
 
@@ -414,12 +327,7 @@ impl Check {
             self.fault(code::NAME, path, fault, &format!("found `{short}`"));
         } else if name.starts_with("__") {
             let message = format!("`{name}` begins with `__`");
-            self.fault(
-                code::NAME,
-                path,
-                message,
-                "such topics belong to the broker and the mesh",
-            );
+            self.fault(code::NAME, path, message, "such topics belong to the broker and the mesh");
         }
     }
 }

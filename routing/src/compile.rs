@@ -188,21 +188,24 @@ impl Route {
     /// What an answer means: `ignore_status` first, then the first case that matches, then `to`
     /// for a 2xx.
     ///
+    /// A case that neither names a status nor asks for `reply.status` is about good answers (2xx):
+    /// an error page is never forwarded by accident, and never fails an expression.
+    ///
     /// # Errors
     ///
     /// When a `when` that has to be asked fails on this record or this reply.
-    pub fn decide(
-        &self,
-        record: &RecordView<'_>,
-        reply: &ReplyView<'_>,
-    ) -> Result<Decision<'_>, ExpressionError> {
+    pub fn decide(&self, record: &RecordView<'_>, reply: &ReplyView<'_>) -> Result<Decision<'_>, ExpressionError> {
         if self.ignore_status.binary_search(&reply.status).is_ok() {
             return Ok(Decision::Ignored);
         }
         let good = (200..300).contains(&reply.status);
         for case in &self.cases {
-            // A case without a status is about good answers: a failure is never one by accident.
-            if case.status.map_or(!good, |status| status != reply.status) {
+            let asked = match (case.status, &case.when) {
+                (Some(status), _) => status == reply.status,
+                (None, Some(when)) => good || when.asks_for_status(),
+                (None, None) => good,
+            };
+            if !asked {
                 continue;
             }
             let matches = match &case.when {
@@ -213,11 +216,7 @@ impl Route {
                 return Ok(Decision::Forward(&case.to));
             }
         }
-        Ok(if good {
-            Decision::Forward(&self.to)
-        } else {
-            Decision::NotAccepted
-        })
+        Ok(if good { Decision::Forward(&self.to) } else { Decision::NotAccepted })
     }
 }
 
@@ -245,9 +244,7 @@ impl CompiledTable {
 
     /// A topic by its name.
     pub fn topic(&self, name: &str) -> Option<&Topic> {
-        let found = self
-            .topics
-            .binary_search_by(|topic| topic.name.as_ref().cmp(name));
+        let found = self.topics.binary_search_by(|topic| topic.name.as_ref().cmp(name));
         self.topics.get(found.ok()?)
     }
 }
@@ -281,59 +278,29 @@ pub fn compile(table: &Table) -> Result<CompiledTable, Faults> {
         let own_cases = spec.fields.cases.is_some();
         let filter = expressions.get(&place(spec.fields.filter.is_some(), "filter"));
         let fields = table.resolved(spec);
-        let cases = fields
-            .cases
-            .iter()
-            .flatten()
-            .enumerate()
-            .map(|(c, case)| Case {
-                status: case.status,
-                when: expressions
-                    .get(&place(own_cases, &format!("cases[{c}].when")))
-                    .cloned(),
-                to: names.destinations(&case.to),
-            });
+        let cases = fields.cases.iter().flatten().enumerate().map(|(c, case)| Case {
+            status: case.status,
+            when: expressions.get(&place(own_cases, &format!("cases[{c}].when"))).cloned(),
+            to: names.destinations(&case.to),
+        });
         let cases = cases.collect();
-        let route = route(
-            &table.mesh,
-            &spec.name,
-            fields,
-            filter.cloned(),
-            cases,
-            &mut names,
-        );
+        let route = route(&table.mesh, &spec.name, fields, filter.cloned(), cases, &mut names);
         let route = Arc::new(route);
         out.by_name.insert(Arc::clone(&route.name), i);
         for topic in &route.from {
-            out.by_topic
-                .entry(Arc::clone(topic))
-                .or_default()
-                .push(Arc::clone(&route));
+            out.by_topic.entry(Arc::clone(topic)).or_default().push(Arc::clone(&route));
         }
         let service = Arc::clone(&route.service);
-        out.by_service
-            .entry(service)
-            .or_default()
-            .push(Arc::clone(&route));
+        out.by_service.entry(service).or_default().push(Arc::clone(&route));
         out.routes.push(route);
     }
     out.topics = topics(table, &out.routes, &mut names);
     Ok(out)
 }
 
-fn route(
-    mesh: &str,
-    name: &str,
-    fields: RouteFields,
-    filter: Option<Expression>,
-    cases: Vec<Case>,
-    names: &mut Names,
-) -> Route {
+fn route(mesh: &str, name: &str, fields: RouteFields, filter: Option<Expression>, cases: Vec<Case>, names: &mut Names) -> Route {
     let breaker = fields.breaker.clone().unwrap_or_default();
-    let group = fields
-        .group
-        .clone()
-        .unwrap_or_else(|| format!("{mesh}.{name}"));
+    let group = fields.group.clone().unwrap_or_else(|| format!("{mesh}.{name}"));
     let ignored = |set: &BTreeSet<u16>| set.iter().copied().collect();
     let from = fields.from.as_deref().unwrap_or_default();
     Route {
@@ -345,30 +312,20 @@ fn route(
         to: names.destinations(fields.to.as_ref().unwrap_or(&To::Void)),
         cases,
         filter,
-        ignore_status: fields
-            .ignore_status
-            .as_ref()
-            .map_or_else(|| vec![204, 205, 304], ignored),
+        ignore_status: fields.ignore_status.as_ref().map_or_else(|| vec![204, 205, 304], ignored),
         start: fields.start.unwrap_or(Start::Earliest),
         group: Arc::from(group),
         order: fields.order.unwrap_or(Order::Key),
         content_type: fields.content_type.as_deref().map(Arc::from),
-        concurrency: fields
-            .concurrency
-            .map_or(64, |n| usize::try_from(n).unwrap_or(usize::MAX)),
+        concurrency: fields.concurrency.map_or(64, |n| usize::try_from(n).unwrap_or(usize::MAX)),
         timeout: fields.timeout.unwrap_or(Duration::from_secs(10)),
         retry: retry(&fields),
         dead_letter: names.get(&dead_letter(name, &fields)),
-        breaker: Breaker {
-            failures: breaker.failures.unwrap_or(20),
-            open: breaker.open.unwrap_or(Duration::from_secs(10)),
-        },
+        breaker: Breaker { failures: breaker.failures.unwrap_or(20), open: breaker.open.unwrap_or(Duration::from_secs(10)) },
         forward_headers: match &fields.forward_headers {
             None | Some(ForwardSpec::All) => ForwardHeaders::All,
             Some(ForwardSpec::None) => ForwardHeaders::None,
-            Some(ForwardSpec::Only(list)) => {
-                ForwardHeaders::Only(list.iter().map(|name| names.get(name)).collect())
-            }
+            Some(ForwardSpec::Only(list)) => ForwardHeaders::Only(list.iter().map(|name| names.get(name)).collect()),
         },
         max_hops: fields.max_hops.unwrap_or(1000),
         spec: fields,
@@ -394,10 +351,7 @@ pub(crate) fn retry(fields: &RouteFields) -> Retry {
 
 /// The dead letter topic of a route.
 pub(crate) fn dead_letter(name: &str, fields: &RouteFields) -> String {
-    fields
-        .dead_letter
-        .clone()
-        .unwrap_or_else(|| format!("{name}.dlq"))
+    fields.dead_letter.clone().unwrap_or_else(|| format!("{name}.dlq"))
 }
 
 /// One copy of each name.
@@ -417,9 +371,7 @@ impl Names {
     fn destinations(&mut self, to: &To) -> Destinations {
         match to {
             To::Void => Destinations::Void,
-            To::Topics(topics) => {
-                Destinations::Topics(topics.iter().map(|topic| self.get(topic)).collect())
-            }
+            To::Topics(topics) => Destinations::Topics(topics.iter().map(|topic| self.get(topic)).collect()),
         }
     }
 }

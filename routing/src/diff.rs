@@ -41,8 +41,7 @@ pub struct Change {
 
 impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let show =
-            |value: &Option<Value>| value.as_ref().map_or_else(String::new, Value::to_string);
+        let show = |value: &Option<Value>| value.as_ref().map_or_else(String::new, Value::to_string);
         let (path, old, new) = (&self.path, show(&self.old), show(&self.new));
         match self.kind {
             ChangeKind::Added => write!(f, "+ {path}: {new}"),
@@ -58,37 +57,14 @@ pub fn diff(old: &Table, new: &Table) -> Vec<Change> {
     let mut out = Vec::new();
     let mesh = |table: &Table| Some(Value::from(table.mesh.as_str()));
     compare("mesh", mesh(old), mesh(new), &mut out);
-    let topics = |table: &Table| {
-        table
-            .topics
-            .iter()
-            .map(|(name, t)| (name.clone(), json(t)))
-            .collect()
-    };
+    let topics = |table: &Table| table.topics.iter().map(|(name, t)| (name.clone(), json(t))).collect();
     parts("topics", topics(old), topics(new), &mut out);
-    fields(
-        "defaults",
-        &json(&old.defaults),
-        &json(&new.defaults),
-        &mut out,
-    );
-    let routes = |table: &Table| {
-        table
-            .routes
-            .iter()
-            .map(|r| (r.name.clone(), json(r)))
-            .collect()
-    };
+    fields("defaults", &json(&old.defaults), &json(&new.defaults), &mut out);
+    let routes = |table: &Table| table.routes.iter().map(|r| (r.name.clone(), json(r))).collect();
     parts("routes", routes(old), routes(new), &mut out);
-    let order =
-        |table: &Table| -> Vec<String> { table.routes.iter().map(|r| r.name.clone()).collect() };
+    let order = |table: &Table| -> Vec<String> { table.routes.iter().map(|r| r.name.clone()).collect() };
     if out.is_empty() && order(old) != order(new) {
-        compare(
-            "routes",
-            Some(order(old).into()),
-            Some(order(new).into()),
-            &mut out,
-        );
+        compare("routes", Some(order(old).into()), Some(order(new).into()), &mut out);
     }
     out
 }
@@ -98,12 +74,7 @@ fn json(value: &impl Serialize) -> Value {
 }
 
 /// Compares maps of named parts.
-fn parts(
-    base: &str,
-    mut old: BTreeMap<String, Value>,
-    new: BTreeMap<String, Value>,
-    out: &mut Vec<Change>,
-) {
+fn parts(base: &str, mut old: BTreeMap<String, Value>, new: BTreeMap<String, Value>, out: &mut Vec<Change>) {
     let mut changes: BTreeMap<String, Vec<Change>> = BTreeMap::new();
     for (name, new) in new {
         let path = join(base, &name);
@@ -142,10 +113,5 @@ fn compare(path: &str, old: Option<Value>, new: Option<Value>, out: &mut Vec<Cha
         (Some(_), None) => ChangeKind::Removed,
         (Some(_), Some(_)) => ChangeKind::Changed,
     };
-    out.push(Change {
-        kind,
-        path: path.to_owned(),
-        old,
-        new,
-    });
+    out.push(Change { kind, path: path.to_owned(), old, new });
 }

@@ -61,21 +61,8 @@ pub struct Fault {
 
 impl Fault {
     /// A fault at a field, with no place in a text yet.
-    pub(crate) fn new(
-        code: &'static str,
-        field: impl Into<String>,
-        message: impl Into<String>,
-        hint: impl Into<String>,
-    ) -> Self {
-        Self {
-            file: String::new(),
-            line: 0,
-            column: 0,
-            field: field.into(),
-            message: message.into(),
-            hint: hint.into(),
-            code,
-        }
+    pub(crate) fn new(code: &'static str, field: impl Into<String>, message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self { file: String::new(), line: 0, column: 0, field: field.into(), message: message.into(), hint: hint.into(), code }
     }
 }
 

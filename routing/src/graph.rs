@@ -44,9 +44,7 @@ impl Edge<'_> {
             push(to, "");
         }
         for case in self.fields.cases.iter().flatten() {
-            let mut why = case
-                .status
-                .map_or_else(String::new, |status| status.to_string());
+            let mut why = case.status.map_or_else(String::new, |status| status.to_string());
             if let Some(when) = &case.when {
                 let gap = if why.is_empty() { "" } else { " " };
                 let _ = write!(why, "{gap}when {when}");
@@ -95,16 +93,8 @@ pub fn loops(table: &Table) -> Vec<Vec<String>> {
     let mut links: Vec<(usize, usize)> = Vec::new();
     let mut next: Vec<Vec<usize>> = Vec::new();
     for (i, edge) in edges.iter().enumerate() {
-        links.extend(
-            edge.from()
-                .iter()
-                .map(|topic| (2 * intern(topic), 2 * i + 1)),
-        );
-        links.extend(
-            edge.targets()
-                .into_iter()
-                .map(|topic| (2 * i + 1, 2 * intern(topic))),
-        );
+        links.extend(edge.from().iter().map(|topic| (2 * intern(topic), 2 * i + 1)));
+        links.extend(edge.targets().into_iter().map(|topic| (2 * i + 1, 2 * intern(topic))));
     }
     let size = links.iter().map(|(a, b)| a.max(b) + 1).max().unwrap_or(0);
     next.resize(size, Vec::new());
@@ -258,11 +248,7 @@ fn text(table: &Table, edges: &[Edge<'_>], loops: &[Vec<String>]) -> String {
             let _ = writeln!(out, "  if   {filter}");
         }
         for (topic, why) in edge.to() {
-            let why = if why.is_empty() {
-                why
-            } else {
-                format!("  [{why}]")
-            };
+            let why = if why.is_empty() { why } else { format!("  [{why}]") };
             let _ = writeln!(out, "  to   {topic}{why}");
         }
         let _ = writeln!(out, "  dead {}", dead_letter(edge.name, &edge.fields));
@@ -282,11 +268,7 @@ fn mermaid(edges: &[Edge<'_>], loops: &[Vec<String>]) -> String {
     let mut topics: BTreeMap<String, usize> = BTreeMap::new();
     for edge in edges {
         let to = edge.to();
-        let named = edge
-            .from()
-            .iter()
-            .cloned()
-            .chain(to.iter().map(|(topic, _)| (*topic).to_owned()));
+        let named = edge.from().iter().cloned().chain(to.iter().map(|(topic, _)| (*topic).to_owned()));
         for topic in named.chain([dead_letter(edge.name, &edge.fields)]) {
             topics.insert(topic, 0);
         }
@@ -303,11 +285,7 @@ fn mermaid(edges: &[Edge<'_>], loops: &[Vec<String>]) -> String {
             let _ = writeln!(out, "  t{} --> r{i}", topics[topic]);
         }
         for (topic, why) in edge.to() {
-            let label = if why.is_empty() {
-                why
-            } else {
-                format!("|{}|", quoted(&why))
-            };
+            let label = if why.is_empty() { why } else { format!("|{}|", quoted(&why)) };
             let _ = writeln!(out, "  r{i} -->{label} t{}", topics[topic]);
         }
         let dead = topics[&dead_letter(edge.name, &edge.fields)];
@@ -336,34 +314,19 @@ fn quoted(text: &str) -> String {
 }
 
 fn dot(table: &Table, edges: &[Edge<'_>], loops: &[Vec<String>]) -> String {
-    let plain = |text: &str| {
-        text.replace('\\', "\\\\")
-            .replace('"', "\\\"")
-            .replace(['\n', '\r'], " ")
-    };
+    let plain = |text: &str| text.replace('\\', "\\\\").replace('"', "\\\"").replace(['\n', '\r'], " ");
     let mut out = format!("digraph \"{}\" {{\n  rankdir=LR;\n", plain(&table.mesh));
     let turning = in_loop(loops);
     for edge in edges {
         let name = plain(edge.name);
-        let width = if turning.contains(edge.name) {
-            ", penwidth=3"
-        } else {
-            ""
-        };
+        let width = if turning.contains(edge.name) { ", penwidth=3" } else { "" };
         let label = format!("{name}\\n{}", plain(service(edge)));
-        let _ = writeln!(
-            out,
-            "  \"route {name}\" [shape=box, label=\"{label}\"{width}];"
-        );
+        let _ = writeln!(out, "  \"route {name}\" [shape=box, label=\"{label}\"{width}];");
         for topic in edge.from() {
             let _ = writeln!(out, "  \"{}\" -> \"route {name}\";", plain(topic));
         }
         for (topic, why) in edge.to() {
-            let label = if why.is_empty() {
-                why
-            } else {
-                format!(" [label=\"{}\"]", plain(&why))
-            };
+            let label = if why.is_empty() { why } else { format!(" [label=\"{}\"]", plain(&why)) };
             let _ = writeln!(out, "  \"route {name}\" -> \"{}\"{label};", plain(topic));
         }
         let dead = plain(&dead_letter(edge.name, &edge.fields));

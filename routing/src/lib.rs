@@ -35,18 +35,15 @@ mod record;
 mod table;
 mod value;
 
-pub use compile::{
-    Breaker, Case, CompiledTable, Decision, Destinations, ForwardHeaders, Retry, Route, Topic,
-    compile,
-};
+pub use compile::{Breaker, Case, CompiledTable, Decision, Destinations, ForwardHeaders, Retry, Route, Topic, compile};
 pub use diff::{Change, ChangeKind, diff};
 pub use expression::{Expression, ExpressionError};
 pub use fault::{Fault, Faults};
 pub use graph::{GraphFormat, graph, loops};
 pub use record::{HeaderSource, NoHeaders, RecordView, ReplyView};
 pub use table::{
-    API_VERSION, BreakerSpec, CaseSpec, Deliver, ForwardSpec, Guarantee, KIND, Order, RetrySpec,
-    RouteFields, RouteSpec, Start, Table, To, TopicSpec,
+    API_VERSION, BreakerSpec, CaseSpec, Deliver, ForwardSpec, Guarantee, KIND, Order, RetrySpec, RouteFields, RouteSpec, Start, Table, To,
+    TopicSpec,
 };
 
 /// The most faults that are reported at once.
@@ -60,27 +57,47 @@ const MAX_FAULTS: usize = 1_000;
 /// All faults of the text: of its syntax, its fields, its types and its meaning, in the order of
 /// the text. Above a thousand, the rest is left out.
 pub fn parse(source_name: &str, text: &str) -> Result<Table, Faults> {
+    read_text(source_name, text).map(|(table, _)| table)
+}
+
+/// As [`parse`], with the [warnings](Table::warnings) of the table, each at its place in the text.
+///
+/// # Errors
+///
+/// As [`parse`].
+pub fn parse_with_warnings(source_name: &str, text: &str) -> Result<(Table, Vec<Fault>), Faults> {
+    let (table, root) = read_text(source_name, text)?;
+    let mut warnings = table.warnings();
+    for warning in &mut warnings {
+        locate(&root, warning);
+    }
+    Ok((table, finish(source_name, warnings).0))
+}
+
+fn read_text(source_name: &str, text: &str) -> Result<(Table, node::Node), Faults> {
     let mut faults = Vec::new();
     let Some(root) = node::load(text, &mut faults) else {
         return Err(finish(source_name, faults));
     };
+    let loaded = faults.len();
     let table = read::read(&root, &mut faults);
     let (found, _) = check::check(&table);
-    let known: Vec<String> = faults.iter().map(|fault| fault.field.clone()).collect();
     // What could not be read is missing for the checks: one fault is enough.
+    let unread = faults.iter().skip(loaded);
+    let known: Vec<String> = unread.map(|fault| fault.field.clone()).collect();
     let known = Reported::new(&known);
     for mut fault in found {
         if !known.explains(&fault) {
-            let at = root.locate(&fault.field);
-            (fault.line, fault.column) = (at.line, at.column);
+            locate(&root, &mut fault);
             faults.push(fault);
         }
     }
-    if faults.is_empty() {
-        Ok(table)
-    } else {
-        Err(finish(source_name, faults))
-    }
+    if faults.is_empty() { Ok((table, root)) } else { Err(finish(source_name, faults)) }
+}
+
+fn locate(root: &node::Node, fault: &mut Fault) {
+    let at = root.locate(&fault.field);
+    (fault.line, fault.column) = (at.line, at.column);
 }
 
 fn finish(source_name: &str, mut faults: Vec<Fault>) -> Faults {
@@ -89,12 +106,7 @@ fn finish(source_name: &str, mut faults: Vec<Fault>) -> Faults {
     faults.truncate(MAX_FAULTS);
     if more > 0 {
         let message = format!("there are {more} more faults");
-        faults.push(Fault::new(
-            fault::code::LIMIT,
-            "",
-            message,
-            "correct these first",
-        ));
+        faults.push(Fault::new(fault::code::LIMIT, "", message, "correct these first"));
     }
     for fault in &mut faults {
         source_name.clone_into(&mut fault.file);
@@ -112,10 +124,7 @@ impl<'a> Reported<'a> {
     fn new(fields: &'a [String]) -> Self {
         let exact = fields.iter().map(String::as_str).collect();
         let ends = |field: &'a str| field.char_indices().filter(|(_, c)| matches!(c, '.' | '['));
-        let parents = fields
-            .iter()
-            .flat_map(|field| ends(field).map(move |(end, _)| &field[..end]))
-            .collect();
+        let parents = fields.iter().flat_map(|field| ends(field).map(move |(end, _)| &field[..end])).collect();
         Self { exact, parents }
     }
 
@@ -126,6 +135,10 @@ impl<'a> Reported<'a> {
             let mut ends = field.char_indices().filter(|(_, c)| matches!(c, '.' | '['));
             ends.any(|(end, _)| self.exact.contains(&field[..end]))
         };
-        self.exact.contains(field) || self.parents.contains(field) || below()
+        let whole = self.exact.contains("");
+        whole || self.exact.contains(field) || self.parents.contains(field) || below()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -89,10 +89,7 @@ pub(crate) enum Step {
 
 /// `base.key`, with the key quoted when it is no plain word.
 pub(crate) fn join(base: &str, key: &str) -> String {
-    let word = !key.is_empty()
-        && key
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-'));
+    let word = !key.is_empty() && key.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-'));
     match (word, base.is_empty()) {
         (true, true) => key.to_owned(),
         (true, false) => format!("{base}.{key}"),
@@ -132,12 +129,7 @@ fn steps(path: &str) -> Vec<Step> {
 /// A list or map that is still open.
 enum Open {
     List(Place, Vec<Node>),
-    Map {
-        at: Place,
-        entries: Vec<Entry>,
-        seen: HashSet<String>,
-        key: Option<(String, Place)>,
-    },
+    Map { at: Place, entries: Vec<Entry>, seen: HashSet<String>, key: Option<(String, Place)> },
 }
 
 /// Reads the one document of a text. Duplicate keys are reported and the first is kept, so that
@@ -157,22 +149,12 @@ pub(crate) fn load(text: &str, faults: &mut Vec<Fault>) -> Option<Node> {
         flow_nesting_limit: 2 * MAX_DEPTH,
         block_nesting_limit: 2 * MAX_DEPTH,
     };
-    let mut loader = Loader {
-        faults,
-        open: Vec::new(),
-        root: None,
-        nodes: 0,
-        documents: 0,
-    };
+    let mut loader = Loader { faults, open: Vec::new(), root: None, nodes: 0, documents: 0 };
     for next in Parser::new_from_str_with_options(text, options) {
         let stop = match next {
             Ok((event, span)) => loader.event(event, &span),
             Err(error) => {
-                let hint = if text.contains('\t') {
-                    "YAML is indented with spaces, not with tabs"
-                } else {
-                    ""
-                };
+                let hint = if text.contains('\t') { "YAML is indented with spaces, not with tabs" } else { "" };
                 let place = place(*error.marker());
                 loader.fault(code::SYNTAX, place, error.info(), hint);
                 false
@@ -192,10 +174,7 @@ pub(crate) fn load(text: &str, faults: &mut Vec<Fault>) -> Option<Node> {
 
 fn place(marker: Marker) -> Place {
     let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-    Place {
-        line: number(marker.line()),
-        column: number(marker.col()).saturating_add(1),
-    }
+    Place { line: number(marker.line()), column: number(marker.col()).saturating_add(1) }
 }
 
 struct Loader<'f> {
@@ -208,9 +187,19 @@ struct Loader<'f> {
 
 impl Loader<'_> {
     fn fault(&mut self, code: &'static str, at: Place, message: impl Into<String>, hint: &str) {
-        let mut fault = Fault::new(code, "", message, hint);
+        let mut fault = Fault::new(code, self.path(), message, hint);
         (fault.line, fault.column) = (at.line, at.column);
         self.faults.push(fault);
+    }
+
+    /// The path of the node that is being read.
+    fn path(&self) -> String {
+        let step = |path: String, open: &Open| match open {
+            Open::List(_, items) => format!("{path}[{}]", items.len()),
+            Open::Map { key: None, .. } => path,
+            Open::Map { key: Some((key, _)), .. } => join(&path, key),
+        };
+        self.open.iter().fold(String::new(), step)
     }
 
     /// Takes one event; false when reading cannot go on.
@@ -232,27 +221,14 @@ impl Loader<'_> {
                 let text = text.into_owned();
                 self.plainly(at, anchor, tag.is_some()) && self.scalar(at, text, plain)
             }
-            Event::SequenceStart(_, anchor, tag) => {
-                self.plainly(at, anchor, tag.is_some()) && self.push(at, Open::List(at, Vec::new()))
-            }
+            Event::SequenceStart(_, anchor, tag) => self.plainly(at, anchor, tag.is_some()) && self.push(at, Open::List(at, Vec::new())),
             Event::MappingStart(_, anchor, tag) => {
-                let map = Open::Map {
-                    at,
-                    entries: Vec::new(),
-                    seen: HashSet::new(),
-                    key: None,
-                };
+                let map = Open::Map { at, entries: Vec::new(), seen: HashSet::new(), key: None };
                 self.plainly(at, anchor, tag.is_some()) && self.push(at, map)
             }
             Event::SequenceEnd | Event::MappingEnd => match self.open.pop() {
-                Some(Open::List(at, items)) => self.add(Node {
-                    at,
-                    value: Value::List(items),
-                }),
-                Some(Open::Map { at, entries, .. }) => self.add(Node {
-                    at,
-                    value: Value::Map(entries),
-                }),
+                Some(Open::List(at, items)) => self.add(Node { at, value: Value::List(items) }),
+                Some(Open::Map { at, entries, .. }) => self.add(Node { at, value: Value::Map(entries) }),
                 None => true,
             },
             _ => true,
@@ -279,12 +255,7 @@ impl Loader<'_> {
 
     fn push(&mut self, at: Place, open: Open) -> bool {
         if let Some(Open::Map { key: None, .. }) = self.open.last() {
-            self.fault(
-                code::SYNTAX,
-                at,
-                "a key must be a word",
-                "write `key: value`",
-            );
+            self.fault(code::SYNTAX, at, "a key must be a word", "write `key: value`");
             return false;
         }
         if self.open.len() >= MAX_DEPTH {
@@ -318,9 +289,7 @@ impl Loader<'_> {
         match self.open.last_mut() {
             None => self.root = Some(node),
             Some(Open::List(_, items)) => items.push(node),
-            Some(Open::Map {
-                entries, seen, key, ..
-            }) => {
+            Some(Open::Map { entries, seen, key, .. }) => {
                 if let Some((key, at)) = key.take() {
                     if seen.insert(key.clone()) {
                         entries.push(Entry { key, at, node });
@@ -331,8 +300,12 @@ impl Loader<'_> {
             }
         }
         if let Some((key, at)) = twice {
+            let path = join(&self.path(), &key);
             let message = format!("the key `{key}` occurs twice");
             self.fault(code::DUPLICATE, at, message, "remove one of the two");
+            if let Some(fault) = self.faults.last_mut() {
+                fault.field = path;
+            }
         }
         true
     }
@@ -352,12 +325,7 @@ mod tests {
     fn paths_are_taken_apart() {
         let path = join("spec.topics", "a.b") + ".x[3]";
         assert_eq!(path, "spec.topics[\"a.b\"].x[3]");
-        let keys = |words: &[&str]| {
-            words
-                .iter()
-                .map(|w| Step::Key((*w).into()))
-                .collect::<Vec<_>>()
-        };
+        let keys = |words: &[&str]| words.iter().map(|w| Step::Key((*w).into())).collect::<Vec<_>>();
         let mut expected = keys(&["spec", "topics", "a.b", "x"]);
         expected.push(Step::Index(3));
         assert_eq!(steps(&path), expected);
@@ -374,10 +342,7 @@ mod tests {
         assert_eq!(codes("a: &x [1]\nb: *x\n"), ["unsupported"]);
         assert_eq!(codes("a: !!str 1\n"), ["unsupported"]);
         assert_eq!(codes("[a]: 1\n"), ["syntax"]);
-        assert_eq!(
-            codes("{a: 1, a: 2, b: 3, b: 4}"),
-            ["duplicate", "duplicate"]
-        );
+        assert_eq!(codes("{a: 1, a: 2, b: 3, b: 4}"), ["duplicate", "duplicate"]);
         assert_eq!(codes(&"[".repeat(17)).len(), 1);
         assert_eq!(codes(&"[".repeat(100_000)).len(), 1);
         assert_eq!(codes(&"- ".repeat(100_000)).len(), 1);
@@ -387,11 +352,7 @@ mod tests {
     #[test]
     fn json_has_places_too() {
         let mut faults = Vec::new();
-        let node = load(
-            "{\"spec\":\n {\"routes\": [1,\n  {\"x\": 2}]}}",
-            &mut faults,
-        )
-        .unwrap();
+        let node = load("{\"spec\":\n {\"routes\": [1,\n  {\"x\": 2}]}}", &mut faults).unwrap();
         assert!(faults.is_empty());
         let at = node.locate("spec.routes[1].x");
         assert_eq!((at.line, at.column), (3, 4));

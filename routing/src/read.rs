@@ -9,8 +9,8 @@ use std::time::Duration;
 use crate::fault::{Fault, code};
 use crate::node::{Entry, Node, Value, join};
 use crate::table::{
-    API_VERSION, BreakerSpec, CaseSpec, Deliver, ForwardSpec, Guarantee, KIND, Order, RetrySpec,
-    RouteFields, RouteSpec, Start, Table, To, TopicSpec,
+    API_VERSION, BreakerSpec, CaseSpec, Deliver, ForwardSpec, Guarantee, KIND, Order, RetrySpec, RouteFields, RouteSpec, Start, Table, To,
+    TopicSpec,
 };
 use crate::value::{nearest, parse_duration, parse_time};
 
@@ -81,7 +81,11 @@ impl Reader<'_> {
             if known.contains(&entry.key.as_str()) {
                 continue;
             }
-            let hint = match nearest(&entry.key, known) {
+            // Beyond what is reported, no time is spent on hints.
+            let cut = self.faults.len() > crate::MAX_FAULTS;
+            let near = if cut { None } else { nearest(&entry.key, known) };
+            let hint = match near {
+                None if cut => String::new(),
                 Some(near) => format!("did you mean `{near}`?"),
                 None => format!("known here: {}", known.join(", ")),
             };
@@ -126,12 +130,7 @@ impl Reader<'_> {
         match &node.value {
             Value::Scalar { text, plain } if !*plain || is_string(text) => Some(text.clone()),
             Value::Scalar { plain: true, text } if !is_null(text) => {
-                self.wrong_type(
-                    node,
-                    path,
-                    "a string",
-                    &format!("write \"{text}\" in quotes"),
-                );
+                self.wrong_type(node, path, "a string", &format!("write \"{text}\" in quotes"));
                 None
             }
             _ => {
@@ -194,12 +193,7 @@ impl Reader<'_> {
     // The table.
 
     fn table(&mut self, root: &Node) -> Table {
-        let mut table = Table {
-            mesh: String::new(),
-            topics: BTreeMap::new(),
-            defaults: RouteFields::default(),
-            routes: Vec::new(),
-        };
+        let mut table = Table { mesh: String::new(), topics: BTreeMap::new(), defaults: RouteFields::default(), routes: Vec::new() };
         let Some(fields) = self.map(root, "", &["apiVersion", "kind", "metadata", "spec"]) else {
             return table;
         };
@@ -238,22 +232,11 @@ impl Reader<'_> {
         table
     }
 
-    fn required<'n>(
-        &mut self,
-        parent: &Node,
-        fields: &Fields<'n>,
-        key: &str,
-    ) -> Option<(&'n Node, String)> {
+    fn required<'n>(&mut self, parent: &Node, fields: &Fields<'n>, key: &str) -> Option<(&'n Node, String)> {
         let found = fields.get(key);
         if found.is_none() {
             let path = join(&fields.path, key);
-            self.fault(
-                code::MISSING,
-                parent,
-                &path,
-                format!("`{key}` is missing"),
-                "",
-            );
+            self.fault(code::MISSING, parent, &path, format!("`{key}` is missing"), "");
         }
         found
     }
@@ -264,13 +247,7 @@ impl Reader<'_> {
             && text != wanted
         {
             let message = format!("`{text}` is not supported");
-            self.fault(
-                code::VALUE,
-                node,
-                &path,
-                message,
-                &format!("write `{key}: {wanted}`"),
-            );
+            self.fault(code::VALUE, node, &path, message, &format!("write `{key}: {wanted}`"));
         }
     }
 
@@ -290,27 +267,17 @@ impl Reader<'_> {
         known.extend(ROUTE_FIELDS);
         let Some(fields) = self.map(node, path, &known) else {
             // Kept as an empty route, so that the numbers of the others stay right.
-            return Some(RouteSpec {
-                name: String::new(),
-                fields: RouteFields::default(),
-            });
+            return Some(RouteSpec { name: String::new(), fields: RouteFields::default() });
         };
-        let name = self
-            .required(node, &fields, "name")
-            .and_then(|(node, path)| self.string(node, &path));
-        Some(RouteSpec {
-            name: name.unwrap_or_default(),
-            fields: self.route_fields(&fields),
-        })
+        let name = self.required(node, &fields, "name").and_then(|(node, path)| self.string(node, &path));
+        Some(RouteSpec { name: name.unwrap_or_default(), fields: self.route_fields(&fields) })
     }
 
     fn route_fields(&mut self, fields: &Fields<'_>) -> RouteFields {
         let get = |key| fields.get(key);
         let mut out = RouteFields {
             service: get("service").and_then(|(n, p)| self.string(n, &p)),
-            from: get("from").and_then(|(n, p)| {
-                self.strings(n, &p, "a route may have several sources: write [topic]")
-            }),
+            from: get("from").and_then(|(n, p)| self.strings(n, &p, "a route may have several sources: write [topic]")),
             handler: get("handler").and_then(|(n, p)| self.string(n, &p)),
             to: get("to").and_then(|(n, p)| self.to(n, &p)),
             filter: get("filter").and_then(|(n, p)| self.string(n, &p)),
@@ -325,17 +292,9 @@ impl Reader<'_> {
             max_hops: get("max_hops").and_then(|(n, p)| self.whole(n, &p)),
             ..RouteFields::default()
         };
-        let words = [
-            ("push", Deliver::Push),
-            ("stream", Deliver::Stream),
-            ("pull", Deliver::Pull),
-        ];
+        let words = [("push", Deliver::Push), ("stream", Deliver::Stream), ("pull", Deliver::Pull)];
         out.deliver = get("deliver").and_then(|(n, p)| self.word(n, &p, &words));
-        let words = [
-            ("key", Order::Key),
-            ("partition", Order::Partition),
-            ("none", Order::None),
-        ];
+        let words = [("key", Order::Key), ("partition", Order::Partition), ("none", Order::None)];
         out.order = get("order").and_then(|(n, p)| self.word(n, &p, &words));
         out.guarantee = get("guarantee").and_then(|(n, p)| self.guarantee(n, &p));
         if let Some((node, path)) = get("cases") {
@@ -354,12 +313,7 @@ impl Reader<'_> {
             });
         }
         if let Some((node, path)) = get("batch") {
-            self.not_built(
-                node,
-                &path,
-                "`batch`",
-                "remove it: each delivery carries one record",
-            );
+            self.not_built(node, &path, "`batch`", "remove it: each delivery carries one record");
         }
         out
     }
@@ -384,11 +338,7 @@ impl Reader<'_> {
             if text == "void" {
                 return Some(To::Void);
             }
-            let hint = if is_null(text) {
-                "write a list of topics, or `void`".to_owned()
-            } else {
-                format!("write [{text}], or `void`")
-            };
+            let hint = if is_null(text) { "write a list of topics, or `void`".to_owned() } else { format!("write [{text}], or `void`") };
             self.wrong_type(node, path, "a list of topics or `void`", &hint);
             return None;
         }
@@ -398,11 +348,7 @@ impl Reader<'_> {
 
     fn case(&mut self, node: &Node, path: &str) -> Option<CaseSpec> {
         let fields = self.map(node, path, &["status", "when", "to"]);
-        let empty = CaseSpec {
-            status: None,
-            when: None,
-            to: To::Void,
-        };
+        let empty = CaseSpec { status: None, when: None, to: To::Void };
         // A broken case is kept too, so that the numbers of the others stay right.
         let Some(fields) = fields else {
             return Some(empty);
@@ -497,10 +443,10 @@ fn is_string(text: &str) -> bool {
     if is_null(text) || matches!(text, "true" | "True" | "TRUE" | "false" | "False" | "FALSE") {
         return false;
     }
-    let digits = text.trim_start_matches(['-', '+']);
-    let based = digits.starts_with("0x") || digits.starts_with("0o");
+    let digits = text.strip_prefix(['-', '+']).unwrap_or(text);
+    let all = |digits: &str, base| !digits.is_empty() && digits.chars().all(|c| c.is_digit(base));
+    let based = digits.strip_prefix("0x").is_some_and(|hex| all(hex, 16)) || digits.strip_prefix("0o").is_some_and(|octal| all(octal, 8));
     let special = matches!(digits, ".inf" | ".Inf" | ".INF" | ".nan" | ".NaN" | ".NAN");
-    let number = digits.starts_with(|c: char| c.is_ascii_digit() || c == '.')
-        && digits.parse::<f64>().is_ok();
+    let number = digits.starts_with(|c: char| c.is_ascii_digit() || c == '.') && digits.parse::<f64>().is_ok();
     !(based || special || number)
 }

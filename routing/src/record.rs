@@ -23,7 +23,7 @@ impl HeaderSource for NoHeaders {
     fn for_each(&self, _each: &mut dyn FnMut(&str, &[u8])) {}
 }
 
-impl<N, V> HeaderSource for [(N, V)]
+impl<N, V> HeaderSource for &[(N, V)]
 where
     N: AsRef<str> + Send + Sync,
     V: AsRef<[u8]> + Send + Sync,
@@ -34,7 +34,7 @@ where
     }
 
     fn for_each(&self, each: &mut dyn FnMut(&str, &[u8])) {
-        for (name, value) in self {
+        for (name, value) in *self {
             each(name.as_ref(), value.as_ref());
         }
     }
@@ -46,11 +46,12 @@ where
     V: AsRef<[u8]> + Send + Sync,
 {
     fn get(&self, name: &str) -> Option<&[u8]> {
-        HeaderSource::get(self.as_slice(), name)
+        let found = self.iter().rev().find(|(other, _)| other.as_ref() == name);
+        found.map(|(_, value)| value.as_ref())
     }
 
     fn for_each(&self, each: &mut dyn FnMut(&str, &[u8])) {
-        HeaderSource::for_each(self.as_slice(), each);
+        self.as_slice().for_each(each);
     }
 }
 

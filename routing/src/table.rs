@@ -338,11 +338,9 @@ impl Table {
                 multiplier: own.multiplier.or(base.multiplier),
             }),
             dead_letter: own.dead_letter.or_else(|| base.dead_letter.clone()),
-            breaker: merge(own.breaker, base.breaker.as_ref(), |own, base| {
-                BreakerSpec {
-                    failures: own.failures.or(base.failures),
-                    open: own.open.or(base.open),
-                }
+            breaker: merge(own.breaker, base.breaker.as_ref(), |own, base| BreakerSpec {
+                failures: own.failures.or(base.failures),
+                open: own.open.or(base.open),
             }),
             forward_headers: own.forward_headers.or_else(|| base.forward_headers.clone()),
             guarantee: own.guarantee.or(base.guarantee),

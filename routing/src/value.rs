@@ -5,13 +5,7 @@ use std::time::Duration;
 /// The longest duration a table may name: 100 years.
 pub(crate) const LONGEST: Duration = Duration::from_secs(36_525 * 86_400);
 
-const UNITS: [(&str, u64); 5] = [
-    ("d", 86_400_000),
-    ("h", 3_600_000),
-    ("m", 60_000),
-    ("s", 1_000),
-    ("ms", 1),
-];
+const UNITS: [(&str, u64); 5] = [("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1_000), ("ms", 1)];
 
 /// Reads a duration such as `5s`, `100ms`, `7d` or `1h30m`: whole numbers, each with a unit
 /// (`d`, `h`, `m`, `s`, `ms`), largest unit first.
@@ -25,11 +19,7 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
     while !rest.is_empty() {
         let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
         let (number, tail) = rest.split_at(digits);
-        let letters = tail
-            .bytes()
-            .take_while(|b| !b.is_ascii_digit())
-            .count()
-            .min(tail.len());
+        let letters = tail.bytes().take_while(|b| !b.is_ascii_digit()).count().min(tail.len());
         let Some((unit, tail)) = tail.split_at_checked(letters) else {
             return Err(format!("`{text}` is no duration"));
         };
@@ -43,10 +33,7 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
             return Err(format!("`{text}`: units go from large to small, each once"));
         }
         smallest = millis;
-        let part = number
-            .parse::<u64>()
-            .ok()
-            .and_then(|n| n.checked_mul(millis));
+        let part = number.parse::<u64>().ok().and_then(|n| n.checked_mul(millis));
         match part.and_then(|part| total.checked_add(part)) {
             Some(sum) if u128::from(sum) <= LONGEST.as_millis() => total = sum,
             _ => return Err(format!("`{text}` is longer than 100 years")),
@@ -75,15 +62,12 @@ pub(crate) fn print_duration(duration: Duration) -> String {
 
 /// Reads an RFC 3339 time as milliseconds since 1970-01-01 UTC.
 pub(crate) fn parse_time(text: &str) -> Option<i64> {
-    text.parse::<jiff::Timestamp>()
-        .ok()
-        .map(jiff::Timestamp::as_millisecond)
+    text.parse::<jiff::Timestamp>().ok().map(jiff::Timestamp::as_millisecond)
 }
 
 /// Prints milliseconds since 1970-01-01 UTC as an RFC 3339 time.
 pub(crate) fn print_time(millis: i64) -> String {
-    jiff::Timestamp::from_millisecond(millis)
-        .map_or_else(|_| millis.to_string(), |time| time.to_string())
+    jiff::Timestamp::from_millisecond(millis).map_or_else(|_| millis.to_string(), |time| time.to_string())
 }
 
 /// Why the broker would refuse this topic name, if it would.
@@ -168,21 +152,7 @@ mod tests {
         assert_eq!(millis("7d"), Ok(604_800_000));
         assert_eq!(millis("1h30m"), Ok(5_400_000));
         assert_eq!(millis("0s"), Ok(0));
-        for bad in [
-            "",
-            "5",
-            "s",
-            "1.5s",
-            "5 s",
-            "-5s",
-            "5s5s",
-            "1m1h",
-            "5sec",
-            "1é",
-            "é",
-            "99999999999999999999s",
-            "40000d",
-        ] {
+        for bad in ["", "5", "s", "1.5s", "5 s", "-5s", "5s5s", "1m1h", "5sec", "1é", "é", "99999999999999999999s", "40000d"] {
             assert!(parse_duration(bad).is_err(), "{bad}");
         }
     }

@@ -5,6 +5,7 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use mesh_routing::Route;
 
 use crate::record::{Header, Position, Record};
 
@@ -13,6 +14,8 @@ use crate::record::{Header, Position, Record};
 pub struct Delivery {
     /// Identifies the delivery within its route, for as long as this process runs; never reused.
     pub id: u64,
+    /// The route under which it is delivered; a table that is swapped meanwhile does not change it.
+    pub route: Arc<Route>,
     /// The record.
     pub record: Arc<Record>,
     /// Where it is stored.

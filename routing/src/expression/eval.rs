@@ -8,9 +8,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, LazyLock, OnceLock};
 
-use cel::common::types::{
-    CelBool, CelBytes, CelInt, CelMap, CelMapKey, CelNull, CelString, CelTimestamp, DYN_TYPE, Type,
-};
+use cel::common::types::{CelBool, CelBytes, CelInt, CelMap, CelMapKey, CelNull, CelString, CelTimestamp, DYN_TYPE, Type};
 use cel::common::value::{CowVal, StaticVal, Val};
 use cel::context::VariableResolver;
 use cel::{Context, Env, ExecutionError, Value};
@@ -23,7 +21,8 @@ use crate::record::{HeaderSource, RecordView, ReplyView};
 /// The function that `matches` becomes: its second argument is a compiled expression.
 pub(super) const MATCHES: &str = "@matches";
 
-/// How much an evaluation may look up, in units of about one JSON value or 16 bytes.
+/// How much an evaluation may look up, in units of about one JSON value or 16 bytes; four more for
+/// every byte of the record and the reply.
 const FUEL: i64 = 4 << 20;
 
 /// The one environment of all expressions.
@@ -38,19 +37,14 @@ pub(super) fn environment() -> &'static Arc<Env> {
 }
 
 fn matches<'b, 'v>(args: Vec<CowVal<'b, 'v>>) -> Result<CowVal<'b, 'v>, ExecutionError> {
-    let text = args
-        .first()
-        .and_then(|arg| arg.downcast_ref::<CelString<'_>>());
+    let text = args.first().and_then(|arg| arg.downcast_ref::<CelString<'_>>());
     let regex = args.get(1).and_then(|arg| arg.downcast_ref::<Pattern>());
     match (text, regex) {
         (Some(text), Some(regex)) => {
             let found = regex.0.is_match(text.inner());
             Ok(CowVal::owned(CelBool::from(found)))
         }
-        _ => Err(ExecutionError::function_error(
-            "matches",
-            "the value is no text",
-        )),
+        _ => Err(ExecutionError::function_error("matches", "the value is no text")),
     }
 }
 
@@ -81,27 +75,22 @@ impl Val for Pattern {
 impl StaticVal for Pattern {}
 
 /// Evaluates a program; the error says what went wrong.
-pub(super) fn evaluate(
-    program: &Program,
-    record: &RecordView<'_>,
-    reply: Option<&ReplyView<'_>>,
-) -> Result<bool, String> {
+pub(super) fn evaluate(program: &Program, record: &RecordView<'_>, reply: Option<&ReplyView<'_>>) -> Result<bool, String> {
+    let bytes = |body: Option<&[u8]>| body.map_or(0, |body| i64::try_from(body.len()).unwrap_or(0));
+    let bytes = bytes(record.value).saturating_add(bytes(reply.and_then(|reply| reply.body)));
     let slots = Slots {
         program,
         record,
         reply,
         json: [OnceLock::new(), OnceLock::new()],
-        fuel: AtomicI64::new(FUEL),
+        fuel: AtomicI64::new(bytes.saturating_mul(4).saturating_add(FUEL)),
     };
     let mut context = Context::with_env(Arc::clone(environment()));
     context.set_variable_resolver(&slots);
     match Value::resolve_val(&program.tree, &context) {
         Ok(value) => match value.downcast_ref::<CelBool>() {
             Some(truth) => Ok(*truth.inner()),
-            None => Err(format!(
-                "the result is a {}, neither true nor false",
-                value.get_type().name()
-            )),
+            None => Err(format!("the result is a {}, neither true nor false", value.get_type().name())),
         },
         Err(error) => Err(slots.explain(&error)),
     }
@@ -132,8 +121,7 @@ impl<'a> Slots<'a> {
             Slot::Partition => CowVal::owned(CelInt::from(i64::from(record.partition))),
             Slot::Offset => CowVal::owned(CelInt::from(record.offset)),
             Slot::Timestamp => {
-                let time = chrono::DateTime::from_timestamp_millis(record.timestamp_ms)
-                    .ok_or("the time is out of range")?;
+                let time = chrono::DateTime::from_timestamp_millis(record.timestamp_ms).ok_or("the time is out of range")?;
                 CowVal::owned(CelTimestamp::from(time.fixed_offset()))
             }
             Slot::Status => {
@@ -161,11 +149,7 @@ impl<'a> Slots<'a> {
                 Some(value) => self.text_or_bytes(value)?,
                 None => return Err("there is no such header".into()),
             },
-            Slot::HasHeader(side, name) => truth(
-                self.header_source(*side)
-                    .and_then(|h| h.get(name))
-                    .is_some(),
-            ),
+            Slot::HasHeader(side, name) => truth(self.header_source(*side).and_then(|h| h.get(name)).is_some()),
             Slot::HasKey => truth(record.key.is_some()),
             Slot::HasValue(side) => truth(self.body(*side).is_some()),
             Slot::HasJson(side, cell) => truth(!matches!(self.cell(*side, *cell)?, Cell::Absent)),
@@ -253,10 +237,7 @@ impl<'a> Slots<'a> {
         }
         let mut text = error.to_string();
         if text.len() > 200 {
-            let end = (0..=200)
-                .rev()
-                .find(|i| text.is_char_boundary(*i))
-                .unwrap_or(0);
+            let end = (0..=200).rev().find(|i| text.is_char_boundary(*i)).unwrap_or(0);
             text.truncate(end);
             text.push('…');
         }

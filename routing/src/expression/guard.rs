@@ -8,9 +8,9 @@ use super::Refusal;
 
 /// The longest source, in bytes.
 pub(super) const MAX_BYTES: usize = 1024;
-const MAX_DEPTH: usize = 12;
+const MAX_DEPTH: usize = 10;
 const MAX_OPERATORS: usize = 100;
-const MAX_SAME: usize = 32;
+const MAX_ARITHMETIC: usize = 32;
 const MAX_CHAIN: usize = 24;
 const MAX_UNARY: usize = 4;
 const MAX_TERNARIES: usize = 4;
@@ -19,10 +19,7 @@ const MAX_TERNARIES: usize = 4;
 pub(super) fn check(text: &str) -> Result<(), Refusal> {
     let simpler = "split it over several cases or routes, or compute it in the service";
     if text.len() > MAX_BYTES {
-        let message = format!(
-            "the expression has {} bytes, more than {MAX_BYTES}",
-            text.len()
-        );
+        let message = format!("the expression has {} bytes, more than {MAX_BYTES}", text.len());
         return Err(Refusal::new(message, simpler));
     }
     if text.trim().is_empty() {
@@ -47,7 +44,7 @@ struct Scan {
     /// Open brackets, each with the length of the chain before it.
     open: Vec<(char, usize)>,
     operators: usize,
-    additions: usize,
+    arithmetic: usize,
     ternaries: usize,
     chain: usize,
     unary: usize,
@@ -57,14 +54,11 @@ struct Scan {
 
 impl Scan {
     fn take(&mut self, word: &str, simpler: &str) -> Result<(), Refusal> {
-        let refuse = |what: &str, most: usize| {
-            Err(Refusal::new(format!("more than {most} {what}"), simpler))
-        };
+        let refuse = |what: &str, most: usize| Err(Refusal::new(format!("more than {most} {what}"), simpler));
         match word {
             _ if word.trim().is_empty() => {}
             "(" | "[" | "{" => {
-                self.open
-                    .push((word.chars().next().unwrap_or('('), self.chain + 1));
+                self.open.push((word.chars().next().unwrap_or('('), self.chain + 1));
                 (self.chain, self.unary, self.after_value) = (0, 0, false);
                 if self.open.len() > MAX_DEPTH {
                     return refuse("brackets inside each other", MAX_DEPTH);
@@ -89,10 +83,9 @@ impl Scan {
             "!" => self.unary += 1,
             "-" if !self.after_value => self.unary += 1,
             "," | ":" => (self.chain, self.unary, self.after_value) = (0, 0, false),
-            "&&" | "||" | "==" | "!=" | "<" | "<=" | ">" | ">=" | "+" | "-" | "*" | "/" | "%"
-            | "in" | "?" => {
+            "&&" | "||" | "==" | "!=" | "<" | "<=" | ">" | ">=" | "+" | "-" | "*" | "/" | "%" | "in" | "?" => {
                 self.operators += 1;
-                self.additions += usize::from(matches!(word, "+" | "-" | "*" | "/" | "%"));
+                self.arithmetic += usize::from(matches!(word, "+" | "-" | "*" | "/" | "%"));
                 self.ternaries += usize::from(word == "?");
                 (self.chain, self.unary, self.after_value) = (0, 0, false);
             }
@@ -107,8 +100,8 @@ impl Scan {
         if self.operators > MAX_OPERATORS {
             return refuse("operators", MAX_OPERATORS);
         }
-        if self.additions > MAX_SAME {
-            return refuse("arithmetic operators", MAX_SAME);
+        if self.arithmetic > MAX_ARITHMETIC {
+            return refuse("arithmetic operators", MAX_ARITHMETIC);
         }
         if self.ternaries > MAX_TERNARIES {
             return refuse("conditions (`? :`)", MAX_TERNARIES);
@@ -122,10 +115,7 @@ fn token(rest: &str, first: char) -> Result<usize, Refusal> {
     let bytes = rest.as_bytes();
     let two = rest.get(..2).unwrap_or_default();
     if two == "//" {
-        return Err(Refusal::new(
-            "a comment",
-            "comment in the table, not in the expression",
-        ));
+        return Err(Refusal::new("a comment", "comment in the table, not in the expression"));
     }
     if matches!(two, "&&" | "||" | "==" | "!=" | "<=" | ">=") {
         return Ok(2);
@@ -134,10 +124,7 @@ fn token(rest: &str, first: char) -> Result<usize, Refusal> {
         return string(rest, false);
     }
     if first.is_ascii_alphabetic() || first == '_' {
-        let length = bytes
-            .iter()
-            .take_while(|b| b.is_ascii_alphanumeric() || **b == b'_')
-            .count();
+        let length = bytes.iter().take_while(|b| b.is_ascii_alphanumeric() || **b == b'_').count();
         let prefix = &rest[..length];
         let quoted = matches!(bytes.get(length), Some(b'\'' | b'"'));
         if quoted && length <= 2 && prefix.chars().all(|c| "rRbB".contains(c)) {
@@ -149,10 +136,7 @@ fn token(rest: &str, first: char) -> Result<usize, Refusal> {
     if first.is_ascii_digit() {
         let mut length = 0;
         while let Some(byte) = bytes.get(length) {
-            let exponent = matches!(byte, b'+' | b'-')
-                && length > 0
-                && matches!(bytes[length - 1], b'e' | b'E')
-                && !rest.starts_with("0x");
+            let exponent = matches!(byte, b'+' | b'-') && length > 0 && matches!(bytes[length - 1], b'e' | b'E') && !rest.starts_with("0x");
             let dot = *byte == b'.' && bytes.get(length + 1).is_some_and(u8::is_ascii_digit);
             if !(byte.is_ascii_alphanumeric() || exponent || dot) {
                 break;
@@ -165,21 +149,14 @@ fn token(rest: &str, first: char) -> Result<usize, Refusal> {
         return Ok(1);
     }
     let shown = first.escape_default();
-    Err(Refusal::new(
-        format!("the character `{shown}` has no meaning in CEL"),
-        "",
-    ))
+    Err(Refusal::new(format!("the character `{shown}` has no meaning in CEL"), ""))
 }
 
 /// The length of a string literal, quotes included.
 fn string(rest: &str, raw: bool) -> Result<usize, Refusal> {
     let quote = &rest[..1];
     let triple = quote.repeat(3);
-    let end = if rest.starts_with(&triple) {
-        triple.as_str()
-    } else {
-        quote
-    };
+    let end = if rest.starts_with(&triple) { triple.as_str() } else { quote };
     let mut at = end.len();
     while at < rest.len() {
         let tail = &rest[at..];

@@ -5,9 +5,7 @@
 use std::collections::HashMap;
 use std::fmt;
 
-use cel::common::types::{
-    CelBool, CelDouble, CelInt, CelList, CelMap, CelMapKey, CelNull, CelString, CelUInt,
-};
+use cel::common::types::{CelBool, CelDouble, CelInt, CelList, CelMap, CelMapKey, CelNull, CelString, CelUInt};
 use cel::common::value::Val;
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, Visitor};
 use serde_json::Value;
@@ -73,17 +71,10 @@ impl Paths {
 }
 
 /// Reads the cells of all paths.
-pub(super) fn scan(
-    bytes: &[u8],
-    paths: &Paths,
-    count: usize,
-) -> Result<Vec<Cell>, serde_json::Error> {
+pub(super) fn scan(bytes: &[u8], paths: &Paths, count: usize) -> Result<Vec<Cell>, serde_json::Error> {
     let mut cells = vec![Cell::Absent; count];
     let mut json = serde_json::Deserializer::from_slice(bytes);
-    let seed = Seed {
-        paths,
-        cells: &mut cells,
-    };
+    let seed = Seed { paths, cells: &mut cells };
     seed.deserialize(&mut json)?;
     json.end()?;
     Ok(cells)
@@ -106,11 +97,7 @@ impl<'de> DeserializeSeed<'de> for Seed<'_> {
         if let Some(cell) = self.paths.presence {
             self.cells[cell] = Cell::Present;
         }
-        if self.paths.members.is_empty() {
-            json.deserialize_ignored_any(IgnoredAny).map(|_| ())
-        } else {
-            json.deserialize_any(self)
-        }
+        if self.paths.members.is_empty() { json.deserialize_ignored_any(IgnoredAny).map(|_| ()) } else { json.deserialize_any(self) }
     }
 }
 
@@ -127,10 +114,7 @@ impl<'de> Visitor<'de> for Seed<'_> {
                 Some(paths) => {
                     // A key that occurs twice: the last one counts.
                     paths.clear(self.cells);
-                    map.next_value_seed(Seed {
-                        paths,
-                        cells: &mut *self.cells,
-                    })?;
+                    map.next_value_seed(Seed { paths, cells: &mut *self.cells })?;
                 }
                 None => {
                     map.next_value::<IgnoredAny>()?;
@@ -195,10 +179,8 @@ fn build(value: &Value, size: &mut i64) -> Box<dyn Val> {
             Box::new(CelList::from(items))
         }
         Value::Object(members) => {
-            let members: HashMap<CelMapKey<'static>, Box<dyn Val>> = members
-                .iter()
-                .map(|(key, value)| (CelMapKey::from(key.clone()), build(value, size)))
-                .collect();
+            let members: HashMap<CelMapKey<'static>, Box<dyn Val>> =
+                members.iter().map(|(key, value)| (CelMapKey::from(key.clone()), build(value, size))).collect();
             Box::new(CelMap::from(members))
         }
     }

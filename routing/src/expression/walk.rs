@@ -5,17 +5,16 @@
 
 use std::sync::Arc;
 
-use cel::common::ast::{
-    CallExpr, ComprehensionExpr, EntryExpr, Expr, IdedExpr, LiteralValue, operators as op,
-};
+use cel::common::ast::{CallExpr, ComprehensionExpr, EntryExpr, Expr, IdedExpr, LiteralValue, operators as op};
 use regex::{Regex, RegexBuilder};
 
 use super::json::Paths;
 use super::{Refusal, Roots};
 use crate::value::nearest;
 
-/// The deepest syntax tree. Evaluation recurses, on a thread with an ordinary stack.
-const MAX_DEPTH: usize = 40;
+/// The deepest syntax tree. Evaluation recurses, on a thread with an ordinary stack: a level takes
+/// up to 40 KiB without optimisation.
+const MAX_DEPTH: usize = 20;
 const MAX_SLOTS: usize = 64;
 const MAX_REGEX_BYTES: usize = 256 << 10;
 
@@ -66,29 +65,8 @@ const OPERATORS: [&str; 19] = [
     op::IN,
     op::NOT_STRICTLY_FALSE,
 ];
-const TYPES: [&str; 10] = [
-    "bool",
-    "int",
-    "uint",
-    "double",
-    "string",
-    "bytes",
-    "list",
-    "map",
-    "null_type",
-    "type",
-];
-const RECORD_FIELDS: [&str; 9] = [
-    "topic",
-    "partition",
-    "offset",
-    "timestamp",
-    "key",
-    "text",
-    "json",
-    "headers",
-    "size",
-];
+const TYPES: [&str; 10] = ["bool", "int", "uint", "double", "string", "bytes", "list", "map", "null_type", "type"];
+const RECORD_FIELDS: [&str; 9] = ["topic", "partition", "offset", "timestamp", "key", "text", "json", "headers", "size"];
 const REPLY_FIELDS: [&str; 5] = ["status", "text", "json", "headers", "size"];
 
 /// The record or the reply.
@@ -133,25 +111,14 @@ pub(super) struct Program {
 
 /// Checks a tree and makes it a program.
 pub(super) fn walk(source: &str, tree: IdedExpr, roots: Roots) -> Result<Program, Refusal> {
-    let mut walk = Walk {
-        roots,
-        slots: Vec::new(),
-        json: Default::default(),
-        scope: Vec::new(),
-        in_body: false,
-    };
+    let mut walk = Walk { roots, slots: Vec::new(), json: Default::default(), scope: Vec::new(), in_body: false };
     let mut tree = tree;
     if never_a_truth_value(&tree.expr) {
         let hint = "compare it, as in `record.size > 0`";
         return Err(Refusal::new("the result is never true or false", hint));
     }
     walk.expr(&mut tree, 0)?;
-    Ok(Program {
-        source: Arc::from(source),
-        tree,
-        slots: walk.slots,
-        json: walk.json,
-    })
+    Ok(Program { source: Arc::from(source), tree, slots: walk.slots, json: walk.json })
 }
 
 fn never_a_truth_value(expr: &Expr) -> bool {
@@ -159,11 +126,7 @@ fn never_a_truth_value(expr: &Expr) -> bool {
         Expr::Literal(literal) => !matches!(literal, LiteralValue::Boolean(_)),
         Expr::List(_) | Expr::Map(_) => true,
         Expr::Call(call) => {
-            is_number(expr)
-                || matches!(
-                    call.func_name.as_str(),
-                    op::ADD | "string" | "bytes" | "type" | "timestamp" | "duration"
-                )
+            is_number(expr) || matches!(call.func_name.as_str(), op::ADD | "string" | "bytes" | "type" | "timestamp" | "duration")
         }
         _ => false,
     }
@@ -172,25 +135,11 @@ fn never_a_truth_value(expr: &Expr) -> bool {
 /// Whether an expression can only be a number (or a duration): it cannot grow.
 fn is_number(expr: &Expr) -> bool {
     match expr {
-        Expr::Literal(literal) => matches!(
-            literal,
-            LiteralValue::Int(_) | LiteralValue::UInt(_) | LiteralValue::Double(_)
-        ),
+        Expr::Literal(literal) => matches!(literal, LiteralValue::Int(_) | LiteralValue::UInt(_) | LiteralValue::Double(_)),
         Expr::Call(call) => {
             let name = call.func_name.as_str();
-            let numeric = [
-                op::SUBSTRACT,
-                op::MULTIPLY,
-                op::DIVIDE,
-                op::MODULO,
-                op::NEGATE,
-                "size",
-                "int",
-                "uint",
-                "double",
-            ];
-            numeric.contains(&name)
-                || (name == op::ADD && call.args.iter().any(|arg| is_number(&arg.expr)))
+            let numeric = [op::SUBSTRACT, op::MULTIPLY, op::DIVIDE, op::MODULO, op::NEGATE, "size", "int", "uint", "double"];
+            numeric.contains(&name) || (name == op::ADD && call.args.iter().any(|arg| is_number(&arg.expr)))
         }
         _ => false,
     }
@@ -217,6 +166,18 @@ impl Walk {
         }
         if let Some((side, path, test)) = self.reference(&node.expr) {
             let slot = self.slot(side, &path, test)?;
+            node.expr = Expr::Ident(format!("@{slot}"));
+            return Ok(());
+        }
+        if let Expr::Call(call) = &node.expr
+            && call.func_name == op::IN
+            && let [IdedExpr { expr: Expr::Literal(LiteralValue::String(name)), .. }, of] = call.args.as_slice()
+            && let Some((side, path, false)) = self.reference(&of.expr)
+            && path == ["headers"]
+        {
+            // `"x" in record.headers` asks for one header: no map of all is needed.
+            let path = ["headers".to_owned(), name.inner().to_owned()];
+            let slot = self.slot(side, &path, true)?;
             node.expr = Expr::Ident(format!("@{slot}"));
             return Ok(());
         }
@@ -270,13 +231,7 @@ impl Walk {
                     at = &select.operand.expr;
                 }
                 Expr::Call(call) if call.func_name == op::INDEX => match call.args.as_slice() {
-                    [
-                        operand,
-                        IdedExpr {
-                            expr: Expr::Literal(LiteralValue::String(key)),
-                            ..
-                        },
-                    ] => {
+                    [operand, IdedExpr { expr: Expr::Literal(LiteralValue::String(key)), .. }] => {
                         path.push(key.inner().to_owned());
                         at = &operand.expr;
                     }
@@ -320,11 +275,7 @@ impl Walk {
             return refuse(format!("`{root}.{field}` is not known"), hint);
         }
         let text = format!("{root}.{}", path.join("."));
-        let shown = if test {
-            format!("has({text})")
-        } else {
-            text.clone()
-        };
+        let shown = if test { format!("has({text})") } else { text.clone() };
         if let Some(known) = self.slots.iter().position(|(name, _)| *name == shown) {
             return Ok(known);
         }
@@ -336,11 +287,7 @@ impl Walk {
                 paths.add(rest, *count, test);
                 *count += 1;
                 let cell = *count - 1;
-                if test {
-                    Slot::HasJson(side, cell)
-                } else {
-                    Slot::Json(side, cell)
-                }
+                if test { Slot::HasJson(side, cell) } else { Slot::Json(side, cell) }
             }
             ("headers", [], false) => Slot::Headers(side),
             ("headers", [name], false) => Slot::Header(side, name.clone()),
@@ -365,10 +312,7 @@ impl Walk {
 
     fn add(&mut self, name: String, slot: Slot) -> Result<usize, Refusal> {
         if self.slots.len() >= MAX_SLOTS {
-            return refuse(
-                format!("more than {MAX_SLOTS} different references"),
-                "simplify it",
-            );
+            return refuse(format!("more than {MAX_SLOTS} different references"), "simplify it");
         }
         self.slots.push((name, slot));
         Ok(self.slots.len() - 1)
@@ -388,10 +332,7 @@ impl Walk {
                 return refuse(format!("`{name}` is no function here"), hint);
             };
             if *wanted != count {
-                return refuse(
-                    format!("`{name}` takes {wanted} arguments here, not {count}"),
-                    "",
-                );
+                return refuse(format!("`{name}` takes {wanted} arguments here, not {count}"), "");
             }
         }
         if name == op::ADD && self.in_body && !call.args.iter().any(|arg| is_number(&arg.expr)) {
@@ -421,26 +362,15 @@ impl Walk {
                 return refuse("a regular expression must be literal", hint);
             }
         };
-        let compiled = RegexBuilder::new(&pattern)
-            .size_limit(MAX_REGEX_BYTES)
-            .dfa_size_limit(MAX_REGEX_BYTES)
-            .nest_limit(16)
-            .build();
+        let compiled = RegexBuilder::new(&pattern).size_limit(MAX_REGEX_BYTES).dfa_size_limit(MAX_REGEX_BYTES).nest_limit(16).build();
         let regex = match compiled {
             Ok(regex) => Arc::new(regex),
             Err(regex::Error::CompiledTooBig(_)) => {
-                return refuse(
-                    "the regular expression is too large",
-                    "lower its repetitions",
-                );
+                return refuse("the regular expression is too large", "lower its repetitions");
             }
             Err(error) => {
                 let text = error.to_string();
-                let last = text
-                    .lines()
-                    .last()
-                    .unwrap_or_default()
-                    .trim_start_matches("error: ");
+                let last = text.lines().last().unwrap_or_default().trim_start_matches("error: ");
                 return refuse(format!("not a regular expression: {last}"), "");
             }
         };
@@ -456,8 +386,7 @@ impl Walk {
     }
 
     fn element(&mut self, element: &mut IdedExpr, depth: usize) -> Result<(), Refusal> {
-        let negative =
-            |expr: &Expr| matches!(expr, Expr::Call(call) if call.func_name == op::NEGATE);
+        let negative = |expr: &Expr| matches!(expr, Expr::Call(call) if call.func_name == op::NEGATE);
         if self.in_body && !matches!(element.expr, Expr::Literal(_)) && !negative(&element.expr) {
             let hint = "inside a macro a list holds literal values only";
             return refuse("a list or map is built inside a macro", hint);
@@ -465,11 +394,7 @@ impl Walk {
         self.expr(element, depth)
     }
 
-    fn comprehension(
-        &mut self,
-        loop_: &mut ComprehensionExpr,
-        depth: usize,
-    ) -> Result<(), Refusal> {
+    fn comprehension(&mut self, loop_: &mut ComprehensionExpr, depth: usize) -> Result<(), Refusal> {
         if self.in_body {
             let hint = "has one macro (all, exists, map, filter) inside another";
             return refuse("macros are one deep", hint);
@@ -477,17 +402,10 @@ impl Walk {
         if let Expr::Comprehension(inner) = &loop_.iter_range.expr
             && !is_filter(inner)
         {
-            return refuse(
-                "a macro runs over the result of `map`",
-                "only `filter` may come before",
-            );
+            return refuse("a macro runs over the result of `map`", "only `filter` may come before");
         }
         self.expr(&mut loop_.iter_range, depth)?;
-        let names = [
-            Some(&loop_.iter_var),
-            loop_.iter_var2.as_ref(),
-            Some(&loop_.accu_var),
-        ];
+        let names = [Some(&loop_.iter_var), loop_.iter_var2.as_ref(), Some(&loop_.accu_var)];
         for name in names.into_iter().flatten() {
             if matches!(name.as_str(), "record" | "reply") {
                 let hint = "choose another name for the element";
@@ -517,16 +435,7 @@ impl Walk {
                     self.expr(condition, depth)?;
                     return self.append_step(then, depth);
                 }
-                (
-                    op::ADD,
-                    [
-                        _,
-                        IdedExpr {
-                            expr: Expr::List(list),
-                            ..
-                        },
-                    ],
-                ) => {
+                (op::ADD, [_, IdedExpr { expr: Expr::List(list), .. }]) => {
                     for element in &mut list.elements {
                         self.expr(element, depth)?;
                     }
@@ -535,10 +444,7 @@ impl Walk {
                 _ => {}
             }
         }
-        refuse(
-            "this macro is not supported",
-            "use all, exists, exists_one, map or filter",
-        )
+        refuse("this macro is not supported", "use all, exists, exists_one, map or filter")
     }
 }
 
@@ -547,34 +453,13 @@ fn is_filter(loop_: &ComprehensionExpr) -> bool {
     let Expr::Call(step) = &loop_.loop_step.expr else {
         return false;
     };
-    let [
-        _,
-        IdedExpr {
-            expr: Expr::Call(then),
-            ..
-        },
-        _,
-    ] = step.args.as_slice()
-    else {
+    let [_, IdedExpr { expr: Expr::Call(then), .. }, _] = step.args.as_slice() else {
         return false;
     };
-    let [
-        _,
-        IdedExpr {
-            expr: Expr::List(list),
-            ..
-        },
-    ] = then.args.as_slice()
-    else {
+    let [_, IdedExpr { expr: Expr::List(list), .. }] = then.args.as_slice() else {
         return false;
     };
-    let [
-        IdedExpr {
-            expr: Expr::Ident(name),
-            ..
-        },
-    ] = list.elements.as_slice()
-    else {
+    let [IdedExpr { expr: Expr::Ident(name), .. }] = list.elements.as_slice() else {
         return false;
     };
     *name == loop_.iter_var

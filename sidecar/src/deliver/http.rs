@@ -1,0 +1,217 @@
+//! A delivery as an HTTP request, and an HTTP answer as an outcome.
+//!
+//! Invariant: what HTTP cannot carry as it is (names with upper case, binary or repeated values) is carried in `mesh-headers` as well, so the
+//! service can see every header.
+//! Invariant: an answer cannot name a topic; of its headers only `mesh-key`, `mesh-tombstone` and `mesh-header-*` mean something.
+
+use std::{collections::HashMap, time::Duration};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use bytes::Bytes;
+use bytestring::ByteString;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri, header};
+use http_body_util::Full;
+use percent_encoding::{AsciiSet, CONTROLS, NON_ALPHANUMERIC, percent_decode, percent_encode};
+
+use crate::{
+    outcome::{Delivery, Outcome, Reply, ReplyRecord},
+    record::{Header, header as names},
+};
+
+const MESH_TOPIC: HeaderName = HeaderName::from_static("mesh-topic");
+const MESH_PARTITION: HeaderName = HeaderName::from_static("mesh-partition");
+const MESH_OFFSET: HeaderName = HeaderName::from_static("mesh-offset");
+const MESH_TIMESTAMP: HeaderName = HeaderName::from_static("mesh-timestamp");
+const MESH_KEY: HeaderName = HeaderName::from_static("mesh-key");
+const MESH_KEY_BASE64: HeaderName = HeaderName::from_static("mesh-key-base64");
+const MESH_ROUTE: HeaderName = HeaderName::from_static("mesh-route");
+const MESH_ATTEMPT: HeaderName = HeaderName::from_static("mesh-attempt");
+const MESH_HOPS: HeaderName = HeaderName::from_static("mesh-hops");
+const MESH_ID: HeaderName = HeaderName::from_static("mesh-id");
+const MESH_HEADERS: HeaderName = HeaderName::from_static("mesh-headers");
+const MESH_TOMBSTONE: HeaderName = HeaderName::from_static("mesh-tombstone");
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
+const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
+const HEADER_PREFIX: &str = "mesh-header-";
+const JSON: HeaderValue = HeaderValue::from_static("application/json");
+
+/// What a header's value must not carry as it is: controls, `%` itself, and all that is not ASCII.
+const VALUE: &AsciiSet = &CONTROLS.add(b'%');
+
+/// The request for a delivery. `uri` is the service's address with the route's handler.
+pub(crate) fn request(delivery: &Delivery, method_uri: Uri, host: Option<&HeaderValue>) -> Request<Full<Bytes>> {
+    let record = &delivery.record;
+    let mut headers = HeaderMap::with_capacity(18 + record.headers.len());
+    if let Some(host) = host {
+        headers.insert(header::HOST, host.clone());
+    }
+    let content_type = match (record.header(names::CONTENT_TYPE), &delivery.route.content_type) {
+        (Some(value), _) => HeaderValue::from_maybe_shared(value.clone()).unwrap_or(JSON),
+        (None, Some(default)) => HeaderValue::from_str(default).unwrap_or(JSON),
+        (None, None) => JSON,
+    };
+    headers.insert(header::CONTENT_TYPE, content_type);
+    // Names of routes and topics are checked: they are valid header values.
+    put(&mut headers, MESH_ROUTE, HeaderValue::from_str(&delivery.route.name));
+    put(&mut headers, MESH_TOPIC, HeaderValue::from_str(&delivery.position.partition.topic));
+    headers.insert(MESH_PARTITION, HeaderValue::from(delivery.position.partition.partition));
+    headers.insert(MESH_OFFSET, HeaderValue::from(delivery.position.offset));
+    if let Some(timestamp) = record.timestamp_ms {
+        headers.insert(MESH_TIMESTAMP, HeaderValue::from(timestamp));
+    }
+    headers.insert(MESH_ATTEMPT, HeaderValue::from(delivery.attempt));
+    headers.insert(MESH_HOPS, HeaderValue::from(delivery.hops));
+    put(&mut headers, MESH_ID, HeaderValue::from_maybe_shared(delivery.mesh_id.clone()));
+    match record.key.as_ref().map(|key| (key, std::str::from_utf8(key))) {
+        Some((key, Ok(text))) if text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.~".contains(&byte)) => {
+            put(&mut headers, MESH_KEY, HeaderValue::from_maybe_shared(key.clone()));
+        }
+        Some((key, Ok(_))) => put(&mut headers, MESH_KEY, HeaderValue::try_from(percent_encode(key, NON_ALPHANUMERIC).to_string())),
+        Some((key, Err(_))) => put(&mut headers, MESH_KEY_BASE64, HeaderValue::try_from(STANDARD.encode(key))),
+        None => {}
+    }
+    if record.value.is_none() {
+        headers.insert(MESH_TOMBSTONE, HeaderValue::from_static("true"));
+    }
+    if !delivery.traceparent.is_empty() {
+        put(&mut headers, TRACEPARENT, HeaderValue::from_maybe_shared(delivery.traceparent.clone()));
+    }
+    own_headers(delivery, &mut headers);
+    let mut request = Request::new(Full::new(record.value.clone().unwrap_or_default()));
+    *request.method_mut() = Method::POST;
+    *request.uri_mut() = method_uri;
+    *request.headers_mut() = headers;
+    request
+}
+
+fn put<E>(headers: &mut HeaderMap, name: HeaderName, value: Result<HeaderValue, E>) {
+    // A value that HTTP refuses is left out; the record's own headers are in `mesh-headers` all the same.
+    if let Ok(value) = value {
+        headers.insert(name, value);
+    }
+}
+
+/// The record's own headers.
+fn own_headers(delivery: &Delivery, headers: &mut HeaderMap) {
+    let own = &delivery.record.headers;
+    let mut not_plain: Vec<&Header> = Vec::new();
+    for (index, header) in own.iter().enumerate() {
+        let name: &str = &header.name;
+        match name {
+            names::TRACESTATE => carry(headers, TRACESTATE, header),
+            names::BAGGAGE => carry(headers, BAGGAGE, header),
+            names::CONTENT_TYPE | names::TRACEPARENT => {}
+            _ if name.starts_with(names::MESH_PREFIX) && !name.starts_with(names::DLQ_PREFIX) => {}
+            _ => {
+                let repeated = own.iter().enumerate().any(|(other, h)| other != index && h.name == header.name);
+                let plain = !repeated && !name.bytes().any(|byte| byte.is_ascii_uppercase()) && as_is(headers, header);
+                if !plain {
+                    not_plain.push(header);
+                }
+            }
+        }
+    }
+    if !not_plain.is_empty() {
+        for header in &not_plain {
+            as_is(headers, header);
+        }
+        let list: Vec<serde_json::Value> = not_plain.iter().map(|header| json_pair(header)).collect();
+        let text = serde_json::Value::Array(list).to_string();
+        put(headers, MESH_HEADERS, HeaderValue::try_from(percent_encode(text.as_bytes(), VALUE).to_string()));
+    }
+}
+
+fn carry(headers: &mut HeaderMap, name: HeaderName, header: &Header) {
+    if let Some(value) = &header.value {
+        put(headers, name, HeaderValue::from_maybe_shared(value.clone()));
+    }
+}
+
+/// Sets `mesh-header-<name>`; `false` if HTTP cannot carry the header as it is.
+fn as_is(headers: &mut HeaderMap, header: &Header) -> bool {
+    let Some(value) = &header.value else { return false };
+    let text = value.iter().all(|byte| (0x20..0x7f).contains(byte)) && value.first() != Some(&b' ') && value.last() != Some(&b' ');
+    let name = HeaderName::try_from([HEADER_PREFIX, &header.name].concat());
+    match (name, text) {
+        (Ok(name), true) => match HeaderValue::from_maybe_shared(value.clone()) {
+            Ok(value) => {
+                headers.insert(name, value);
+                true
+            }
+            Err(_) => false,
+        },
+        _ => false,
+    }
+}
+
+/// `[name, "text" | {"base64": "…"} | null]`.
+fn json_pair(header: &Header) -> serde_json::Value {
+    let value = match header.value.as_ref().map(|value| (value, std::str::from_utf8(value))) {
+        None => serde_json::Value::Null,
+        Some((_, Ok(text))) => text.into(),
+        Some((bytes, Err(_))) => serde_json::json!({ "base64": STANDARD.encode(bytes) }),
+    };
+    serde_json::json!([&*header.name, value])
+}
+
+/// An answer, whole.
+pub(crate) fn outcome(status: StatusCode, headers: &HeaderMap, body: Bytes) -> Outcome {
+    let retry_after = headers.get(header::RETRY_AFTER).and_then(|value| retry_after(value.as_bytes()));
+    let tombstone = headers.get(MESH_TOMBSTONE).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"true"));
+    let body = Some(body).filter(|body| !body.is_empty());
+    let records = if body.is_some() || tombstone {
+        vec![ReplyRecord {
+            key: headers.get(MESH_KEY).map(|key| percent_decode(key.as_bytes()).collect::<Vec<u8>>().into()).or_else(|| {
+                headers.get(MESH_KEY_BASE64).and_then(|key| STANDARD.decode(key.as_bytes()).ok()).map(Bytes::from)
+            }),
+            value: if tombstone { None } else { body.clone() },
+            content_type: headers.get(header::CONTENT_TYPE).map(|value| Bytes::copy_from_slice(value.as_bytes())),
+            headers: headers
+                .iter()
+                .filter_map(|(name, value)| {
+                    let name = name.as_str().strip_prefix(HEADER_PREFIX)?;
+                    Some(Header { name: ByteString::from(name), value: Some(Bytes::copy_from_slice(value.as_bytes())) })
+                })
+                .collect(),
+        }]
+    } else {
+        Vec::new()
+    };
+    Outcome::Reply(Reply { status: status.as_u16(), records, body, retry_after })
+}
+
+/// `Retry-After`: seconds, or an HTTP date (then the time from now, by the wall clock).
+fn retry_after(value: &[u8]) -> Option<Duration> {
+    let text = std::str::from_utf8(value).ok()?.trim();
+    if let Ok(seconds) = text.parse::<u64>() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let date = jiff::fmt::rfc2822::parse(text).ok()?;
+    let now = jiff::Timestamp::now();
+    Duration::try_from(date.timestamp().duration_since(now)).ok()
+}
+
+/// The URIs of a service, by handler: parsed once.
+#[derive(Debug)]
+pub(crate) struct Uris {
+    base: String,
+    parsed: HashMap<String, Uri>,
+}
+
+impl Uris {
+    /// `base` is empty for the origin form of HTTP/1.1.
+    pub(crate) fn new(base: String) -> Self {
+        Self { base, parsed: HashMap::new() }
+    }
+
+    /// The URI of a handler. A handler that is no URI was refused when the table was checked.
+    pub(crate) fn get(&mut self, handler: &str) -> Uri {
+        if let Some(uri) = self.parsed.get(handler) {
+            return uri.clone();
+        }
+        let uri = Uri::try_from(format!("{}{handler}", self.base)).unwrap_or_default();
+        self.parsed.insert(handler.to_owned(), uri.clone());
+        uri
+    }
+}
