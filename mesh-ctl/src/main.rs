@@ -1,1 +1,46 @@
-fn main() {}
+//! `mesh-ctl`: the command line of the event mesh's control plane.
+//!
+//! It speaks gRPC (`mesh.v1.Control`) to the admin listener of any sidecar of a mesh, never to a broker. `validate`, and `graph` of a
+//! file, need no sidecar at all.
+//!
+//! | command | what it does |
+//! |---|---|
+//! | `validate -f FILE…` | checks routing tables, offline: all faults at once, `file:line:column` with hints |
+//! | `apply -f FILE` | applies a table to the whole mesh; `--dry-run`, `--expect-generation N`, `--wait` |
+//! | `get` | prints the table in force, ready to be edited and applied again |
+//! | `diff -f FILE` | what `apply` would change |
+//! | `status` | every instance and every route: state, reason, lag, age |
+//! | `graph` | the routes as a graph, of a file or of the mesh: text, Mermaid, Graphviz |
+//!
+//! Exit codes: 0 done (`diff`: the same); 1 the answer is no: faults, refused, `diff` differs; 2 an error: usage, files, no sidecar;
+//! 3 a conflict: somebody else applied, or another generation is in force than expected; 4 not known, or not complete in time.
+//!
+//! Invariant: results go to stdout, everything else to stderr; with `-o json` or `yaml` stdout is one document.
+//! Invariant: colours and progress appear on a terminal only, colours not with `NO_COLOR` either.
+
+mod client;
+mod commands;
+mod flags;
+mod output;
+mod view;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use self::{commands::Context, flags::Flags, output::Failure};
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    let flags = Flags::parse();
+    let context = Context::new(&flags);
+    match commands::run(&context, flags.command).await {
+        Ok(code) => code.into(),
+        // Whoever read our output has seen enough (`mesh-ctl get | head`).
+        Err(Failure::ClosedPipe) => ExitCode::SUCCESS,
+        Err(failure) => {
+            context.complain(&failure);
+            failure.code().into()
+        }
+    }
+}

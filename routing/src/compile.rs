@@ -188,6 +188,9 @@ impl Route {
     /// What an answer means: `ignore_status` first, then the first case that matches, then `to`
     /// for a 2xx.
     ///
+    /// A case that neither names a status nor asks for `reply.status` is about good answers (2xx):
+    /// an error page is never forwarded by accident, and never fails an expression.
+    ///
     /// # Errors
     ///
     /// When a `when` that has to be asked fails on this record or this reply.
@@ -197,8 +200,12 @@ impl Route {
         }
         let good = (200..300).contains(&reply.status);
         for case in &self.cases {
-            // A case without a status is about good answers: a failure is never one by accident.
-            if case.status.map_or(!good, |status| status != reply.status) {
+            let asked = match (case.status, &case.when) {
+                (Some(status), _) => status == reply.status,
+                (None, Some(when)) => good || when.asks_for_status(),
+                (None, None) => good,
+            };
+            if !asked {
                 continue;
             }
             let matches = match &case.when {

@@ -57,6 +57,24 @@ const MAX_FAULTS: usize = 1_000;
 /// All faults of the text: of its syntax, its fields, its types and its meaning, in the order of
 /// the text. Above a thousand, the rest is left out.
 pub fn parse(source_name: &str, text: &str) -> Result<Table, Faults> {
+    read_text(source_name, text).map(|(table, _)| table)
+}
+
+/// As [`parse`], with the [warnings](Table::warnings) of the table, each at its place in the text.
+///
+/// # Errors
+///
+/// As [`parse`].
+pub fn parse_with_warnings(source_name: &str, text: &str) -> Result<(Table, Vec<Fault>), Faults> {
+    let (table, root) = read_text(source_name, text)?;
+    let mut warnings = table.warnings();
+    for warning in &mut warnings {
+        locate(&root, warning);
+    }
+    Ok((table, finish(source_name, warnings).0))
+}
+
+fn read_text(source_name: &str, text: &str) -> Result<(Table, node::Node), Faults> {
     let mut faults = Vec::new();
     let Some(root) = node::load(text, &mut faults) else {
         return Err(finish(source_name, faults));
@@ -70,12 +88,16 @@ pub fn parse(source_name: &str, text: &str) -> Result<Table, Faults> {
     let known = Reported::new(&known);
     for mut fault in found {
         if !known.explains(&fault) {
-            let at = root.locate(&fault.field);
-            (fault.line, fault.column) = (at.line, at.column);
+            locate(&root, &mut fault);
             faults.push(fault);
         }
     }
-    if faults.is_empty() { Ok(table) } else { Err(finish(source_name, faults)) }
+    if faults.is_empty() { Ok((table, root)) } else { Err(finish(source_name, faults)) }
+}
+
+fn locate(root: &node::Node, fault: &mut Fault) {
+    let at = root.locate(&fault.field);
+    (fault.line, fault.column) = (at.line, at.column);
 }
 
 fn finish(source_name: &str, mut faults: Vec<Fault>) -> Faults {

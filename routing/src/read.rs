@@ -81,7 +81,11 @@ impl Reader<'_> {
             if known.contains(&entry.key.as_str()) {
                 continue;
             }
-            let hint = match nearest(&entry.key, known) {
+            // Beyond what is reported, no time is spent on hints.
+            let cut = self.faults.len() > crate::MAX_FAULTS;
+            let near = if cut { None } else { nearest(&entry.key, known) };
+            let hint = match near {
+                None if cut => String::new(),
                 Some(near) => format!("did you mean `{near}`?"),
                 None => format!("known here: {}", known.join(", ")),
             };

@@ -14,12 +14,15 @@ mod walk;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use crate::record::{RecordView, ReplyView};
 
 /// The stack of the compiling thread. The parser takes about 40 KiB for a level of nesting.
 const STACK: usize = 64 << 20;
+
+/// How long the different expressions of a table may be together. A byte takes up to 10 µs.
+const MAX_TOTAL_BYTES: usize = 1 << 20;
 
 /// What an expression may name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -61,6 +64,11 @@ impl Expression {
         &self.0.source
     }
 
+    /// Whether it asks for `reply.status`, so that it means failures too.
+    pub(crate) fn asks_for_status(&self) -> bool {
+        self.0.slots.iter().any(|(_, slot)| matches!(slot, walk::Slot::Status))
+    }
+
     /// Evaluates the expression.
     ///
     /// # Errors
@@ -95,34 +103,56 @@ pub struct ExpressionError {
     pub message: String,
 }
 
+/// What has been compiled, by source.
+type Known = HashMap<(String, Roots), Expression>;
+
+/// The expressions of the last table that was compiled. A table is compiled when it is read and
+/// again when it is put to use, and the next table mostly has the same ones.
+static LAST: Mutex<Option<Known>> = Mutex::new(None);
+
 /// Compiles expressions, on one thread with a large stack. Equal sources are compiled once.
 pub(crate) fn compile_all(sources: Vec<Source>) -> Vec<(String, Result<Expression, Refusal>)> {
     if sources.is_empty() {
         return Vec::new();
     }
     let paths: Vec<String> = sources.iter().map(|source| source.path.clone()).collect();
-    let work = move || {
-        let mut known: HashMap<(String, Roots), Result<Expression, Refusal>> = HashMap::new();
-        let compile = |source: Source| {
-            let key = (source.text, source.roots);
-            let result = match known.get(&key) {
-                Some(result) => result.clone(),
-                None => {
-                    let result = compile(&key.0, key.1);
-                    known.insert(key, result.clone());
-                    result
-                }
-            };
-            (source.path, result)
-        };
-        sources.into_iter().map(compile).collect()
-    };
-    let thread = std::thread::Builder::new().name("cel-compile".into()).stack_size(STACK).spawn(work);
+    let thread = std::thread::Builder::new().name("cel-compile".into()).stack_size(STACK).spawn(move || compile_here(sources));
     let done = thread.ok().and_then(|thread| thread.join().ok());
     done.unwrap_or_else(|| {
         let refusal = Refusal::new("the expression could not be compiled", "simplify it");
         paths.into_iter().map(|path| (path, Err(refusal.clone()))).collect()
     })
+}
+
+fn compile_here(sources: Vec<Source>) -> Vec<(String, Result<Expression, Refusal>)> {
+    let before = LAST.lock().ok().and_then(|mut last| last.take()).unwrap_or_default();
+    let mut known = Known::new();
+    let mut bytes = 0;
+    let mut out = Vec::with_capacity(sources.len());
+    for source in sources {
+        let key = (source.text, source.roots);
+        if let Some(expression) = known.get(&key) {
+            out.push((source.path, Ok(expression.clone())));
+            continue;
+        }
+        bytes += key.0.len();
+        let result = match before.get(&key) {
+            _ if bytes > MAX_TOTAL_BYTES => {
+                let message = format!("the expressions of the table have more than {MAX_TOTAL_BYTES} bytes together");
+                Err(Refusal::new(message, "use the same ones in several routes, or split the mesh"))
+            }
+            Some(expression) => Ok(expression.clone()),
+            None => compile(&key.0, key.1),
+        };
+        if let Ok(expression) = &result {
+            known.insert(key, expression.clone());
+        }
+        out.push((source.path, result));
+    }
+    if let Ok(mut last) = LAST.lock() {
+        *last = Some(known);
+    }
+    out
 }
 
 fn compile(text: &str, roots: Roots) -> Result<Expression, Refusal> {

@@ -248,3 +248,201 @@ fn deep_json_is_no_danger() {
     // What nobody refers to is skipped, however deep.
     assert!(eval("has(record.json.b)", &deep(100_000)).is_ok());
 }
+
+mod soup {
+    //! Generated expressions: whatever passes the guard neither breaks the parser nor the evaluation.
+
+    use super::*;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    const WORDS: [&str; 96] = [
+        "record",
+        ".",
+        "json",
+        "reply",
+        "text",
+        "headers",
+        "key",
+        "size",
+        "(",
+        ")",
+        "[",
+        "]",
+        "{",
+        "}",
+        ",",
+        ":",
+        "?",
+        "+",
+        "-",
+        "*",
+        "/",
+        "%",
+        "!",
+        "&&",
+        "||",
+        "==",
+        "!=",
+        "<",
+        "<=",
+        ">",
+        ">=",
+        " in ",
+        "true",
+        "false",
+        "null",
+        "0",
+        "1",
+        "-1",
+        "2u",
+        "1.5",
+        "1e308",
+        "0x7fffffffffffffff",
+        "9223372036854775807",
+        "-9223372036854775808",
+        "18446744073709551615u",
+        "'a'",
+        "\"b\"",
+        "b'c'",
+        "r'\\d'",
+        "'''x'''",
+        "''",
+        "'\\n'",
+        "'\\u00e9'",
+        "'\\x'",
+        "'\\777'",
+        "has",
+        "all",
+        "exists",
+        "exists_one",
+        "map",
+        "filter",
+        "size",
+        "contains",
+        "startsWith",
+        "endsWith",
+        "matches",
+        "int",
+        "uint",
+        "double",
+        "string",
+        "bool",
+        "bytes",
+        "type",
+        "timestamp",
+        "duration",
+        "getFullYear",
+        "getHours",
+        "'1h'",
+        "'2020-01-01T00:00:00Z'",
+        "'-9999999999h'",
+        "i",
+        "record.json.a",
+        "record.json.items",
+        "reply.status",
+        "record.key",
+        "has(record.json.a)",
+        ".map(i, i)",
+        ".all(i, i == 1)",
+        ".exists(i, i > 0)",
+        ".filter(i, true)",
+        "@",
+        "`",
+        "é",
+        " ",
+        "google.protobuf.Timestamp{}",
+        "for",
+    ];
+
+    /// Values and operators, so that many of the texts are expressions.
+    fn expression() -> impl Strategy<Value = String> {
+        let leaf = prop_oneof![
+            proptest::sample::select(WORDS[32..55].to_vec()).prop_map(str::to_owned),
+            proptest::sample::select(WORDS[81..86].to_vec()).prop_map(str::to_owned),
+            any::<i64>().prop_map(|n| n.to_string()),
+            any::<f64>().prop_map(|n| n.to_string()),
+            Just("timestamp('2020-01-01T00:00:00Z')".to_owned()),
+            Just("timestamp('9999-12-31T23:59:59.999999999Z')".to_owned()),
+            Just("timestamp('0001-01-01T00:00:00Z')".to_owned()),
+            Just("duration('2562047h')".to_owned()),
+            Just("duration('-2562047h')".to_owned()),
+            "[0-9.]{1,20}[hmsun]{1,2}".prop_map(|text| format!("duration('{text}')")),
+            "\\PC{0,12}".prop_map(|text| format!("timestamp({text:?})")),
+        ];
+        let operators = ["+", "-", "*", "/", "%", "&&", "||", "==", "!=", "<", "<=", ">", ">=", " in "];
+        let calls: Vec<&'static str> = WORDS[61..77].to_vec();
+        leaf.prop_recursive(4, 24, 3, move |inner| {
+            let binary = (inner.clone(), proptest::sample::select(operators.to_vec()), inner.clone());
+            let call = (proptest::sample::select(calls.clone()), inner.clone());
+            prop_oneof![
+                binary.prop_map(|(a, op, b)| format!("({a}{op}{b})")),
+                call.prop_map(|(name, a)| format!("{name}({a})")),
+                (inner.clone(), proptest::sample::select(calls.clone())).prop_map(|(a, name)| format!("{a}.{name}()")),
+                (inner.clone(), inner.clone()).prop_map(|(a, b)| format!("[{a}, {b}]")),
+                (inner.clone(), inner.clone()).prop_map(|(a, b)| format!("{{{a}: {b}}}[{a}]")),
+                (inner.clone(), inner.clone()).prop_map(|(a, b)| format!("{a}[{b}]")),
+                (inner.clone(), inner.clone(), inner.clone()).prop_map(|(a, b, c)| format!("({a} ? {b} : {c})")),
+                inner.clone().prop_map(|a| format!("-({a})")),
+                inner.clone().prop_map(|a| format!("!({a})")),
+                (inner.clone(), inner.clone()).prop_map(|(a, b)| format!("[{a}].map(i, {b})")),
+                (inner.clone(), inner).prop_map(|(a, b)| format!("[{a}, 1].all(i, i == {b})")),
+            ]
+        })
+    }
+
+    fn harmless(text: &str) {
+        match one(text, Roots::RecordAndReply) {
+            Err(refusal) => assert!(!refusal.message.contains("could not be compiled"), "{text}"),
+            Ok(expression) => record(r#"{"a": -9223372036854775808, "items": [1, 2.5, "x", null, {"a": []}]}"#, |record| {
+                let body: &[u8] = br#"{"total": 1e308}"#;
+                let reply = ReplyView { status: 200, body: Some(body), headers: &NoHeaders };
+                let _ = expression.evaluate(record, Some(&reply));
+            }),
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn words_do_no_harm(words in vec(proptest::sample::select(WORDS.to_vec()), 0..60)) {
+            harmless(&words.concat());
+        }
+
+        #[test]
+        fn characters_do_no_harm(text in "\\PC{0,60}") {
+            harmless(&text);
+            harmless(&format!("record.text == {text}"));
+        }
+
+        #[test]
+        fn expressions_do_no_harm(text in expression()) {
+            harmless(&text);
+            harmless(&format!("{text} == {text}"));
+        }
+    }
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn evaluation_time() {
+    let padding = "\"p\":{\"a\":[1,2,3],\"b\":\"some text here\"},".repeat(24);
+    let value = format!("{{{padding}\"country\":\"KR\",\"total\":12.5}}");
+    for text in [
+        "true",
+        "record.topic == 'orders'",
+        "record.json.country == 'KR'",
+        "record.json.country == 'KR' && record.json.total > 10.0",
+        "record.headers.region == 'eu'",
+        "record.text.matches('KR')",
+        "has(record.json.x) || record.json.total < 13.0",
+    ] {
+        let expression = one(text, Roots::RecordAndReply).unwrap();
+        record(&value, |record| {
+            let start = Instant::now();
+            for _ in 0..100_000 {
+                assert!(expression.evaluate(record, None).unwrap());
+            }
+            println!("{text}, {} bytes: {:?}", value.len(), start.elapsed() / 100_000);
+        });
+    }
+}

@@ -228,3 +228,94 @@ fn ten_thousand_routes_are_read_soon() {
     let names: BTreeSet<&str> = compiled.topic_names().iter().map(|topic| &*topic.name).collect();
     assert_eq!(names.len(), 10_001 + 10_000 + 10_000);
 }
+
+/// Texts that are hard on parsers: each is answered in time linear in its length.
+fn hostile(bytes: usize) -> Vec<(String, String)> {
+    let fill = |unit: &str| unit.repeat(bytes / unit.len());
+    let units = [
+        "a",
+        "\"",
+        "'",
+        "a ",
+        "- ",
+        "-\n",
+        "- a\n",
+        "[",
+        "[]",
+        "[],",
+        "{",
+        "{a",
+        "{a: ",
+        "a,",
+        "?",
+        "? ",
+        "? a\n",
+        ":",
+        ": ",
+        "::",
+        "#",
+        "# a\n",
+        "!",
+        "!a ",
+        "&",
+        "&a ",
+        "*",
+        "*a ",
+        "%",
+        "%a\n",
+        "|",
+        "|\n ",
+        ">\n\n",
+        "---\n",
+        "...\n",
+        "\n",
+        "\t",
+        "\r",
+        " ",
+        "\u{feff}",
+        "é",
+        "\u{0}",
+        "\\",
+        "\"\\u00e9",
+        "a: b\n",
+        "a:\n",
+        "@",
+        "`",
+        "<<: ",
+        "\"a\":",
+        "\"a\":1,",
+        "1,",
+        "a\n\n",
+        "\"a\n",
+        "'a\n ",
+    ];
+    let mut out: Vec<(String, String)> = units.iter().map(|unit| (format!("{unit:?}"), fill(unit))).collect();
+    for open in ["[", "{", "\"", "a: ", "- ", "[\""] {
+        for unit in ["a", "a,", "\n", " ", "a: b,", "\"a\": 1,", "[],", "a\n", "\\n"] {
+            out.push((format!("{open:?} {unit:?}"), format!("{open}{}", fill(unit))));
+        }
+    }
+    let keys: String = (0..bytes / 12).map(|i| format!("k{i}: 1\n")).collect();
+    out.push(("unknown keys".into(), keys.clone()));
+    out.push(("unknown fields".into(), format!("metadata:\n{}", keys.replace('k', " k"))));
+    out.push(("topics".into(), format!("spec:\n topics:\n{}", keys.replace('k', "  k"))));
+    out.push(("bad routes".into(), format!("spec:\n routes:\n{}", fill(" - name\n"))));
+    out.push(("empty routes".into(), format!("spec:\n routes:\n{}", fill(" - {}\n"))));
+    out.push(("from".into(), with_routes(&format!(" - {{ name: a, from: [{}] }}", fill("a, ")))));
+    out.push(("expressions".into(), with_routes(&fill(" - { filter: 'a == 1' }\n"))));
+    out
+}
+
+#[test]
+fn hostile_texts_are_answered_soon() {
+    let bytes = std::env::var("HOSTILE_BYTES").ok().and_then(|n| n.parse().ok()).unwrap_or(64 << 10);
+    for (name, text) in hostile(bytes) {
+        let started = Instant::now();
+        assert!(parse("t", &text).is_err(), "{name}");
+        let took = started.elapsed();
+        if took > Duration::from_millis(500) {
+            println!("{name}: {} bytes took {took:?}", text.len());
+        }
+        assert!(took < Duration::from_secs(20), "{name}: {took:?}");
+    }
+}

@@ -61,3 +61,20 @@ fn filters_admit() {
     assert_eq!(error.message, "record.json.country: there is no such field");
     assert!(compile(&chain(&[("a", "x", "void")])).unwrap().routes[0].admits(&record(b"")).unwrap());
 }
+
+#[test]
+fn a_when_without_a_status_is_about_good_answers_unless_it_asks() {
+    let of = |when: &str, status| {
+        let cases = format!("cases: [ {{ when: '{when}', to: [t] }} ]");
+        let text = with_routes(&format!("  - {{ name: a, service: s, from: [x], handler: /h, to: void, {cases} }}\n"));
+        let compiled = compile(&parse("t", &text).unwrap()).unwrap();
+        let decision = compiled.routes[0].decide(&record(b"{}"), &reply(status, b"error page"));
+        decision.map(|decision| matches!(decision, Decision::Forward(Destinations::Topics(_)))).map_err(|_| ())
+    };
+    assert_eq!(of("reply.json.x == 1", 500), Ok(false));
+    assert_eq!(of("reply.json.x == 1", 200), Err(()));
+    assert_eq!(of("record.size > 0", 503), Ok(false));
+    assert_eq!(of("record.size > 0", 200), Ok(true));
+    assert_eq!(of("reply.status == 409", 409), Ok(true));
+    assert_eq!(of("reply.status == 409 && reply.json.x == 1", 500), Ok(false));
+}

@@ -140,8 +140,9 @@ fn no_loop_where_there_is_none() {
 #[test]
 fn a_case_that_nothing_reaches_is_warned_of() {
     let text = EXAMPLE.replace("status: 202", "status: 204");
-    let warnings = parse("t", &text).unwrap().warnings();
+    let (_, warnings) = parse_with_warnings("t.yaml", &text).unwrap();
     assert_eq!(warnings[0].field, "spec.routes[0].cases[0].status");
+    assert_eq!((warnings[0].file.as_str(), warnings[0].line), ("t.yaml", 17));
 }
 
 #[test]

@@ -144,8 +144,9 @@ fn status(error: &ApplyError) -> Status {
     let message = error.to_string();
     match error {
         ApplyError::Faults(_) => Status::invalid_argument(message),
-        ApplyError::Pinned { .. } | ApplyError::Expected { .. } => Status::failed_precondition(message),
-        ApplyError::Lost { .. } => Status::aborted(message),
+        ApplyError::Pinned { .. } => Status::failed_precondition(message),
+        // Compare-and-set failed: read, and try again.
+        ApplyError::Expected { .. } | ApplyError::Lost { .. } => Status::aborted(message),
         ApplyError::NotReady(_) => Status::unavailable(message),
         ApplyError::Broker(broker) => match broker.kind {
             BrokerErrorKind::Unreachable => Status::unavailable(message),

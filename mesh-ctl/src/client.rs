@@ -1,0 +1,71 @@
+//! The connection to a sidecar's admin listener, and what its errors mean.
+
+use std::{error::Error as _, time::Duration};
+
+use mesh_proto::v1::control_client::ControlClient;
+use tonic::{
+    Code as GrpcCode, Request, Status,
+    transport::{Channel, Endpoint},
+};
+
+use crate::output::{Code, Failure};
+
+/// How long the connection may take.
+const CONNECT: Duration = Duration::from_secs(5);
+/// How long a question may take.
+pub(crate) const ASK: Duration = Duration::from_secs(20);
+/// How long an apply may take: the sidecar asks the broker many things.
+pub(crate) const APPLY: Duration = Duration::from_secs(120);
+/// The largest answer, in bytes.
+const MAX_ANSWER: usize = 64 << 20;
+
+/// A client of `mesh.v1.Control`.
+pub(crate) type Client = ControlClient<Channel>;
+
+/// Connects to a sidecar.
+pub(crate) async fn connect(admin: &str) -> Result<Client, Failure> {
+    let hint = "is mesh-sidecar running there? Its admin address is `listen.admin` in its config (default 127.0.0.1:4501). \
+                Another sidecar is chosen with --admin URL or MESH_ADMIN";
+    let endpoint = Endpoint::from_shared(admin.to_owned()).map_err(|error| Failure::new(format!("{admin}: {error}"), hint))?;
+    let channel = endpoint
+        .connect_timeout(CONNECT)
+        .connect()
+        .await
+        .map_err(|error| Failure::new(format!("no sidecar answers at {admin}: {}", root_cause(&error)), hint))?;
+    Ok(ControlClient::new(channel).max_decoding_message_size(MAX_ANSWER).max_encoding_message_size(MAX_ANSWER))
+}
+
+/// A request with its deadline.
+pub(crate) fn request<T>(message: T, deadline: Duration) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(deadline);
+    request
+}
+
+/// What a sidecar's refusal means for us.
+pub(crate) fn refused(status: &Status) -> Failure {
+    let message = match status.source() {
+        Some(source) => format!("{}: {}", status.message(), root_cause(source)),
+        None => status.message().to_owned(),
+    };
+    let (code, hint) = match status.code() {
+        GrpcCode::Aborted => (Code::Conflict, ""),
+        GrpcCode::FailedPrecondition | GrpcCode::PermissionDenied => (Code::No, ""),
+        GrpcCode::Unknown | GrpcCode::DeadlineExceeded | GrpcCode::Cancelled => (Code::Unknown, "`mesh-ctl status` tells what is in force"),
+        GrpcCode::Unavailable => (Code::Error, "`mesh-ctl status` tells what the sidecar waits for"),
+        GrpcCode::Unimplemented => {
+            (Code::Error, "that is no admin listener of a mesh-sidecar, or it is of another version: see `listen.admin`")
+        }
+        _ => (Code::Error, ""),
+    };
+    Failure::Said { code, message, hint: hint.to_owned() }
+}
+
+/// The innermost error: the one that says what the system said.
+fn root_cause(error: &dyn std::error::Error) -> String {
+    let mut error = error;
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error.to_string()
+}

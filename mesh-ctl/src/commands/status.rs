@@ -1,0 +1,97 @@
+//! `mesh-ctl status`: every instance and every route, with the age of what is said.
+
+use std::time::Duration;
+
+use mesh_proto::v1;
+
+use super::Context;
+use crate::{
+    client,
+    flags::{Form, Status},
+    output::{Code, Columns, Failure, Style, age},
+    view,
+};
+
+pub(super) async fn run(context: &Context, flags: &Status) -> Result<Code, Failure> {
+    let mut client = client::connect(&context.admin).await?;
+    loop {
+        let request = client::request(v1::GetStatusRequest {}, client::ASK);
+        let response = client.get_status(request).await.map_err(|status| client::refused(&status))?.into_inner();
+        let mesh = view::Mesh::new(response);
+        match context.form {
+            Some(form @ (Form::Json | Form::Yaml)) => context.print_document(form, &mesh)?,
+            None | Some(Form::Table) => {
+                if flags.watch.is_some() && context.colours {
+                    context.print("\x1b[H\x1b[2J")?;
+                }
+                context.print(&text(context, &mesh))?;
+            }
+        }
+        let Some(pause) = flags.watch else { return Ok(Code::Done) };
+        tokio::time::sleep(pause).await;
+    }
+}
+
+fn text(context: &Context, mesh: &view::Mesh) -> String {
+    let plain = |text: &str| (text.to_owned(), Style::Plain);
+    let mut out = String::new();
+    if !context.quiet {
+        let generation = if mesh.generation == 0 { "no table applied yet".to_owned() } else { format!("generation {}", mesh.generation) };
+        out += &format!("mesh {}, {generation}, as seen from {}\n\n", mesh.mesh, context.admin);
+    }
+
+    let mut instances = Columns::new(&["INSTANCE", "STATE", "GENERATION", "SERVICES", "VERSION", "AGE", "NOTE"]);
+    for instance in &mesh.instances {
+        let style = match instance.state {
+            "SYNCED" | "PINNED" => Style::Good,
+            "NACKED" | "DRIFT" | "LOST" => Style::Bad,
+            _ => Style::Warn,
+        };
+        let refused =
+            (!instance.error.is_empty()).then(|| format!("refused generation {}: {}", instance.refused_generation, instance.error));
+        let notes: Vec<&str> = refused.iter().chain(&instance.waiting).map(String::as_str).collect();
+        instances.row(vec![
+            plain(&instance.instance),
+            (instance.state.to_owned(), style),
+            plain(&instance.generation.to_string()),
+            plain(&instance.services.join(",")),
+            plain(&instance.version),
+            plain(&seconds(instance.age_seconds)),
+            plain(&notes.join("; ")),
+        ]);
+    }
+    out += &instances.render(context.colours);
+
+    let mut routes = Columns::new(&["ROUTE", "SERVICE", "INSTANCE", "STATE", "PARTITIONS", "LAG", "BEHIND", "IN FLIGHT", "AGE", "REASON"]);
+    let mut all: Vec<_> = mesh.instances.iter().flat_map(|at| at.routes.iter().map(move |route| (route, at))).collect();
+    all.sort_by(|(a, at_a), (b, at_b)| (&a.route, &at_a.instance).cmp(&(&b.route, &at_b.instance)));
+    for (route, instance) in &all {
+        let style = match route.state {
+            "RUNNING" => Style::Good,
+            "WAITING_FOR_SERVICE" | "WAITING_FOR_BROKER" | "WAITING_FOR_TOPIC" => Style::Bad,
+            _ => Style::Warn,
+        };
+        let reason = match route.reason.as_str() {
+            "" => String::new(),
+            reason if route.waiting_seconds >= 1.0 => format!("{reason} (for {})", seconds(route.waiting_seconds)),
+            reason => reason.to_owned(),
+        };
+        routes.row(vec![
+            plain(&route.route),
+            plain(&route.service),
+            plain(&instance.instance),
+            (route.state.to_owned(), style),
+            plain(&route.partitions.to_string()),
+            plain(&route.lag_records.to_string()),
+            plain(&seconds(route.lag_seconds)),
+            plain(&route.in_flight.to_string()),
+            plain(&seconds(instance.age_seconds)),
+            plain(&reason),
+        ]);
+    }
+    if all.is_empty() { out } else { out + "\n" + &routes.render(context.colours) }
+}
+
+fn seconds(seconds: f64) -> String {
+    age(Duration::try_from_secs_f64(seconds).unwrap_or_default())
+}

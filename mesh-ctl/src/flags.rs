@@ -1,0 +1,192 @@
+//! The flags, checked: what comes out of here is used as it is.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done; `diff`: no difference
+  1  the answer is no: faults in a table, a table refused, `diff`: there are differences
+  2  an error: wrong usage, an unreadable file, no sidecar at the admin address
+  3  a conflict: somebody else applied, or another generation is in force than expected
+  4  not known whether it was applied, or not in force everywhere in time (`apply --wait`)
+
+Environment:
+  MESH_ADMIN  the admin address of a sidecar, as --admin
+  NO_COLOR    if set and not empty: no colours";
+
+/// Controls an event mesh: checks, applies and shows routing tables, and tells the state of every instance and route.
+///
+/// Any sidecar of the mesh can be asked, at its admin address.
+#[derive(Debug, Parser)]
+#[command(name = "mesh-ctl", version, after_help = EXIT_CODES, max_term_width = 100)]
+pub(crate) struct Flags {
+    /// The admin address of any sidecar of the mesh.
+    #[arg(long, global = true, env = "MESH_ADMIN", value_name = "URL", default_value = "http://127.0.0.1:4501", value_parser = admin_url)]
+    pub(crate) admin: String,
+    /// The form of the output; the default is for people.
+    #[arg(short, long, global = true, value_name = "FORM")]
+    pub(crate) output: Option<Form>,
+    /// Say nothing but results and errors.
+    #[arg(short, long, global = true)]
+    pub(crate) quiet: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// The form of the output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Form {
+    /// Columns, for people.
+    Table,
+    /// One JSON document.
+    Json,
+    /// One YAML document.
+    Yaml,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Check routing tables, without a sidecar. Prints all faults, each with its place and a hint.
+    Validate(Validate),
+    /// Apply a routing table to the whole mesh.
+    Apply(Apply),
+    /// Print the routing table in force, ready to be edited and applied again (YAML, or `-o json`).
+    Get(Get),
+    /// Show what applying a routing table would change. Exits with 0 if nothing, 1 if something, 2 or more on errors.
+    Diff(Diff),
+    /// Show every instance and every route: state, reason, lag, age.
+    Status(Status),
+    /// Draw the routes: of a file, or those in force.
+    Graph(Graph),
+}
+
+/// `validate`.
+#[derive(Debug, Args)]
+pub(crate) struct Validate {
+    /// The files; `-` is stdin.
+    #[arg(short, long = "file", value_name = "FILE", required = true, num_args = 1..)]
+    pub(crate) files: Vec<Source>,
+}
+
+/// `apply`.
+#[derive(Debug, Args)]
+pub(crate) struct Apply {
+    /// The file; `-` is stdin.
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) file: Source,
+    /// Check everything, against the mesh too, and apply nothing.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Apply only if this generation is in force (`get` and `status` tell it).
+    #[arg(long, value_name = "N")]
+    pub(crate) expect_generation: Option<u64>,
+    /// Wait until all live instances run the table. Fails, with the reasons, when one refuses it.
+    #[arg(long, conflicts_with = "dry_run")]
+    pub(crate) wait: bool,
+    /// How long to wait.
+    #[arg(long, value_name = "TIME", default_value = "2m", value_parser = humantime::parse_duration, requires = "wait")]
+    pub(crate) timeout: Duration,
+}
+
+/// `get`.
+#[derive(Debug, Args)]
+pub(crate) struct Get {
+    /// An earlier generation; the mesh keeps 50.
+    #[arg(long, value_name = "N")]
+    pub(crate) generation: Option<u64>,
+}
+
+/// `diff`.
+#[derive(Debug, Args)]
+pub(crate) struct Diff {
+    /// The file; `-` is stdin.
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) file: Source,
+}
+
+/// `status`.
+#[derive(Debug, Args)]
+pub(crate) struct Status {
+    /// Show it again and again, every so often.
+    #[arg(long, value_name = "TIME", num_args = 0..=1, default_missing_value = "2s", value_parser = humantime::parse_duration)]
+    pub(crate) watch: Option<Duration>,
+}
+
+/// `graph`.
+#[derive(Debug, Args)]
+pub(crate) struct Graph {
+    /// The file, `-` is stdin; without it, the table in force.
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) file: Option<Source>,
+    /// The language of the picture.
+    #[arg(long, value_name = "LANGUAGE", default_value = "text")]
+    pub(crate) format: GraphFormat,
+}
+
+/// The language of a graph.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum GraphFormat {
+    /// For the terminal.
+    Text,
+    /// A Mermaid flowchart, for Markdown.
+    Mermaid,
+    /// Graphviz.
+    Dot,
+}
+
+/// Where a table's text comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// Standard input.
+    Stdin,
+    /// A file.
+    File(PathBuf),
+}
+
+impl From<std::ffi::OsString> for Source {
+    fn from(value: std::ffi::OsString) -> Self {
+        if value == "-" { Self::Stdin } else { Self::File(value.into()) }
+    }
+}
+
+/// An address as tonic wants it: `http://host:port`; the scheme may be left out.
+fn admin_url(value: &str) -> Result<String, String> {
+    let url = match value.split_once("://") {
+        None => format!("http://{value}"),
+        Some(("http", _)) => value.to_owned(),
+        Some((scheme, _)) => return Err(format!("the scheme {scheme:?} is not supported: use http://HOST:PORT")),
+    };
+    let uri: tonic::transport::Uri = url.parse().map_err(|error| format!("{error}: use http://HOST:PORT"))?;
+    if uri.host().is_none_or(str::is_empty) || uri.path() != "/" || uri.query().is_some() {
+        return Err("use http://HOST:PORT, without a path".into());
+    }
+    if uri.port_u16().is_none() {
+        return Err(format!("the port is missing: use {}:4501, for instance", url.trim_end_matches('/')));
+    }
+    Ok(url)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_flags_are_consistent() {
+        Flags::command().debug_assert();
+    }
+
+    #[test]
+    fn addresses() {
+        assert_eq!(admin_url("10.0.0.1:4501").as_deref(), Ok("http://10.0.0.1:4501"));
+        assert_eq!(admin_url("http://[::1]:4501").as_deref(), Ok("http://[::1]:4501"));
+        for wrong in ["https://a:1", "http://a", "http://a:1/x", "http://:1", "", "a b:1", "unix:///x"] {
+            assert!(admin_url(wrong).is_err(), "{wrong}");
+        }
+    }
+}

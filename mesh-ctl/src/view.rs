@@ -1,0 +1,174 @@
+//! What `-o json` and `-o yaml` print: stable names, words instead of numbers.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, UNIX_EPOCH},
+};
+
+use mesh_proto::v1;
+use serde::Serialize;
+
+/// A fault, or a warning.
+#[derive(Debug, Serialize)]
+pub(crate) struct Fault {
+    pub(crate) file: String,
+    pub(crate) line: u32,
+    pub(crate) column: u32,
+    pub(crate) field: String,
+    pub(crate) message: String,
+    pub(crate) hint: String,
+    pub(crate) code: String,
+}
+
+impl From<v1::Fault> for Fault {
+    fn from(fault: v1::Fault) -> Self {
+        let v1::Fault { file, line, column, field, message, hint, code } = fault;
+        Self { file, line, column, field, message, hint, code }
+    }
+}
+
+impl From<mesh_routing::Fault> for Fault {
+    fn from(fault: mesh_routing::Fault) -> Self {
+        let mesh_routing::Fault { file, line, column, field, message, hint, code } = fault;
+        Self { file, line, column, field, message, hint, code: code.to_owned() }
+    }
+}
+
+/// A file that was checked.
+#[derive(Debug, Serialize)]
+pub(crate) struct Validated {
+    pub(crate) file: String,
+    pub(crate) valid: bool,
+    pub(crate) routes: usize,
+    pub(crate) digest: String,
+    pub(crate) faults: Vec<Fault>,
+    pub(crate) warnings: Vec<Fault>,
+}
+
+/// What apply did.
+#[derive(Debug, Serialize)]
+pub(crate) struct Applied {
+    pub(crate) generation: u64,
+    pub(crate) digest: String,
+    pub(crate) changed: bool,
+    pub(crate) dry_run: bool,
+    pub(crate) changes: Vec<String>,
+    pub(crate) new_routes: Vec<Backlog>,
+    pub(crate) warnings: Vec<Fault>,
+    pub(crate) faults: Vec<Fault>,
+}
+
+/// What a new route begins with.
+#[derive(Debug, Serialize)]
+pub(crate) struct Backlog {
+    pub(crate) route: String,
+    pub(crate) records: u64,
+}
+
+impl Applied {
+    pub(crate) fn new(response: v1::ApplyResponse, dry_run: bool) -> Self {
+        let backlog = |new: v1::RouteBacklog| Backlog { route: new.route, records: new.records };
+        Self {
+            generation: response.generation,
+            digest: response.digest,
+            changed: response.changed,
+            dry_run,
+            changes: response.changes,
+            new_routes: response.new_routes.into_iter().map(backlog).collect(),
+            warnings: response.warnings.into_iter().map(Fault::from).collect(),
+            faults: response.faults.into_iter().map(Fault::from).collect(),
+        }
+    }
+}
+
+/// The state of the mesh.
+#[derive(Debug, Serialize)]
+pub(crate) struct Mesh {
+    pub(crate) mesh: String,
+    pub(crate) generation: u64,
+    pub(crate) instances: Vec<Instance>,
+}
+
+/// The state of an instance.
+#[derive(Debug, Serialize)]
+pub(crate) struct Instance {
+    pub(crate) instance: String,
+    pub(crate) services: Vec<String>,
+    pub(crate) state: &'static str,
+    pub(crate) generation: u64,
+    pub(crate) digest: String,
+    pub(crate) origin: &'static str,
+    pub(crate) error: String,
+    pub(crate) refused_generation: u64,
+    pub(crate) waiting: Vec<String>,
+    pub(crate) version: String,
+    pub(crate) reported: String,
+    pub(crate) age_seconds: f64,
+    pub(crate) routes: Vec<Route>,
+}
+
+/// The state of a route.
+#[derive(Debug, Serialize)]
+pub(crate) struct Route {
+    pub(crate) route: String,
+    pub(crate) service: String,
+    pub(crate) state: &'static str,
+    pub(crate) reason: String,
+    pub(crate) waiting_seconds: f64,
+    pub(crate) partitions: u32,
+    pub(crate) lag_records: u64,
+    pub(crate) lag_seconds: f64,
+    pub(crate) in_flight: u64,
+    pub(crate) dispositions: BTreeMap<String, u64>,
+}
+
+impl Mesh {
+    pub(crate) fn new(response: v1::GetStatusResponse) -> Self {
+        // The instance that answers reported just now: its clock is the one that ages are told by, not ours.
+        let now = response.instances.iter().map(|instance| instance.reported_ms).max().unwrap_or(0);
+        let since = |then: i64| now.saturating_sub(then).max(0) as f64 / 1_000.0;
+        let route = |route: v1::RouteStatus| Route {
+            state: word(route.state().as_str_name(), "ROUTE_STATE_"),
+            waiting_seconds: if route.waiting_since_ms > 0 { since(route.waiting_since_ms) } else { 0.0 },
+            route: route.route,
+            service: route.service,
+            reason: route.reason,
+            partitions: route.partitions,
+            lag_records: route.lag_records,
+            lag_seconds: route.lag_seconds,
+            in_flight: route.in_flight,
+            dispositions: route.dispositions.into_iter().collect(),
+        };
+        let instance = |instance: v1::InstanceStatus| Instance {
+            state: word(instance.state().as_str_name(), "INSTANCE_STATE_"),
+            origin: word(instance.origin().as_str_name(), "TABLE_ORIGIN_"),
+            age_seconds: since(instance.reported_ms),
+            reported: time(instance.reported_ms),
+            instance: instance.instance,
+            services: instance.services,
+            generation: instance.generation,
+            digest: instance.digest,
+            error: instance.error,
+            refused_generation: instance.refused_generation,
+            waiting: instance.waiting,
+            version: instance.version,
+            routes: instance.routes.into_iter().map(route).collect(),
+        };
+        Self { mesh: response.mesh, generation: response.generation, instances: response.instances.into_iter().map(instance).collect() }
+    }
+}
+
+/// An enum's word without its prefix; `UNKNOWN` for what this version does not know.
+fn word(name: &'static str, prefix: &str) -> &'static str {
+    match name.strip_prefix(prefix) {
+        None | Some("UNSPECIFIED") => "UNKNOWN",
+        Some(word) => word,
+    }
+}
+
+/// A time as RFC 3339, to the second.
+pub(crate) fn time(milliseconds: i64) -> String {
+    let since = Duration::from_millis(u64::try_from(milliseconds).unwrap_or(0));
+    let time = UNIX_EPOCH.checked_add(since).unwrap_or(UNIX_EPOCH);
+    humantime::format_rfc3339_seconds(time).to_string()
+}

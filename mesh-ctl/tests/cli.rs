@@ -1,0 +1,442 @@
+//! The binary as its users meet it: output, exit codes, hints. The sidecar at the other end is a script.
+
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    process::{Output, Stdio},
+    sync::{Arc, Mutex},
+};
+
+use mesh_proto::v1::{self, control_server::ControlServer};
+use tokio::{io::AsyncWriteExt as _, process::Command};
+use tonic::{Request, Response, Status};
+
+const TABLE: &str = "\
+apiVersion: mesh/v1
+kind: RoutingTable
+metadata: { mesh: shop }
+spec:
+  routes:
+  - { name: price, service: pricing, from: [orders], handler: /price, to: [priced] }
+";
+
+const FAULTY: &str = "\
+apiVersion: mesh/v1
+kind: RoutingTable
+metadata: { mesh: shop }
+spec:
+  routes:
+  - { name: price, servise: pricing, from: [orders], handler: /price, to: [priced] }
+  - { name: price, service: pricing, from: [__own], handler: /price }
+";
+
+/// A sidecar that answers what it is told to, and remembers what it was asked.
+#[derive(Clone, Default)]
+struct Script(Arc<Mutex<State>>);
+
+#[derive(Default)]
+struct State {
+    table: Option<v1::GetTableResponse>,
+    apply: Option<Result<v1::ApplyResponse, Status>>,
+    /// Answered one after the other; the last one stays.
+    status: Vec<v1::GetStatusResponse>,
+    applied: Vec<v1::ApplyRequest>,
+}
+
+#[tonic::async_trait]
+impl v1::control_server::Control for Script {
+    async fn validate(&self, _: Request<v1::ValidateRequest>) -> Result<Response<v1::ValidateResponse>, Status> {
+        Err(Status::unimplemented("mesh-ctl validates by itself"))
+    }
+
+    async fn apply(&self, request: Request<v1::ApplyRequest>) -> Result<Response<v1::ApplyResponse>, Status> {
+        let mut state = self.0.lock().unwrap();
+        state.applied.push(request.into_inner());
+        state.apply.clone().unwrap().map(Response::new)
+    }
+
+    async fn get_table(&self, _: Request<v1::GetTableRequest>) -> Result<Response<v1::GetTableResponse>, Status> {
+        let table = self.0.lock().unwrap().table.clone();
+        table.map(Response::new).ok_or_else(|| Status::not_found("this mesh has no routing table yet"))
+    }
+
+    async fn get_status(&self, _: Request<v1::GetStatusRequest>) -> Result<Response<v1::GetStatusResponse>, Status> {
+        let mut state = self.0.lock().unwrap();
+        let next = if state.status.len() > 1 { state.status.remove(0) } else { state.status[0].clone() };
+        Ok(Response::new(next))
+    }
+}
+
+impl Script {
+    fn set(&self, change: impl FnOnce(&mut State)) -> &Self {
+        change(&mut self.0.lock().unwrap());
+        self
+    }
+}
+
+struct Bench {
+    script: Script,
+    address: SocketAddr,
+    folder: tempfile::TempDir,
+    server: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
+}
+
+impl Bench {
+    async fn new() -> Self {
+        let script = Script::default();
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let service = ControlServer::new(script.clone());
+        let server = tokio::spawn(async move {
+            let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+            tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming).await.unwrap();
+        });
+        Self { script, address, folder: tempfile::tempdir().unwrap(), server }
+    }
+
+    fn file(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    }
+
+    /// Runs in the folder of the files, against the script.
+    async fn run(&self, arguments: &[&str]) -> Said {
+        self.run_with(arguments, &format!("http://{}", self.address), "").await
+    }
+
+    async fn run_with(&self, arguments: &[&str], admin: &str, stdin: &str) -> Said {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_mesh-ctl"));
+        command.args(arguments).current_dir(self.folder.path()).env("MESH_ADMIN", admin).kill_on_drop(true);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut pipe = child.stdin.take().unwrap();
+        // A command that does not read stdin may be gone already.
+        let _ = pipe.write_all(stdin.as_bytes()).await;
+        drop(pipe);
+        Said::from(child.wait_with_output().await.unwrap())
+    }
+}
+
+#[derive(Debug)]
+struct Said {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+impl From<Output> for Said {
+    fn from(output: Output) -> Self {
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        let said = Self { code: output.status.code().unwrap(), out: text(output.stdout), err: text(output.stderr) };
+        assert!(!said.out.contains('\x1b') && !said.err.contains('\x1b'), "no colours and no progress but on a terminal: {said:?}");
+        said
+    }
+}
+
+impl Said {
+    /// Checks the exit code.
+    #[track_caller]
+    fn ends(self, code: i32) -> Self {
+        assert_eq!(self.code, code, "stdout:\n{}\nstderr:\n{}", self.out, self.err);
+        self
+    }
+
+    #[track_caller]
+    fn json(&self) -> serde_json::Value {
+        serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error}:\n{}", self.out))
+    }
+}
+
+fn in_force(text: &str, generation: u64) -> v1::GetTableResponse {
+    let table = mesh_routing::parse("t", text).unwrap();
+    v1::GetTableResponse {
+        generation,
+        digest: table.digest(),
+        json: table.to_json(),
+        applied_ms: 1_700_000_000_000,
+        origin: v1::TableOrigin::Mesh.into(),
+    }
+}
+
+fn instance(name: &str, state: v1::InstanceState, generation: u64) -> v1::InstanceStatus {
+    v1::InstanceStatus {
+        instance: name.to_owned(),
+        services: vec!["pricing".to_owned()],
+        state: state.into(),
+        generation,
+        digest: "sha256:1".to_owned(),
+        version: "0.1.0".to_owned(),
+        reported_ms: 1_700_000_100_000,
+        origin: v1::TableOrigin::Mesh.into(),
+        ..v1::InstanceStatus::default()
+    }
+}
+
+fn mesh(generation: u64, instances: Vec<v1::InstanceStatus>) -> v1::GetStatusResponse {
+    v1::GetStatusResponse { mesh: "shop".to_owned(), generation, instances }
+}
+
+#[tokio::test]
+async fn validate_needs_no_sidecar_and_reports_everything() {
+    let bench = Bench::new().await;
+    bench.file("good.yaml", TABLE);
+    bench.file("bad.yaml", FAULTY);
+    let nobody = "http://127.0.0.1:1";
+    let said = bench.run_with(&["validate", "-f", "good.yaml"], nobody, "").await.ends(0);
+    assert!(said.out.starts_with("good.yaml: valid, 1 route, sha256:"), "{}", said.out);
+
+    let said = bench.run_with(&["validate", "-f", "good.yaml", "bad.yaml"], nobody, "").await.ends(1);
+    let faults: Vec<_> = said.out.lines().filter(|line| line.starts_with("bad.yaml:")).collect();
+    assert!(faults.len() >= 4, "three faults and a verdict at least: {}", said.out);
+    assert!(faults.iter().any(|line| line.starts_with("bad.yaml:6:") && line.contains("error[unknown_field]")), "{}", said.out);
+    assert!(said.out.contains("\n  hint: "), "{}", said.out);
+    assert!(faults.last().unwrap().contains("not valid, "), "{}", said.out);
+
+    let said = bench.run_with(&["validate", "-q", "-f", "-"], nobody, TABLE).await.ends(0);
+    assert_eq!(said.out, "");
+    let said = bench.run_with(&["validate", "-f", "-", "-o", "json"], nobody, FAULTY).await.ends(1);
+    let json = said.json();
+    assert_eq!((&json[0]["file"], &json[0]["valid"]), (&"<stdin>".into(), &false.into()));
+    assert!(json[0]["faults"][0]["line"].as_u64().unwrap() > 0);
+
+    let said = bench.run_with(&["validate", "-f", "absent.yaml"], nobody, "").await.ends(2);
+    assert!(said.err.contains("absent.yaml cannot be read"), "{}", said.err);
+    bench.run(&["validate"]).await.ends(2);
+}
+
+#[tokio::test]
+async fn apply_says_what_it_did() {
+    let bench = Bench::new().await;
+    bench.file("routes.yaml", TABLE);
+    let response = v1::ApplyResponse {
+        generation: 8,
+        digest: "sha256:8".to_owned(),
+        changed: true,
+        changes: vec!["+ routes.price: {}".to_owned(), "~ defaults.timeout: \"1s\" → \"2s\"".to_owned()],
+        new_routes: vec![v1::RouteBacklog { route: "price".to_owned(), records: 1_203 }],
+        warnings: vec![v1::Fault {
+            file: "routes.yaml".to_owned(),
+            message: "a loop".to_owned(),
+            code: "loop".to_owned(),
+            ..v1::Fault::default()
+        }],
+        ..v1::ApplyResponse::default()
+    };
+    bench.script.set(|state| state.apply = Some(Ok(response.clone())));
+    let said = bench.run(&["apply", "-f", "routes.yaml", "--expect-generation", "7"]).await.ends(0);
+    assert_eq!(
+        said.out,
+        "+ routes.price: {}\n~ defaults.timeout: \"1s\" → \"2s\"\nroute price begins with 1203 existing records\n\
+         applied generation 8 (sha256:8)\n"
+    );
+    assert_eq!(said.err, "routes.yaml: warning[loop]: a loop\n");
+    let asked = bench.script.0.lock().unwrap().applied.pop().unwrap();
+    assert_eq!((asked.expected_generation, asked.dry_run), (Some(7), false));
+    let table = asked.table.unwrap();
+    assert_eq!((&*table.file, &*table.text), ("routes.yaml", TABLE));
+
+    let said = bench.run(&["-q", "apply", "-f", "routes.yaml"]).await.ends(0);
+    assert_eq!((&*said.out, &*said.err), ("applied generation 8 (sha256:8)\n", ""));
+    let json = bench.run(&["apply", "-f", "routes.yaml", "-o", "json"]).await.ends(0).json();
+    assert_eq!((&json["generation"], &json["new_routes"][0]["records"]), (&8.into(), &1_203.into()));
+
+    bench.script.set(|state| state.apply = Some(Ok(v1::ApplyResponse { changed: false, ..response.clone() })));
+    let said = bench.run(&["apply", "-f", "routes.yaml", "--dry-run"]).await.ends(0);
+    assert!(said.out.contains("would begin") && said.out.contains("dry run: nothing was applied"), "{}", said.out);
+    bench.script.set(|state| {
+        state.apply = Some(Ok(v1::ApplyResponse { changes: Vec::new(), new_routes: Vec::new(), ..state.apply.clone().unwrap().unwrap() }));
+    });
+    let said = bench.run(&["apply", "-f", "routes.yaml"]).await.ends(0);
+    assert_eq!(said.out, "unchanged: generation 8 is this table already (sha256:8)\n");
+}
+
+#[tokio::test]
+async fn apply_refused() {
+    let bench = Bench::new().await;
+    bench.file("routes.yaml", TABLE);
+    let fault = v1::Fault {
+        file: "routes.yaml".to_owned(),
+        line: 6,
+        column: 5,
+        field: "spec.routes[0].to".to_owned(),
+        message: "is missing".to_owned(),
+        hint: "name topics, or `void`".to_owned(),
+        code: "missing".to_owned(),
+    };
+    bench.script.set(|state| state.apply = Some(Ok(v1::ApplyResponse { faults: vec![fault], ..v1::ApplyResponse::default() })));
+    let said = bench.run(&["apply", "-f", "routes.yaml", "--wait"]).await.ends(1);
+    assert_eq!(said.out, "");
+    assert_eq!(
+        said.err,
+        "routes.yaml:6:5: error[missing]: spec.routes[0].to: is missing\n  hint: name topics, or `void`\n\
+         error: routes.yaml has 1 fault: nothing was applied, and the last good table stays in force\n"
+    );
+    let said = bench.run(&["apply", "-f", "routes.yaml", "-o", "json"]).await.ends(1);
+    assert_eq!(said.json()["faults"][0]["line"], 6);
+
+    for (status, code) in [
+        (Status::aborted("generation 8 was applied by instance b at the same time"), 3),
+        (Status::failed_precondition("this sidecar runs the table that its config pins"), 1),
+        (Status::unavailable("the broker is away"), 2),
+        (Status::unknown("it is not known whether generation 8 was applied"), 4),
+    ] {
+        let message = status.message().to_owned();
+        bench.script.set(|state| state.apply = Some(Err(status)));
+        let said = bench.run(&["apply", "-f", "routes.yaml"]).await.ends(code);
+        assert!(said.err.starts_with(&format!("error: {message}")), "{}", said.err);
+    }
+}
+
+#[tokio::test]
+async fn apply_waits_for_the_mesh() {
+    use v1::InstanceState::{Lost, Nacked, Pending, Pinned, Synced};
+    let bench = Bench::new().await;
+    bench.file("routes.yaml", TABLE);
+    let applied = v1::ApplyResponse { generation: 8, digest: "sha256:8".to_owned(), changed: true, ..v1::ApplyResponse::default() };
+    let others = || [instance("gone", Lost, 3), instance("own", Pinned, 0)];
+    let with = |instances: Vec<v1::InstanceStatus>| mesh(8, instances.into_iter().chain(others()).collect());
+    bench.script.set(|state| {
+        state.apply = Some(Ok(applied));
+        state.status = vec![
+            with(vec![instance("a", Synced, 8), instance("b", Pending, 7)]),
+            // An old refusal is no refusal of this one.
+            with(vec![instance("a", Synced, 8), v1::InstanceStatus { refused_generation: 7, ..instance("b", Nacked, 6) }]),
+            with(vec![instance("a", Synced, 8), instance("b", Synced, 8)]),
+        ];
+    });
+    let said = bench.run(&["apply", "-f", "routes.yaml", "--wait"]).await.ends(0);
+    assert!(said.err.contains("2 instances run generation 8"), "{}", said.err);
+    assert!(said.err.contains("gone was not waited for: LOST") && said.err.contains("own was not waited for: PINNED"), "{}", said.err);
+    assert_eq!(bench.script.0.lock().unwrap().status.len(), 1, "it looked until all were there");
+
+    let nacked = v1::InstanceStatus { error: "schema 9".to_owned(), refused_generation: 8, ..instance("b", Nacked, 7) };
+    bench.script.set(|state| state.status = vec![with(vec![instance("a", Synced, 8), nacked])]);
+    let said = bench.run(&["apply", "-f", "routes.yaml", "--wait"]).await.ends(1);
+    assert!(said.err.contains("1 instance refused generation 8") && said.err.contains("b: schema 9"), "{}", said.err);
+
+    bench.script.set(|state| state.status = vec![with(vec![instance("a", Synced, 8), instance("b", Pending, 7)])]);
+    let said = bench.run(&["apply", "-f", "routes.yaml", "--wait", "--timeout", "0s"]).await.ends(4);
+    assert!(said.err.contains("do not run it yet: b"), "{}", said.err);
+    bench.run(&["apply", "-f", "routes.yaml", "--wait", "--dry-run"]).await.ends(2);
+}
+
+#[tokio::test]
+async fn get_gives_what_apply_takes() {
+    let bench = Bench::new().await;
+    let said = bench.run(&["get"]).await.ends(2);
+    assert!(said.err.contains("no routing table yet"), "{}", said.err);
+
+    bench.script.set(|state| state.table = Some(in_force(TABLE, 7)));
+    let said = bench.run(&["get"]).await.ends(0);
+    assert!(said.out.starts_with("# generation 7, applied 2023-11-14T22:13:20Z, sha256:"), "{}", said.out);
+    for form in ["yaml", "json"] {
+        let said = bench.run(&["get", "-o", form]).await.ends(0);
+        let again = mesh_routing::parse("again", &said.out).unwrap();
+        assert_eq!(again.digest(), in_force(TABLE, 7).digest);
+    }
+    let said = bench.run(&["get", "-q", "-o", "table"]).await.ends(0);
+    assert_eq!(said.out, "ROUTE  SERVICE  FROM    TO\nprice  pricing  orders  priced\n");
+}
+
+#[tokio::test]
+async fn diff_tells_by_its_exit_code() {
+    let bench = Bench::new().await;
+    bench.script.set(|state| state.table = Some(in_force(TABLE, 7)));
+    bench.file("same.yaml", &TABLE.replace("{ name: price,", "{   name: price,"));
+    bench.file("other.yaml", &TABLE.replace("[priced]", "void"));
+    bench.file("bad.yaml", FAULTY);
+    let said = bench.run(&["diff", "-f", "same.yaml"]).await.ends(0);
+    assert_eq!((&*said.out, &*said.err), ("", "no difference from generation 7\n"));
+    let said = bench.run(&["diff", "-f", "other.yaml"]).await.ends(1);
+    assert_eq!(said.out, "~ routes.price.to: [\"priced\"] → \"void\"\n");
+    let json = bench.run(&["diff", "-f", "other.yaml", "-o", "json"]).await.ends(1).json();
+    assert_eq!((&json[0]["path"], &json[0]["new"]), (&"routes.price.to".into(), &"void".into()));
+    let said = bench.run(&["diff", "-f", "bad.yaml"]).await.ends(2);
+    assert!(said.err.contains("bad.yaml:6:") && said.err.contains("error: bad.yaml has "), "{}", said.err);
+
+    bench.script.set(|state| state.table = None);
+    let said = bench.run(&["diff", "-f", "same.yaml"]).await.ends(1);
+    assert!(said.out.starts_with("+ routes.price: ") && said.out.lines().count() == 1, "{}", said.out);
+}
+
+#[tokio::test]
+async fn status_names_what_is_waited_for() {
+    use v1::InstanceState::{Nacked, Synced};
+    let bench = Bench::new().await;
+    let waiting = v1::RouteStatus {
+        route: "price".to_owned(),
+        service: "pricing".to_owned(),
+        state: v1::RouteState::WaitingForService.into(),
+        reason: "service pricing at http://127.0.0.1:8080: connection refused".to_owned(),
+        partitions: 4,
+        lag_records: 1_203,
+        lag_seconds: 41.7,
+        waiting_since_ms: 1_700_000_100_000 - 125_000,
+        ..v1::RouteStatus::default()
+    };
+    let a = v1::InstanceStatus { routes: vec![waiting], ..instance("a", Synced, 8) };
+    let b = v1::InstanceStatus {
+        error: "schema 9".to_owned(),
+        refused_generation: 8,
+        waiting: vec!["broker: away".to_owned()],
+        reported_ms: 1_700_000_100_000 - 12_000,
+        ..instance("b", Nacked, 7)
+    };
+    bench.script.set(|state| state.status = vec![mesh(8, vec![a, b])]);
+    let said = bench.run(&["status"]).await.ends(0);
+    let expected = format!(
+        "mesh shop, generation 8, as seen from http://{}\n
+INSTANCE  STATE   GENERATION  SERVICES  VERSION  AGE  NOTE
+a         SYNCED  8           pricing   0.1.0    0s
+b         NACKED  7           pricing   0.1.0    12s  refused generation 8: schema 9; broker: away
+
+ROUTE  SERVICE  INSTANCE  STATE                PARTITIONS  LAG   BEHIND  IN FLIGHT  AGE  REASON
+price  pricing  a         WAITING_FOR_SERVICE  4           1203  41s     0          0s   service pricing at http://127.0.0.1:8080: connection refused (for 2m 5s)
+",
+        bench.address
+    );
+    assert_eq!(said.out, expected);
+    let json = bench.run(&["status", "-o", "json"]).await.ends(0).json();
+    assert_eq!(json["instances"][0]["routes"][0]["state"], "WAITING_FOR_SERVICE");
+    assert_eq!((&json["instances"][1]["state"], &json["instances"][1]["age_seconds"]), (&"NACKED".into(), &12.0.into()));
+    let said = bench.run(&["-o", "yaml", "status"]).await.ends(0);
+    assert!(said.out.contains("generation: 8\n"), "{}", said.out);
+}
+
+#[tokio::test]
+async fn graph_of_a_file_and_of_the_mesh() {
+    let bench = Bench::new().await;
+    bench.file("routes.yaml", TABLE);
+    let file = bench.run_with(&["graph", "-f", "routes.yaml"], "http://127.0.0.1:1", "").await.ends(0);
+    assert!(file.out.contains("orders") && file.out.contains("price"), "{}", file.out);
+    bench.script.set(|state| state.table = Some(in_force(TABLE, 7)));
+    assert_eq!(bench.run(&["graph"]).await.ends(0).out, file.out);
+    let mermaid = bench.run(&["graph", "--format", "mermaid"]).await.ends(0);
+    assert!(mermaid.out.contains("flowchart") || mermaid.out.contains("graph "), "{}", mermaid.out);
+    let dot = bench.run(&["graph", "--format", "dot"]).await.ends(0);
+    assert!(dot.out.contains("digraph"), "{}", dot.out);
+}
+
+#[tokio::test]
+async fn an_absent_sidecar_and_wrong_flags_come_with_hints() {
+    let bench = Bench::new().await;
+    let said = bench.run_with(&["status"], "http://127.0.0.1:1", "").await.ends(2);
+    assert!(said.err.starts_with("error: no sidecar answers at http://127.0.0.1:1: Connection refused"), "{}", said.err);
+    assert!(said.err.contains("hint: ") && said.err.contains("MESH_ADMIN") && said.err.contains("listen.admin"), "{}", said.err);
+
+    let said = bench.run(&["--admin", "https://x:1", "status"]).await.ends(2);
+    assert!(said.err.contains("http://HOST:PORT"), "{}", said.err);
+    // The flag is stronger than the environment, and needs no scheme.
+    bench.script.set(|state| state.status = vec![mesh(0, vec![instance("a", v1::InstanceState::Synced, 0)])]);
+    let said = bench.run_with(&["status", "--admin", &bench.address.to_string()], "http://127.0.0.1:1", "").await.ends(0);
+    assert!(said.out.contains("no table applied yet"), "{}", said.out);
+
+    let said = bench.run(&["--help"]).await.ends(0);
+    assert!(said.out.contains("Exit codes:") && said.out.contains("MESH_ADMIN"), "{}", said.out);
+}
