@@ -1,1 +1,3 @@
-//! placeholder
+//! Support, suites and benches of the event mesh.
+
+pub mod conformance;
