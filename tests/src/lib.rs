@@ -1,1 +1,3 @@
-//! placeholder
+//! Support for the suites and benches of the event mesh.
+
+pub mod kafka;
