@@ -5,6 +5,7 @@
 //! Invariant: what cannot be had (Java, Python) is skipped with a line `SKIPPED: …`, and is a failure with `CI=true`.
 
 pub mod conformance;
+pub mod kafka;
 pub mod otlp;
 
 /// The folder of the workspace.
