@@ -3,7 +3,7 @@
 //! A file (YAML or JSON), then the environment (`MESH_…`). Raw text becomes [`Config`] at the edge, with all faults at once; nothing behind it
 //! checks again.
 //!
-//! Invariant: what [`print`] prints, [`load`] reads, secrets aside.
+//! Invariant: what [`print()`] prints, [`load`] reads, secrets aside.
 //! Invariant: no secret is printed, nor named in a fault.
 
 use std::{

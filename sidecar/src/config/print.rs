@@ -95,7 +95,20 @@ fn quote(text: &str) -> String {
     let safe = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '/');
     let begins = text.chars().next().is_some_and(|c| c.is_ascii_alphabetic() || matches!(c, '/'));
     let word = matches!(text.to_lowercase().as_str(), "true" | "false" | "yes" | "no" | "on" | "off" | "y" | "n" | "null");
-    if begins && !word && text.chars().all(safe) { text.to_owned() } else { serde_json::Value::from(text).to_string() }
+    if begins && !word && text.chars().all(safe) {
+        return text.to_owned();
+    }
+    // What JSON leaves as it is and YAML does not read: further control characters, and other ends of lines.
+    let escape = |c: char| c.is_control() || matches!(c, '\u{2028}' | '\u{2029}' | '\u{feff}' | '\u{fffe}' | '\u{ffff}');
+    let mut quoted = String::with_capacity(text.len() + 2);
+    for c in serde_json::Value::from(text).to_string().chars() {
+        if escape(c) {
+            quoted.push_str(&format!("\\u{:04x}", u32::from(c)));
+        } else {
+            quoted.push(c);
+        }
+    }
+    quoted
 }
 
 fn size(bytes: usize) -> String {

@@ -227,7 +227,7 @@ pub(super) fn overlay(root: &mut Node, env: impl Iterator<Item = (String, String
                 Ok(node) => set(root, path, node, &place),
                 Err(fault) => faults.push(*fault),
             }
-        } else if let Some(key) = name.strip_prefix("MESH_BROKER_KAFKA_") {
+        } else if let Some(key) = name.strip_prefix("MESH_BROKER_KAFKA_").filter(|key| !key.is_empty()) {
             let key = key.to_lowercase().replace('_', ".");
             set(root, &["broker", "kafka", &key], Node::scalar(place.clone(), value), &place);
         } else if let Some((index, field)) = service_field(&name) {

@@ -131,6 +131,20 @@ fn another_file_and_an_unreadable_one_are_refused() {
 }
 
 #[test]
+fn a_hostile_file_is_refused() {
+    for hostile in [
+        "[".repeat(100_000),
+        "{a: ".repeat(100_000),
+        format!("mesh: {}{}", "[".repeat(1_000), "]".repeat(1_000)),
+        "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: &d [*c, *c]\ne: [*d, *d]\n".to_owned(),
+        "<<: *nothing".to_owned(),
+        "\u{feff}\0".to_owned(),
+    ] {
+        assert!(!faults(&hostile, &[]).is_empty());
+    }
+}
+
+#[test]
 fn refuses_what_is_ambiguous() {
     assert!(fault("mesh: other").contains("6:1: mesh: is set twice"));
     assert!(fault("instance: 1.10").contains("put it in quotes"));
@@ -321,7 +335,7 @@ fn services() -> impl Strategy<Value = Vec<ServiceConfig>> {
 }
 
 fn brokers() -> impl Strategy<Value = BrokerConfig> {
-    let setting = ("[a-z]{1,8}([.][a-z]{1,8}){0,3}", "[ -~é\n]{0,30}");
+    let setting = ("[a-z]{1,8}([.][a-z]{1,8}){0,3}", prop_oneof!["[ -~é\n]{0,30}", "[^\\x00]{0,10}"]);
     let settings = collection::vec(setting, 0..5).prop_map(|settings| {
         let mut settings: BTreeMap<String, String> = settings.into_iter().filter(|(key, _)| !print::is_secret(key)).collect();
         settings.insert("bootstrap.servers".into(), "a:9092,b:9092".into());

@@ -1,6 +1,6 @@
 //! Spans of the mesh: `send`, `process`, `commit`, by OpenTelemetry's messaging conventions.
 //!
-//! The span is built here and handed, finished, to the exporter's queue ([`super::export`]): the tracer of the OpenTelemetry SDK would cost a
+//! The span is built here and handed, finished, to the exporter's queue: the tracer of the OpenTelemetry SDK would cost a
 //! thread-local context, two copies and a lookup for what is three ids and a list of attributes.
 //!
 //! Invariant: with tracing off a span costs a copy of its parent's context, and no closure is called.
