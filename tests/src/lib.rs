@@ -4,9 +4,21 @@
 //! and a watchdog kills what is left if the test run itself is killed.
 //! Invariant: what cannot be had (Java, Python) is skipped with a line `SKIPPED: …`, and is a failure with `CI=true`.
 
+pub mod broker;
 pub mod conformance;
+pub mod grpc;
+pub mod http;
 pub mod kafka;
+pub mod load;
+pub mod mesh;
+pub mod oracle;
 pub mod otlp;
+pub mod ports;
+pub mod process;
+pub mod python;
+pub mod service;
+pub mod sidecar;
+pub mod stage;
 
 /// The folder of the workspace.
 pub fn workspace() -> &'static std::path::Path {
