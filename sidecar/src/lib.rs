@@ -4,6 +4,7 @@
 //! `record`, `outcome`, `watermark`, `lanes`, `status`, `table`. A module imports only from floors below its own (a test reads the imports).
 
 pub mod api;
+pub mod app;
 pub mod broker;
 pub mod config;
 pub mod consume;

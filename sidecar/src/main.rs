@@ -1,10 +1,6 @@
 //! The binary `mesh-sidecar`.
 
-use std::{
-    io::Write as _,
-    path::PathBuf,
-    process::ExitCode,
-};
+use std::{io::Write as _, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 use mesh_sidecar::{
@@ -91,10 +87,12 @@ fn main() -> ExitCode {
                 Ok(config) => print(&config::print(&config)),
                 Err(code) => code,
             },
-            Command::Drain { admin, timeout } => match mesh_sidecar::app::remote::drain(&admin, std::time::Duration::from_secs(timeout)).await {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(error) => fail(FAILED, &error),
-            },
+            Command::Drain { admin, timeout } => {
+                match mesh_sidecar::app::remote::drain(&admin, std::time::Duration::from_secs(timeout)).await {
+                    Ok(()) => ExitCode::SUCCESS,
+                    Err(error) => fail(FAILED, &error),
+                }
+            }
             Command::Healthcheck { probe } => match mesh_sidecar::app::remote::ready(&probe).await {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(error) => fail(FAILED, &error),

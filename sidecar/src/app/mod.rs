@@ -120,20 +120,14 @@ impl App {
         let routes = tokio::spawn(Supervisor::new(context, control.table()).run(stop_routes.clone()));
 
         let (stop_listeners, drain) = (CancellationToken::new(), CancellationToken::new());
-        let publisher = Publisher::new(broker.clone(), config.clone(), tracer.clone(), metrics.clone());
+        let publisher = Publisher::new(broker.clone(), config.clone(), tracer.clone(), crate::publish::Metrics::default());
         let api = Api::new(publisher, broker.clone(), desks, stop_routes.clone())?;
         let admin_router = admin::router(admin::AdminService::new(control.control().clone(), board.clone(), drain.clone())).await?;
         let listeners = vec![
             tokio::spawn(api.serve(api_listener, stop_listeners.clone())),
             serve("admin", admin_listener, admin_router, &stop_listeners),
         ];
-        let watcher = tokio::spawn(watch(
-            health.clone(),
-            metrics,
-            broker.clone(),
-            control.control().clone(),
-            stop_listeners.clone(),
-        ));
+        let watcher = tokio::spawn(watch(health.clone(), metrics, broker.clone(), control.control().clone(), stop_listeners.clone()));
         tracing::info!(api = %listen.api, admin = %listen.admin, probe = %listen.probe, broker = broker.system(), mesh = %config.mesh, "listening");
         Ok(Self {
             config,

@@ -185,5 +185,16 @@ pub struct Limits {
     pub buffer_bytes: usize,
 }
 
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            record_bytes: 1 << 20,
+            publish_timeout: Duration::from_secs(30),
+            drain_timeout: Duration::from_secs(25),
+            buffer_bytes: 4 << 20,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests;

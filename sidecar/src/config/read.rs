@@ -1,6 +1,6 @@
 //! From the raw tree to the validated configuration: every field is read, every fault is kept.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
 use tracing_subscriber::EnvFilter;
 
@@ -371,12 +371,7 @@ impl Reader {
     }
 
     fn limits(&mut self, field: Option<(String, Node)>) -> Limits {
-        let mut limits = Limits {
-            record_bytes: 1 << 20,
-            publish_timeout: Duration::from_secs(30),
-            drain_timeout: Duration::from_secs(25),
-            buffer_bytes: 4 << 20,
-        };
+        let mut limits = Limits::default();
         let Some((path, node)) = field else { return limits };
         let known = ["record_size", "publish_timeout", "drain_timeout", "buffer"];
         let Some(mut fields) = self.fields(&path, node, &known) else { return limits };

@@ -101,7 +101,13 @@ async fn show(args: &Args, screen: &Screen, folder: PathBuf, began: Instant) -> 
         screen.line(&format!("  {line}"));
     }
     let listen = app.listen();
-    screen.line(&format!("  ready in {:.0} ms: api {} · admin {} · probe {}", began.elapsed().as_secs_f64() * 1e3, listen.api, listen.admin, listen.probe));
+    screen.line(&format!(
+        "  ready in {:.0} ms: api {} · admin {} · probe {}",
+        began.elapsed().as_secs_f64() * 1e3,
+        listen.api,
+        listen.admin,
+        listen.probe
+    ));
     screen.line("");
 
     let shutdown = CancellationToken::new();

@@ -49,7 +49,11 @@ impl Screen {
             None => self.faint("?"),
         };
         let to = if hop.status.is_success() { format!("→ {to}") } else { self.paint("31", &format!("✗ {}", hop.status)) };
-        let round = if route.is_some_and(|route| matches!(&route.to, Destinations::Topics(to) if to.contains(&route.from[0]))) { "↻" } else { " " };
+        let round = if route.is_some_and(|route| matches!(&route.to, Destinations::Topics(to) if to.contains(&route.from[0]))) {
+            "↻"
+        } else {
+            " "
+        };
         self.line(&format!(
             "  {} {} {} {round} {} {} {}",
             self.faint(&format!("{:>7.1} ms", since.as_secs_f64() * 1e3)),

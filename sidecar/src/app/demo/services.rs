@@ -11,11 +11,7 @@ use axum::{
     routing::post,
 };
 use serde_json::{Value, json};
-use tokio::{
-    net::TcpListener,
-    sync::mpsc,
-    task::JoinSet,
-};
+use tokio::{net::TcpListener, sync::mpsc, task::JoinSet};
 
 /// One call of a service, as it happened.
 #[derive(Debug)]
@@ -62,7 +58,11 @@ pub(super) async fn start(hops: mpsc::Sender<Hop>) -> io::Result<(JoinSet<io::Re
 
 type Handle = fn(&Value) -> Result<(StatusCode, Value, String), String>;
 
-async fn serve(State((service, handle, hops)): State<(&'static str, Handle, mpsc::Sender<Hop>)>, headers: HeaderMap, body: Bytes) -> Response {
+async fn serve(
+    State((service, handle, hops)): State<(&'static str, Handle, mpsc::Sender<Hop>)>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
     let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or("?").to_owned();
     let result = serde_json::from_slice::<Value>(&body).map_err(|error| error.to_string()).and_then(|body| handle(&body));
     let (status, answer, said) = result.unwrap_or_else(|error| (StatusCode::BAD_REQUEST, json!({ "error": error }), error.clone()));
