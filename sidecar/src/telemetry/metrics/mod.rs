@@ -39,7 +39,7 @@ pub type Seconds = Gauge<f64, AtomicU64>;
 type Labels = Vec<(&'static str, Arc<str>)>;
 
 /// All metrics. Cheap to clone; clones are the same metrics.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Metrics(Arc<Inner>);
 
 #[derive(Debug, Default)]
@@ -88,6 +88,12 @@ struct Families {
     queue_bytes: Family<Labels, Level>,
     breaker: Family<Labels, Level>,
     state: Family<Labels, Level>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl Metrics {
