@@ -8,7 +8,7 @@ use std::{path::Path, sync::Arc};
 
 use mesh_proto::v1;
 use mesh_routing::CompiledTable;
-use tokio::task::spawn_blocking;
+use tokio::{task::spawn_blocking, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -61,8 +61,8 @@ pub(super) async fn run_pinned(shared: Arc<Shared>, pinned: Pinned, stop: Cancel
         let Pinned { compiled, response } = pinned;
         let table = compiled.clone();
         let mut ensured = std::pin::pin!(ensure_topics(&shared, &table, 0));
-        let in_time = tokio::time::timeout(CACHE_AFTER, &mut ensured).await.is_ok();
-        put(&shared, response, TableOrigin::Pinned, compiled);
+        let in_time = timeout(CACHE_AFTER, &mut ensured).await.is_ok();
+        put(&shared, response, TableOrigin::Pinned, compiled, Verdict::default());
         shared.ready.send_replace(true);
         if !in_time {
             ensured.await;
@@ -73,110 +73,134 @@ pub(super) async fn run_pinned(shared: Arc<Shared>, pinned: Pinned, stop: Cancel
 
 /// Follows the log until the token is cancelled.
 pub(super) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
-    stop.run_until_cancelled(async {
-        let copy = load_copy(&shared).await;
-        let mut progress = shared.progress.subscribe();
-        let read = tokio::time::timeout(CACHE_AFTER, progress.wait_for(|progress| progress.caught_up)).await.is_ok();
-        if !read && let Some(copy) = &copy {
-            use_copy(&shared, copy).await;
-        }
-        // Fails only when the sender is gone, and the sender is in `shared`.
-        while progress.wait_for(|progress| progress.caught_up).await.is_ok() {
-            let head = progress.borrow_and_update().head;
-            if head > shared.local.borrow().judged || !*shared.ready.borrow() {
-                judge(&shared, head, copy.as_ref()).await;
+    let copy = load_copy(&shared).await;
+    let mut progress = shared.progress.subscribe();
+    let caught_up = timeout(CACHE_AFTER, progress.wait_for(|progress| progress.caught_up));
+    match stop.run_until_cancelled(caught_up).await {
+        None => return,
+        Some(Ok(_)) => {}
+        Some(Err(_)) => {
+            if let Some(copy) = &copy {
+                use_copy(&shared, copy, Verdict::default());
                 shared.ready.send_replace(true);
             }
-            if progress.changed().await.is_err() {
-                return;
-            }
-        }
-    })
-    .await;
-}
-
-async fn load_copy(shared: &Shared) -> Option<Snapshot> {
-    let (state, mesh) = (shared.config.state.clone(), shared.config.mesh.clone());
-    match spawn_blocking(move || cache::load(&state, &mesh)).await {
-        Ok(Ok(copy)) => copy,
-        Ok(Err(error)) => {
-            tracing::warn!(%error, "the copy of the routing table on disk is refused: a start without the broker has no table");
-            None
-        }
-        Err(error) => {
-            tracing::error!(%error, "the copy of the routing table on disk could not be read");
-            None
         }
     }
+    let mut first = true;
+    loop {
+        let judged = shared.local.borrow().judged;
+        let news = progress.wait_for(|progress| progress.caught_up && (first || progress.head > judged));
+        let head = match stop.run_until_cancelled(news).await {
+            Some(Ok(progress)) => progress.head,
+            // Stopped; the sender is never gone, it is in `shared`.
+            None | Some(Err(_)) => return,
+        };
+        let Some(taken) = stop.run_until_cancelled(judge(&shared, head, copy.as_ref())).await else { return };
+        let Judged::Done(taken) = taken else { continue };
+        first = false;
+        shared.ready.send_replace(true);
+        // Not cancelled: a stop waits for the milliseconds that the disk takes.
+        if let Some(snapshot) = taken {
+            store_copy(&shared, snapshot).await;
+        }
+    }
+}
+
+/// The copy on disk, compiled: one that this version cannot run is none.
+struct Copy {
+    snapshot: Snapshot,
+    compiled: Arc<CompiledTable>,
+}
+
+async fn load_copy(shared: &Shared) -> Option<Copy> {
+    let (state, mesh) = (shared.config.state.clone(), shared.config.mesh.clone());
+    let load = move || {
+        let Some(snapshot) = cache::load(&state, &mesh).map_err(|error| error.to_string())? else { return Ok(None) };
+        let compiled = compile(&mesh, &snapshot)?;
+        Ok::<_, String>(Some(Copy { snapshot, compiled: Arc::new(compiled) }))
+    };
+    let loaded = spawn_blocking(load).await.unwrap_or_else(|error| Err(error.to_string()));
+    loaded.unwrap_or_else(|reason| {
+        tracing::warn!(reason, "the copy of the routing table on disk is refused: a start without the broker has no table");
+        None
+    })
 }
 
 /// Takes the copy on disk into force.
-async fn use_copy(shared: &Shared, copy: &Snapshot) {
-    let snapshot = copy.clone();
-    let mesh = shared.config.mesh.clone();
-    match spawn_blocking(move || compile(&mesh, &snapshot).map(|compiled| (snapshot, compiled))).await {
-        Ok(Ok((snapshot, compiled))) => {
-            tracing::warn!(generation = snapshot.generation, "the routing table comes from the copy on disk");
-            put(shared, Local::response(&snapshot, TableOrigin::Cache), TableOrigin::Cache, Arc::new(compiled));
-            shared.ready.send_replace(true);
-        }
-        Ok(Err(reason)) => tracing::error!(generation = copy.generation, reason, "the copy of the routing table on disk is refused"),
-        Err(error) => tracing::error!(%error, "the copy of the routing table on disk could not be compiled"),
+fn use_copy(shared: &Shared, copy: &Copy, verdict: Verdict) {
+    tracing::warn!(generation = copy.snapshot.generation, "the routing table comes from the copy on disk");
+    let response = Local::response(&copy.snapshot, TableOrigin::Cache);
+    put(shared, response, TableOrigin::Cache, copy.compiled.clone(), verdict);
+}
+
+/// What was found about the newest generation.
+#[derive(Debug, Default)]
+struct Verdict {
+    /// The generation.
+    judged: u64,
+    /// Why it is refused; `None` if it is not.
+    refused: Option<String>,
+    /// Its digest, if its record can be read.
+    digest: Option<String>,
+}
+
+impl Verdict {
+    fn say(self, local: &mut Local) {
+        (local.judged, local.refused, local.head_digest) = (self.judged, self.refused, self.digest);
     }
 }
 
+/// How a judgement ended.
+enum Judged {
+    /// With a verdict, and with what is to be copied to the disk.
+    Done(Option<Snapshot>),
+    /// A newer generation came meanwhile: it is judged next.
+    Superseded,
+}
+
 /// Takes the newest good generation up to `head` into force, if it is newer than what is.
-async fn judge(shared: &Shared, head: u64, copy: Option<&Snapshot>) {
+async fn judge(shared: &Shared, head: u64, copy: Option<&Copy>) -> Judged {
     let active = shared.table.borrow().clone();
     let settled = active.as_ref().is_some_and(|active| active.origin == TableOrigin::Mesh);
-    let floor = active.as_ref().map_or_else(|| copy.map_or(0, |copy| copy.generation), |active| active.generation);
+    let floor = active.as_ref().map_or_else(|| copy.map_or(0, |copy| copy.snapshot.generation), |active| active.generation);
     let candidates: Vec<u64> = shared.log(|log| {
         let newer = |generation: &u64| *generation > floor || (*generation == floor && !settled);
         log.generations().skip_while(|generation| *generation > head).take_while(newer).collect()
     });
-    shared.wait_for(
-        "generation",
-        (head < floor).then(|| {
-            format!(
-                "the mesh's control topic knows generation {head} only, this sidecar had generation {floor} and keeps it: \
-                 apply the table again"
-            )
-        }),
-    );
+    let behind = (head < floor).then(|| {
+        format!(
+            "the mesh's control topic knows generation {head} only, this sidecar had generation {floor} and keeps it: \
+             apply the table again"
+        )
+    });
+    shared.wait_for("generation", behind);
 
-    let (mut refused, mut head_digest) = (None, None);
+    let mut verdict = Verdict { judged: head, ..Verdict::default() };
     for generation in candidates {
         match prepare(shared, generation).await {
             Ok((snapshot, compiled)) => {
                 if generation == head {
-                    head_digest = Some(snapshot.digest.clone());
+                    verdict.digest = Some(snapshot.digest.clone());
                 }
                 if !ensure_topics(shared, &compiled, head).await {
-                    // A newer one came meanwhile: it is judged next.
-                    return;
+                    return Judged::Superseded;
                 }
-                put(shared, Local::response(&snapshot, TableOrigin::Mesh), TableOrigin::Mesh, Arc::new(compiled));
-                store_copy(shared, snapshot).await;
-                break;
+                put(shared, Local::response(&snapshot, TableOrigin::Mesh), TableOrigin::Mesh, Arc::new(compiled), verdict);
+                return Judged::Done(Some(snapshot));
             }
             Err(reason) => {
                 tracing::error!(generation, reason, "the routing table is refused, and the last good one stays in force");
                 if generation == head {
-                    refused = Some(reason);
+                    verdict.refused = Some(reason);
                 }
             }
         }
     }
-    shared.local.send_modify(|local| {
-        local.judged = head;
-        local.refused = refused;
-        local.head_digest = head_digest;
-    });
-    if shared.table.borrow().is_none()
-        && let Some(copy) = copy
-    {
-        use_copy(shared, copy).await;
+    match copy.filter(|_| active.is_none()) {
+        Some(copy) => use_copy(shared, copy, verdict),
+        None => shared.local.send_modify(|local| verdict.say(local)),
     }
+    Judged::Done(None)
 }
 
 /// Reads, verifies and compiles a generation. The error is the reason in words.
@@ -233,8 +257,8 @@ async fn ensure_topics(shared: &Shared, compiled: &CompiledTable, head: u64) -> 
     }
 }
 
-/// The swap.
-fn put(shared: &Shared, response: v1::GetTableResponse, origin: TableOrigin, compiled: Arc<CompiledTable>) {
+/// The swap. Whoever sees the verdict sees the table too.
+fn put(shared: &Shared, response: v1::GetTableResponse, origin: TableOrigin, compiled: Arc<CompiledTable>, verdict: Verdict) {
     let active = shared.table.borrow().clone();
     // The same table again: routes see that nothing changed.
     let compiled = match active {
@@ -243,8 +267,11 @@ fn put(shared: &Shared, response: v1::GetTableResponse, origin: TableOrigin, com
     };
     let (generation, applied_ms) = (response.generation, response.applied_ms);
     tracing::info!(generation, digest = response.digest, origin = origin_of(origin).as_str_name(), "a routing table is in force");
-    shared.local.send_modify(|local| local.table = Some(Arc::new(response)));
     shared.table.send_replace(Some(Arc::new(ActiveTable { generation, applied_ms, origin, compiled })));
+    shared.local.send_modify(|local| {
+        local.table = Some(Arc::new(response));
+        verdict.say(local);
+    });
 }
 
 async fn store_copy(shared: &Shared, snapshot: Snapshot) {

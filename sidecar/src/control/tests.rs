@@ -401,3 +401,51 @@ async fn a_control_topic_with_several_partitions_is_named() {
     a.status("the reason", |status| status.instances[0].waiting.iter().any(|reason| reason.contains("has 4 partitions"))).await;
     assert!(!*a.handle.ready().borrow());
 }
+
+/// The same over the embedded broker: two instances in one process, and a restart of everything.
+#[tokio::test]
+async fn over_the_embedded_broker() {
+    use crate::broker::{
+        Broker as _,
+        embedded::{EmbeddedBroker, EmbeddedConfig},
+    };
+
+    let data = tempfile::tempdir().unwrap();
+    let begin = |broker: Arc<EmbeddedBroker>, name: &'static str| async move {
+        let (state, board) = (tempfile::tempdir().unwrap(), Board::default());
+        let config = config(name, state.path(), None);
+        let handle = Control::start(broker, config, board.clone(), CancellationToken::new()).await.unwrap();
+        Instance { handle, board, state }
+    };
+    let broker = EmbeddedBroker::open(EmbeddedConfig::new(data.path())).unwrap();
+    let (a, b) = (begin(broker.clone(), "a").await, begin(broker.clone(), "b").await);
+    a.ready().await;
+    b.ready().await;
+    let text = table(&[("price", "orders", "priced")]).replace("spec:", "spec:\n  topics: { orders: { partitions: 6, retention: 1h } }");
+    assert_eq!(a.apply(&text).await.unwrap().generation, 1);
+    b.generation(1).await;
+    let topics = broker.admin().topics().await.unwrap();
+    assert_eq!((topics["orders"], topics["price.dlq"], topics[CONTROL_TOPIC]), (6, 6, 1), "{topics:?}");
+    for round in 2..=8 {
+        let (left, right) = (one(&format!("left-{round}")), one(&format!("right-{round}")));
+        let (left, right) = tokio::join!(a.apply(&left), b.apply(&right));
+        assert!(left.is_ok() || right.is_ok(), "{left:?} {right:?}");
+        let newest = left.iter().chain(&right).map(|applied| applied.generation).max().unwrap();
+        a.generation(newest).await;
+        b.generation(newest).await;
+    }
+    let newest = a.handle.table().borrow().as_ref().unwrap().generation;
+    a.status("b is in sync", |status| state_of(status, "b") == InstanceState::Synced).await;
+    a.handle.close().await;
+    b.handle.close().await;
+    broker.close(Duration::from_secs(5)).await.unwrap();
+    drop(broker);
+
+    let broker = EmbeddedBroker::open(EmbeddedConfig::new(data.path())).unwrap();
+    let c = begin(broker.clone(), "c").await;
+    c.generation(newest).await;
+    let status = c.status("SYNCED", |status| state_of(status, "c") == InstanceState::Synced).await;
+    assert_eq!(status.instances.len(), 1, "the others left cleanly: {status:#?}");
+    c.handle.close().await;
+    broker.close(Duration::from_secs(5)).await.unwrap();
+}
