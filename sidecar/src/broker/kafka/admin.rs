@@ -66,16 +66,19 @@ impl Asker {
     ) -> Result<T, BrokerError> {
         let _slot = self.slots.acquire().await;
         let client = self.client.clone();
-        tokio::task::spawn_blocking(move || call(&client)).await.unwrap_or_else(|error| {
-            Err(BrokerError::new(BrokerErrorKind::Other, format!("kafka: the question was not finished: {error}")))
-        })
+        tokio::task::spawn_blocking(move || call(&client))
+            .await
+            .unwrap_or_else(|error| Err(BrokerError::new(BrokerErrorKind::Other, format!("kafka: the question was not finished: {error}"))))
     }
 
     /// A topic's partition count, or `None` if the broker answered that there is none.
     pub(super) async fn partitions(&self, topic: String, deadline: Duration) -> Result<Option<i32>, BrokerError> {
         check_name(&topic)?;
         let until = Instant::now() + deadline;
-        let answer = tokio::time::timeout(deadline, self.ask(move |client| partition_count(client, &topic, until.saturating_duration_since(Instant::now()))));
+        let answer = tokio::time::timeout(
+            deadline,
+            self.ask(move |client| partition_count(client, &topic, until.saturating_duration_since(Instant::now()))),
+        );
         answer.await.unwrap_or_else(|_| {
             let detail = format!("Kafka {} did not say within {deadline:?} whether the topic exists", self.health.bootstrap());
             Err(BrokerError::new(BrokerErrorKind::Unreachable, detail))
@@ -238,8 +241,8 @@ impl Admin for Asker {
             let runtime = tokio::runtime::Handle::current();
             // The client has a thread of its own, and its drop waits for it.
             let created = tokio::task::spawn_blocking(move || {
-                let admin =
-                    AdminClient::from_config_and_context(&config, Reporter(health)).map_err(|error| broker_error("create topics", &error))?;
+                let admin = AdminClient::from_config_and_context(&config, Reporter(health))
+                    .map_err(|error| broker_error("create topics", &error))?;
                 runtime.block_on(create(&admin, &topics))
             });
             created.await.unwrap_or_else(|error| Err(BrokerError::new(BrokerErrorKind::Other, format!("create topics: {error}"))))

@@ -138,7 +138,8 @@ impl Health {
             }
             Code::Authentication | Code::SaslAuthenticationFailed | Code::SSL | Code::UnsupportedSASLMechanism => {
                 let kind = if code == Code::SSL { BrokerErrorKind::Unreachable } else { BrokerErrorKind::Unauthorized };
-                let detail = format!("Kafka {}: {code}: {}: check `security.protocol`, `sasl.*` and `ssl.*`", self.bootstrap, shorten(reason));
+                let detail =
+                    format!("Kafka {}: {code}: {}: check `security.protocol`, `sasl.*` and `ssl.*`", self.bootstrap, shorten(reason));
                 let mut state = lock(&self.state);
                 state.reason = shorten(reason).to_owned();
                 self.set(&mut state, Trouble { error: BrokerError::new(kind, detail), broker: None });
@@ -152,7 +153,8 @@ impl Health {
     }
 
     fn set(&self, state: &mut State, trouble: Trouble) {
-        let changed = state.trouble.as_ref().is_none_or(|before| before.error.kind != trouble.error.kind || before.broker != trouble.broker);
+        let changed =
+            state.trouble.as_ref().is_none_or(|before| before.error.kind != trouble.error.kind || before.broker != trouble.broker);
         if changed {
             tracing::warn!(bootstrap = %self.bootstrap, "kafka: {}", trouble.error);
             state.trouble = Some(trouble);
@@ -255,9 +257,13 @@ mod tests {
         let health = Health::new("boot:9092");
         health.recovered();
         assert!(health.check().is_ok());
-        health.report(Code::Resolve, "inner:9092/3: Failed to resolve 'inner:9092': Name or service not known (after 2ms in state CONNECT)");
+        health
+            .report(Code::Resolve, "inner:9092/3: Failed to resolve 'inner:9092': Name or service not known (after 2ms in state CONNECT)");
         let error = health.check().unwrap_err();
-        assert!(error.detail.contains("broker 3") && error.detail.contains("inner:9092") && error.detail.contains("advertised.listeners"), "{error}");
+        assert!(
+            error.detail.contains("broker 3") && error.detail.contains("inner:9092") && error.detail.contains("advertised.listeners"),
+            "{error}"
+        );
         let version = health.version();
         health.recovered();
         assert!(health.check().is_ok());
@@ -267,7 +273,10 @@ mod tests {
     #[test]
     fn all_brokers_down_says_why() {
         let health = Health::new("boot:9092");
-        health.report(Code::BrokerTransportFailure, "boot:9092/bootstrap: Connect to ipv4#1.2.3.4:9092 failed: Connection refused (after 0ms in state CONNECT)");
+        health.report(
+            Code::BrokerTransportFailure,
+            "boot:9092/bootstrap: Connect to ipv4#1.2.3.4:9092 failed: Connection refused (after 0ms in state CONNECT)",
+        );
         health.report(Code::AllBrokersDown, "1/1 brokers are down");
         let error = health.check().unwrap_err();
         assert!(error.detail.contains("Connection refused") && !error.detail.contains("after 0ms"), "{error}");

@@ -139,7 +139,8 @@ impl Keeper {
                 }
             }
         });
-        let thread = thread.map_err(|error| BrokerError::new(BrokerErrorKind::Other, format!("kafka: no thread for the keeper: {error}")))?;
+        let thread =
+            thread.map_err(|error| BrokerError::new(BrokerErrorKind::Other, format!("kafka: no thread for the keeper: {error}")))?;
         Ok(Self { health, stop, thread: Mutex::new(Some(thread)) })
     }
 

@@ -114,7 +114,10 @@ impl BatchState {
 }
 
 fn gone(topic: &str) -> ProduceError {
-    ProduceError { kind: ProduceErrorKind::Fatal, detail: format!("topic `{topic}`: the producer was closed before the acknowledgement came") }
+    ProduceError {
+        kind: ProduceErrorKind::Fatal,
+        detail: format!("topic `{topic}`: the producer was closed before the acknowledgement came"),
+    }
 }
 
 /// What librdkafka carries along with a record.
@@ -157,9 +160,10 @@ impl ProducerContext for Context {
         let Some(slot) = batch.slots.get_mut(ticket.index) else { return };
         let Slot::Waiting(topic) = slot else { return };
         let answer = match result {
-            Ok(message) => {
-                Ok(Position { partition: TopicPartition { topic: topic.clone(), partition: message.partition() }, offset: message.offset() })
-            }
+            Ok(message) => Ok(Position {
+                partition: TopicPartition { topic: topic.clone(), partition: message.partition() },
+                offset: message.offset(),
+            }),
             Err((error, _)) => {
                 let error = produce_error(topic, self.health.bootstrap(), error);
                 if error.kind == ProduceErrorKind::UnknownTopic {
@@ -216,7 +220,8 @@ impl Drop for KafkaProducer {
 
 fn create(settings: &Settings, health: &Arc<Health>, topics: &Arc<Topics>) -> Result<Client, BrokerError> {
     let context = Context { health: health.clone(), topics: topics.clone(), fatal: AtomicBool::new(false) };
-    BaseProducer::from_config_and_context(&settings.producer(), context).map_err(|error| super::error::broker_error("kafka: producer", &error))
+    BaseProducer::from_config_and_context(&settings.producer(), context)
+        .map_err(|error| super::error::broker_error("kafka: producer", &error))
 }
 
 impl Shared {
@@ -288,9 +293,7 @@ impl Producer for KafkaProducer {
             }
         }
         drop(batch);
-        Box::pin(async move {
-            answer.await.unwrap_or_else(|_| topics.iter().map(|topic| Err(gone(topic))).collect())
-        })
+        Box::pin(async move { answer.await.unwrap_or_else(|_| topics.iter().map(|topic| Err(gone(topic))).collect()) })
     }
 
     fn known_partitions(&self, topic: &str) -> Option<i32> {
@@ -332,7 +335,10 @@ fn enqueue(client: &Client, outgoing: &Outgoing, ticket: Ticket, bootstrap: &str
     let record = &outgoing.record;
     let refused = |detail: String| ProduceError { kind: ProduceErrorKind::Refused, detail };
     if record.headers.iter().any(|header| header.name.contains('\0')) {
-        return Err(refused(format!("topic `{}`: a header's name contains a NUL character, which Kafka's clients cannot read", outgoing.topic)));
+        return Err(refused(format!(
+            "topic `{}`: a header's name contains a NUL character, which Kafka's clients cannot read",
+            outgoing.topic
+        )));
     }
     if outgoing.partition.is_some_and(|partition| partition < 0) {
         let detail = format!("topic `{}`: partition {} is negative", outgoing.topic, outgoing.partition.unwrap_or_default());

@@ -154,7 +154,8 @@ mod tests {
 
     #[test]
     fn unknown_keys_pass_and_the_operator_wins() {
-        let settings = Settings::new(keys(&[("bootstrap.servers", "a:1"), ("linger.ms", "5"), ("odd.key", "x")]), KafkaOptions::default()).unwrap();
+        let settings =
+            Settings::new(keys(&[("bootstrap.servers", "a:1"), ("linger.ms", "5"), ("odd.key", "x")]), KafkaOptions::default()).unwrap();
         assert_eq!(settings.producer().get("linger.ms"), Some("5"));
         assert_eq!(settings.producer().get("odd.key"), Some("x"));
         assert_eq!(settings.producer().get("acks"), Some("all"));

@@ -31,8 +31,7 @@ impl Wakeup {
     /// Waits for [`Wakeup::set`], at most this long, and clears it.
     pub(super) fn wait(&self, timeout: Duration) {
         let flag = lock(&self.flag);
-        let (mut flag, _) =
-            self.condition.wait_timeout_while(flag, timeout, |flag| !*flag).unwrap_or_else(PoisonError::into_inner);
+        let (mut flag, _) = self.condition.wait_timeout_while(flag, timeout, |flag| !*flag).unwrap_or_else(PoisonError::into_inner);
         *flag = false;
     }
 }

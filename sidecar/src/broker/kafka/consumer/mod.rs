@@ -184,9 +184,9 @@ impl Consumer for KafkaConsumer {
                 shared.end_commit();
                 result
             });
-            committed.await.unwrap_or_else(|error| {
-                Err(BrokerError::new(BrokerErrorKind::Other, format!("kafka: a commit was cut short: {error}")))
-            })
+            committed
+                .await
+                .unwrap_or_else(|error| Err(BrokerError::new(BrokerErrorKind::Other, format!("kafka: a commit was cut short: {error}"))))
         })
     }
 

@@ -128,7 +128,8 @@ impl Session {
 
     fn connect(&mut self) -> Result<(), BrokerError> {
         let context = Context::new(self.health.clone());
-        let mut client: Client = BaseConsumer::from_config_and_context(&self.kafka, context).map_err(|error| broker_error(self.name(), &error))?;
+        let mut client: Client =
+            BaseConsumer::from_config_and_context(&self.kafka, context).map_err(|error| broker_error(self.name(), &error))?;
         let wakeup = self.shared.wakeup.clone();
         client.set_nonempty_callback(move || wakeup.set());
         let client = Arc::new(client);
@@ -260,7 +261,12 @@ impl Session {
                 self.trouble(Cause::Access, Some(error));
             }
             Code::Fatal => {
-                self.fatal.get_or_insert_with(|| BrokerError::new(BrokerErrorKind::Fenced, format!("{}: {reason}", self.shared.config.group.as_deref().unwrap_or("reader"))));
+                self.fatal.get_or_insert_with(|| {
+                    BrokerError::new(
+                        BrokerErrorKind::Fenced,
+                        format!("{}: {reason}", self.shared.config.group.as_deref().unwrap_or("reader")),
+                    )
+                });
             }
             _ => {}
         }
@@ -269,7 +275,8 @@ impl Session {
     /// Copies a message to its partition's round.
     fn take(&mut self, message: &BorrowedMessage<'_>) {
         let (topic, partition) = (message.topic(), message.partition());
-        let fits = self.locals.get(self.last).is_some_and(|local| local.partition.partition == partition && *local.partition.topic == *topic);
+        let fits =
+            self.locals.get(self.last).is_some_and(|local| local.partition.partition == partition && *local.partition.topic == *topic);
         if !fits {
             match self.index.get(topic).and_then(|partitions| partitions.get(&partition)) {
                 Some(found) => self.last = *found,
@@ -277,11 +284,11 @@ impl Session {
             }
         }
         let raw = self.arena.add(message);
-        if let Some(local) = self.locals.get_mut(self.last) {
-            if raw.offset >= local.next {
-                local.next = raw.offset + 1;
-                local.raw.push(raw);
-            }
+        if let Some(local) = self.locals.get_mut(self.last)
+            && raw.offset >= local.next
+        {
+            local.next = raw.offset + 1;
+            local.raw.push(raw);
         }
     }
 
@@ -291,7 +298,7 @@ impl Session {
             return;
         }
         let frozen = self.arena.freeze();
-        let mut rounds: Vec<(TopicPartition, Vec<(i64, Record)>, usize)> = Vec::new();
+        let mut rounds = Vec::new();
         for local in &mut self.locals {
             let mut raws = local.raw.drain(..).peekable();
             while raws.peek().is_some() {
@@ -516,7 +523,11 @@ impl Session {
         }
         // A commit that is under way must not arrive after the last one.
         self.poll_until(client, COMMIT, |session| lock(&session.shared.queue).committing == 0);
-        commits.retain(|commit| partitions.contains(&commit.partition) || lock(&self.shared.queue).owns(&commit.partition) || !self.shared.topics.contains(&commit.partition.topic));
+        commits.retain(|commit| {
+            partitions.contains(&commit.partition)
+                || lock(&self.shared.queue).owns(&commit.partition)
+                || !self.shared.topics.contains(&commit.partition.topic)
+        });
         self.last_commits(client, &commits);
     }
 
@@ -533,10 +544,16 @@ impl Session {
                 Some(Ok(())) => return,
                 Some(Err(KafkaError::ConsumerCommit(Code::IllegalGeneration))) if attempt == 1 => {}
                 Some(Err(error)) => {
-                    return tracing::warn!("kafka: {}: the last commits before a rebalance failed, so records repeat: {error}", self.name());
+                    return tracing::warn!(
+                        "kafka: {}: the last commits before a rebalance failed, so records repeat: {error}",
+                        self.name()
+                    );
                 }
                 None => {
-                    return tracing::warn!("kafka: {}: the last commits before a rebalance took too long, so records may repeat", self.name());
+                    return tracing::warn!(
+                        "kafka: {}: the last commits before a rebalance took too long, so records may repeat",
+                        self.name()
+                    );
                 }
             }
         }
@@ -612,9 +629,10 @@ impl Session {
             Ok::<_, BrokerError>(starts)
         });
         let assigned = match resolved {
-            Some(Ok(starts)) => {
-                starts.into_iter().map(|start| Assigned { partition: start.partition, position: start.offset, metadata: String::new() }).collect()
-            }
+            Some(Ok(starts)) => starts
+                .into_iter()
+                .map(|start| Assigned { partition: start.partition, position: start.offset, metadata: String::new() })
+                .collect(),
             // What is committed is still wrong, so this is found again, once the broker answers.
             _ => vec![Assigned { partition: partition.clone(), position: next, metadata: String::new() }],
         };
@@ -666,7 +684,10 @@ impl Session {
                     self.trouble(Cause::Topic(topic.clone()), None);
                 }
             } else if self.missing.insert(topic.clone()) {
-                let detail = format!("topic `{topic}` does not exist at Kafka {}: it is waited for; create it, or correct the name", self.health.bootstrap());
+                let detail = format!(
+                    "topic `{topic}` does not exist at Kafka {}: it is waited for; create it, or correct the name",
+                    self.health.bootstrap()
+                );
                 self.trouble(Cause::Topic(topic.clone()), Some(BrokerError::new(BrokerErrorKind::UnknownTopic, detail)));
             }
         }

@@ -27,7 +27,12 @@ pub(super) struct Rule {
 }
 
 /// The positions of partitions: the committed ones, and the resolved and now committed starts of the others. Blocks.
-pub(super) fn positions(client: &Client, rule: &Rule, partitions: &[TopicPartition], timeout: Duration) -> Result<Vec<Assigned>, BrokerError> {
+pub(super) fn positions(
+    client: &Client,
+    rule: &Rule,
+    partitions: &[TopicPartition],
+    timeout: Duration,
+) -> Result<Vec<Assigned>, BrokerError> {
     if partitions.is_empty() {
         return Ok(Vec::new());
     }
@@ -64,9 +69,11 @@ pub(super) fn resolve(client: &Client, rule: &Rule, partitions: &[TopicPartition
         start => admin::watermarks(client, partitions, timeout)?
             .into_iter()
             .zip(partitions)
-            .map(|((low, high), partition)| {
-                if start == StartOffset::Earliest || rule.appeared.contains(&partition.topic) { low } else { high }
-            })
+            .map(
+                |((low, high), partition)| {
+                    if start == StartOffset::Earliest || rule.appeared.contains(&partition.topic) { low } else { high }
+                },
+            )
             .collect(),
     };
     Ok(partitions
