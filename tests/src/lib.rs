@@ -1,3 +1,4 @@
-//! Support for the suites and benches of the event mesh.
+//! Support, suites and benches of the event mesh.
 
+pub mod conformance;
 pub mod kafka;
