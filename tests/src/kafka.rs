@@ -68,7 +68,7 @@ struct Process {
 /// # Panics
 /// With `CI=true` where none can be had: a suite that silently skips proves nothing.
 pub async fn kafka() -> Option<KafkaHandle> {
-    tokio::task::spawn_blocking(kafka_blocking).await.expect("start of Kafka")
+    blocking(kafka_blocking).await
 }
 
 /// The same, for code that is not async.
@@ -90,7 +90,16 @@ pub fn kafka_blocking() -> Option<KafkaHandle> {
 /// # Panics
 /// As [`kafka`].
 pub async fn own_kafka() -> Option<KafkaHandle> {
-    tokio::task::spawn_blocking(own_kafka_blocking).await.expect("start of Kafka")
+    blocking(own_kafka_blocking).await
+}
+
+/// Runs a start on a thread that may block; its panic is the caller's.
+async fn blocking(start: fn() -> Option<KafkaHandle>) -> Option<KafkaHandle> {
+    match tokio::task::spawn_blocking(start).await {
+        Ok(handle) => handle,
+        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+        Err(_) => None,
+    }
 }
 
 /// The same, for code that is not async.
@@ -237,7 +246,8 @@ impl Drop for Node {
 
 /// `target/kafka`.
 fn root() -> PathBuf {
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"), PathBuf::from);
+    let target =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"), PathBuf::from);
     target.join("kafka")
 }
 

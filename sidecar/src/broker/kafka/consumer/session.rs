@@ -284,11 +284,11 @@ impl Session {
             }
         }
         let raw = self.arena.add(message);
-        if let Some(local) = self.locals.get_mut(self.last) {
-            if raw.offset >= local.next {
-                local.next = raw.offset + 1;
-                local.raw.push(raw);
-            }
+        if let Some(local) = self.locals.get_mut(self.last)
+            && raw.offset >= local.next
+        {
+            local.next = raw.offset + 1;
+            local.raw.push(raw);
         }
     }
 
@@ -298,7 +298,7 @@ impl Session {
             return;
         }
         let frozen = self.arena.freeze();
-        let mut rounds: Vec<(TopicPartition, Vec<(i64, Record)>, usize)> = Vec::new();
+        let mut rounds = Vec::new();
         for local in &mut self.locals {
             let mut raws = local.raw.drain(..).peekable();
             while raws.peek().is_some() {
