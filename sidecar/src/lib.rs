@@ -6,6 +6,7 @@
 pub mod api;
 pub mod broker;
 pub mod config;
+pub mod consume;
 pub mod deliver;
 pub mod outcome;
 pub mod publish;

@@ -1,0 +1,3 @@
+//! Reads records. Floor 4.
+
+pub mod subscription;
