@@ -81,7 +81,7 @@ pub(super) fn check(text: &str) -> Result<(), ReadError> {
     serde_json::from_str::<IgnoredAny>(text).map(drop).map_err(|error| ReadError::new(&error))
 }
 
-/// Reads headers: `[{"name":…,"value":…}]` in order, or `{"name":value}`. A value may also stand as `"base64":…` or `"text":…` beside the name.
+/// Reads headers: `[{"name":…,"value":…}]` in order, or `["name",value]` in order, or `{"name":value}`. A value may also stand as `"base64":…` or `"text":…` beside the name.
 ///
 /// # Errors
 /// What is wrong, for people.
@@ -98,8 +98,13 @@ pub(super) fn read_headers(raw: &RawValue, buffer: &Bytes) -> Result<Vec<Header>
         let map: Pairs<'_> = serde_json::from_str(text).map_err(wrong)?;
         return map.0.into_iter().map(|(name, value)| make(name, datum(value, buffer))).collect();
     }
-    let list: Vec<HeaderIn<'_>> = serde_json::from_str(text).map_err(wrong)?;
-    let read = list.into_iter().map(|field| {
+    let list: Vec<&RawValue> = serde_json::from_str(text).map_err(wrong)?;
+    let read = list.into_iter().map(|element| {
+        if element.get().starts_with('[') {
+            let (Text(name), value) = serde_json::from_str::<(Text<'_>, &RawValue)>(element.get()).map_err(wrong)?;
+            return make(name, datum(value, buffer));
+        }
+        let field: HeaderIn<'_> = serde_json::from_str(element.get()).map_err(wrong)?;
         let value = match (field.value, field.text, field.base64) {
             (Some(value), None, None) => datum(value, buffer),
             (None, Some(text), None) => Ok(Some(owned(text))),
@@ -496,9 +501,9 @@ mod tests {
     #[test]
     fn headers_are_a_list_or_an_object() {
         let list =
-            read(r#"{"value":1,"headers":[{"name":"A","value":"x"},{"key":"A","value":null},{"name":"b","base64":"AA=="}]}"#).unwrap();
+            read(r#"{"value":1,"headers":[{"name":"A","value":"x"},{"key":"A","value":null},{"name":"b","base64":"AA=="},["c",{"base64":"AA"}]]}"#).unwrap();
         let names: Vec<_> = list.record.headers.iter().map(|field| (&*field.name, field.value.clone())).collect();
-        assert_eq!(names, [("A", bytes("x")), ("A", None), ("b", Some(Bytes::from_static(&[0])))]);
+        assert_eq!(names, [("A", bytes("x")), ("A", None), ("b", Some(Bytes::from_static(&[0]))), ("c", Some(Bytes::from_static(&[0])))]);
         let object = read(r#"{"value":1,"headers":{"z":"1","a":2}}"#).unwrap();
         let names: Vec<_> = object.record.headers.iter().map(|field| (&*field.name, field.value.clone())).collect();
         assert_eq!(names, [("z", bytes("1")), ("a", bytes("2"))]);

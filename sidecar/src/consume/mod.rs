@@ -1,3 +1,4 @@
+<<<<<<< HEAD
 //! The routes of this process: which run, by the table in force. Floor 4.
 //!
 //! Each route is one task ([`route`]); the [`Supervisor`] owns them all. When the table changes, a route that did not change is not touched; one
@@ -271,3 +272,8 @@ async fn sleep_until(time: Option<Instant>) {
         None => std::future::pending().await,
     }
 }
+=======
+//! Reads records. Floor 4.
+
+pub mod subscription;
+>>>>>>> api

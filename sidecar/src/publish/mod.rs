@@ -17,7 +17,7 @@ use tokio::{sync::Semaphore, time::Instant};
 
 use crate::{
     broker::{Acks, Broker, Outgoing, ProduceErrorKind, Producer},
-    config::Config,
+    config::{Config, ServiceConfig},
     record::{Header, Position, Record, header},
     telemetry::trace::{Span, SpanKind, SpanValue, TraceContext, Tracer},
 };
@@ -73,6 +73,41 @@ pub enum Caller {
     Service(usize),
     /// One of several services that did not say which.
     Anonymous,
+}
+
+/// What a caller wants of a topic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// To publish to it: `services[].publish` decides.
+    Publish,
+    /// To read it: `services[].subscribe` decides.
+    Subscribe,
+}
+
+/// Checks the allow-list of the caller.
+///
+/// # Errors
+/// [`PublishError::Forbidden`], and [`PublishError::Unnamed`] for an anonymous caller where there are lists.
+pub fn check_allowed(services: &[ServiceConfig], caller: Caller, topic: &str, to: Use) -> Result<(), PublishError> {
+    let list = |service: &'_ ServiceConfig| match to {
+        Use::Publish => service.publish.is_some(),
+        Use::Subscribe => service.subscribe.is_some(),
+    };
+    let service = match caller {
+        Caller::Service(index) => services.get(index).ok_or(PublishError::Unnamed)?,
+        Caller::Anonymous if services.iter().any(list) => return Err(PublishError::Unnamed),
+        Caller::Anonymous => return Ok(()),
+    };
+    let (allowed, verb, list) = match to {
+        Use::Publish => (&service.publish, "publish to", "publish"),
+        Use::Subscribe => (&service.subscribe, "subscribe to", "subscribe"),
+    };
+    match allowed {
+        Some(allowed) if !allowed.iter().any(|name| name == topic) => {
+            Err(PublishError::Forbidden { service: service.name.clone(), topic: topic.to_owned(), verb, list })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// A topic that was checked, that the caller may publish to, and that is known to exist. Cheap to clone.
@@ -150,6 +185,17 @@ impl Publisher {
         &self.inner.config
     }
 
+    /// Waits until the topic is known to exist, up to `limits.publish_timeout`. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`PublishError::UnknownTopic`], and what keeps the broker from saying.
+    pub async fn exists(&self, name: &str) -> Result<(), PublishError> {
+        match self.inner.producer.known_partitions(name) {
+            Some(_) => Ok(()),
+            None => self.learn(name).await,
+        }
+    }
+
     /// Checks that the caller may publish to the topic and that it exists. Waits only for a topic that is not known yet, up to
     /// `limits.publish_timeout`. Cancel-safe.
     ///
@@ -169,32 +215,12 @@ impl Publisher {
         if known.is_none() {
             check_name(name)?;
         }
-        self.check_allowed(caller, name)?;
+        check_allowed(&inner.config.services, caller, name, Use::Publish)?;
         inner.broker.health().map_err(|error| PublishError::Unavailable { detail: error.detail })?;
         if inner.producer.known_partitions(name).is_none() {
             self.learn(name).await?;
         }
         Ok(known.unwrap_or_else(|| self.remember(name)))
-    }
-
-    fn check_allowed(&self, caller: Caller, topic: &str) -> Result<(), PublishError> {
-        let services = &self.inner.config.services;
-        match caller {
-            Caller::Service(index) => match services.get(index) {
-                None => Err(PublishError::Unnamed),
-                Some(service) => match &service.publish {
-                    Some(list) if !list.iter().any(|allowed| allowed == topic) => Err(PublishError::Forbidden {
-                        service: service.name.clone(),
-                        topic: topic.to_owned(),
-                        verb: "publish to",
-                        list: "publish",
-                    }),
-                    _ => Ok(()),
-                },
-            },
-            Caller::Anonymous if services.iter().any(|service| service.publish.is_some()) => Err(PublishError::Unnamed),
-            Caller::Anonymous => Ok(()),
-        }
     }
 
     async fn learn(&self, name: &str) -> Result<(), PublishError> {
