@@ -145,7 +145,7 @@ fn no_code_hides_in_what_looks_like_text() {
     ] {
         assert_eq!(eval(text, ""), Ok(true), "{text}");
     }
-    refused(&format!("{} == ''", vec!["record.text"; 8].join(" + ")));
+    refused(&format!("{} == ''", ["record.text"; 8].join(" + ")));
 }
 
 #[test]
