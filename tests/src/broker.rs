@@ -40,7 +40,7 @@ impl Broker {
 /// ```
 #[macro_export]
 macro_rules! on_both {
-    ($name:ident, $body:path) => {
+    ($name:ident, $body:ident) => {
         mod $name {
             #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn on_the_embedded_broker() -> anyhow::Result<()> {

@@ -182,18 +182,19 @@ pub struct Attached {
 }
 
 impl Attached {
-    /// Attaches, with a number of credits that is kept: each answered record gives one back.
+    /// Attaches as the service that the route belongs to, with a number of credits that is kept: each answered record gives one back.
     ///
     /// # Errors
     /// If the sidecar refuses.
     pub async fn start(
         sidecar: &Sidecar,
+        service: &str,
         route: &str,
         credits: u32,
         answers: impl Fn(&DeliveredRecord) -> outcome::Outcome + Send + Sync + 'static,
     ) -> Result<Self> {
         let first = subscribe_request::Request::Attach(Attach { route: route.to_owned(), credits });
-        let (requests, mut responses) = subscribe(&mut sidecar.mesh().await?, first).await?;
+        let (requests, mut responses) = subscribe(&mut sidecar.mesh_as(service).await?, first).await?;
         let attached = responses.message().await?.context("the stream ended")?;
         anyhow::ensure!(matches!(attached.response, Some(subscribe_response::Response::Attached(_))), "first came {attached:?}");
         let (writer, books) = watch::channel(Vec::new());

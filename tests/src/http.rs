@@ -18,10 +18,21 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::Value;
 use tokio::net::TcpStream;
 
+/// Nobody listens: nothing was sent.
+#[derive(Clone, Copy, Debug)]
+pub struct NotConnected(pub SocketAddr);
+
+impl std::fmt::Display for NotConnected {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "no connection to {}", self.0)
+    }
+}
+
 /// A client of one address.
 #[derive(Debug)]
 pub struct Http {
     address: SocketAddr,
+    always: Vec<(&'static str, String)>,
     idle: Mutex<Vec<http1::SendRequest<Full<Bytes>>>>,
 }
 
@@ -80,7 +91,28 @@ impl Answer {
 impl Http {
     /// A client of this address. Connects when it is used.
     pub fn new(address: SocketAddr) -> Self {
-        Self { address, idle: Mutex::default() }
+        Self { address, always: Vec::new(), idle: Mutex::default() }
+    }
+
+    /// A client of the same address with the same headers, and connections of its own.
+    #[must_use]
+    pub fn another(&self) -> Self {
+        Self { address: self.address, always: self.always.clone(), idle: Mutex::default() }
+    }
+
+    /// With a header on every request.
+    #[must_use]
+    pub fn always(mut self, name: &'static str, value: &str) -> Self {
+        self.always.push((name, value.to_owned()));
+        self
+    }
+
+    fn request(&self, method: Method, uri: &str, headers: &[(&str, &str)]) -> http::request::Builder {
+        let mut request = Request::builder().method(method).uri(uri).header("host", self.address.to_string());
+        for (name, value) in self.always.iter().map(|(name, value)| (*name, value.as_str())).chain(headers.iter().copied()) {
+            request = request.header(name, value);
+        }
+        request
     }
 
     /// `GET`.
@@ -112,14 +144,11 @@ impl Http {
     /// # Errors
     /// If no answer comes.
     pub async fn send(&self, method: Method, path: &str, headers: &[(&str, &str)], body: Bytes) -> Result<Answer> {
-        let mut request = Request::builder().method(method).uri(path).header("host", self.address.to_string());
-        for (name, value) in headers {
-            request = request.header(*name, *value);
-        }
-        self.call(request.body(Full::new(body))?, Duration::from_secs(60)).await
+        let request = self.request(method, path, headers).body(Full::new(body))?;
+        self.call(request, Duration::from_secs(60)).await
     }
 
-    /// A request that was built elsewhere, under a deadline.
+    /// A request that was built elsewhere, as it is, under a deadline.
     ///
     /// # Errors
     /// If no answer comes in time.
@@ -142,7 +171,7 @@ impl Http {
     /// If no answer begins.
     pub async fn open(&self, path: &str, accept: &str) -> Result<Lines> {
         let mut sender = self.connect().await?;
-        let request = Request::get(path).header("host", self.address.to_string()).header("accept", accept).body(Full::default())?;
+        let request = self.request(Method::GET, path, &[("accept", accept)]).body(Full::default())?;
         let answer = tokio::time::timeout(Duration::from_secs(30), sender.send_request(request)).await??;
         let (head, body) = answer.into_parts();
         Ok(Lines { status: head.status, headers: head.headers, body, buffer: Vec::new(), _sender: sender })
@@ -156,11 +185,8 @@ impl Http {
         let stream = TcpStream::connect(self.address).await?;
         let (mut sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await?;
         let driver = tokio::spawn(connection);
-        let mut request = Request::builder().method(method).uri(format!("http://{}{path}", self.address));
-        for (name, value) in headers {
-            request = request.header(*name, *value);
-        }
-        let answer = sender.send_request(request.body(Full::new(body))?).await?;
+        let request = self.request(method, &format!("http://{}{path}", self.address), headers).body(Full::new(body))?;
+        let answer = sender.send_request(request).await?;
         let (head, body) = answer.into_parts();
         let body = body.collect().await?.to_bytes();
         driver.abort();
@@ -182,7 +208,7 @@ impl Http {
     }
 
     async fn connect(&self) -> Result<http1::SendRequest<Full<Bytes>>> {
-        let stream = TcpStream::connect(self.address).await.with_context(|| format!("connect to {}", self.address))?;
+        let stream = TcpStream::connect(self.address).await.context(NotConnected(self.address))?;
         stream.set_nodelay(true)?;
         let (sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
         // Ends with its sender; its errors arrive there.

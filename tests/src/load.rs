@@ -1,18 +1,20 @@
 //! Load that knows what was acknowledged.
 
-use std::{sync::Arc, time::Duration};
+use std::{future::Future, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
-use http::Request;
-use http_body_util::Full;
 use mesh_proto::v1::{PublishStreamRequest, Record, publish_result};
 use serde_json::Value;
 use tokio::{sync::mpsc, task::JoinSet};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
-use crate::{http::Http, oracle::Oracle, sidecar::Sidecar};
+use crate::{
+    http::{Answer, Http, NotConnected},
+    oracle::Oracle,
+    sidecar::Sidecar,
+};
 
 /// How records are published.
 #[derive(Clone, Debug)]
@@ -21,30 +23,45 @@ pub struct Load {
     pub topic: String,
     /// How many records.
     pub records: usize,
-    /// Over how many keys: record i has the key `k<i mod keys>` and the number `i / keys`.
+    /// Over how many keys: record i has the key `k<i mod keys>` and the number `first + i / keys`.
     pub keys: usize,
     /// About how many bytes a value has.
     pub size: usize,
     /// How many HTTP connections; each has keys of its own, and one request at a time.
     pub connections: usize,
+    /// The number of each key's first record: for a load that goes on where another ended.
+    pub first: usize,
 }
 
 impl Load {
+    /// A load on a topic: values of 200 bytes, over 4 connections.
+    pub fn new(topic: impl Into<String>, records: usize, keys: usize) -> Self {
+        Self { topic: topic.into(), records, keys, size: 200, connections: 4, first: 0 }
+    }
+
+    /// With the numbers of each key from here on.
+    #[must_use]
+    pub fn from(mut self, first: usize) -> Self {
+        self.first = first;
+        self
+    }
+
     /// Publishes all by HTTP, one record a request. Every record must be acknowledged at once.
     ///
     /// # Errors
     /// If one is not.
     pub async fn http(&self, sidecar: &Sidecar) -> Result<Oracle> {
-        self.http_keys(sidecar, 0..self.keys, None).await.map(|done| done.0)
+        self.http_keys(sidecar.http(), 0..self.keys, None).await.map(|done| done.0)
     }
 
     /// Publishes by HTTP until all are acknowledged or the token is cancelled, and tries again what failed: for runs with faults. Says how
-    /// many requests were repeated, which may have been stored twice.
+    /// many requests failed in a way that may have stored their record all the same.
     ///
     /// # Errors
     /// If the sidecar refuses a record for good.
-    pub async fn http_stubborn(&self, sidecar: &Sidecar, stop: CancellationToken) -> Result<(Oracle, usize)> {
-        self.http_keys(sidecar, 0..self.keys, Some(stop)).await
+    pub fn stubborn(self, client: Http, stop: CancellationToken) -> impl Future<Output = Result<(Oracle, usize)>> + Send + 'static {
+        let keys = 0..self.keys;
+        async move { self.http_keys(&client, keys, Some(stop)).await }
     }
 
     /// Publishes the even keys by HTTP and the odd ones by one gRPC stream.
@@ -53,7 +70,7 @@ impl Load {
     /// If one record is not acknowledged.
     pub async fn http_and_grpc(&self, sidecar: &Sidecar) -> Result<Oracle> {
         let (http, grpc) = tokio::join!(
-            self.http_keys(sidecar, (0..self.keys).step_by(2), None),
+            self.http_keys(sidecar.http(), (0..self.keys).step_by(2), None),
             self.stream_keys(sidecar, (1..self.keys).step_by(2).collect())
         );
         let (mut oracle, _) = http?;
@@ -64,7 +81,7 @@ impl Load {
 
     async fn http_keys(
         &self,
-        sidecar: &Sidecar,
+        client: &Http,
         keys: impl Iterator<Item = usize>,
         stubborn: Option<CancellationToken>,
     ) -> Result<(Oracle, usize)> {
@@ -75,21 +92,21 @@ impl Load {
         let load = Arc::new(self.clone());
         let mut tasks = JoinSet::new();
         for share in shares {
-            tasks.spawn(connection(load.clone(), sidecar.api_address(), share, stubborn.clone()));
+            tasks.spawn(connection(load.clone(), client.another(), share, stubborn.clone()));
         }
-        let (mut oracle, mut repeated) = (Oracle::default(), 0);
+        let (mut oracle, mut unsure) = (Oracle::default(), 0);
         while let Some(done) = tasks.join_next().await {
             let (part, count) = done??;
             oracle.merge(part);
-            repeated += count;
+            unsure += count;
         }
-        Ok((oracle, repeated))
+        Ok((oracle, unsure))
     }
 
     async fn stream_keys(&self, sidecar: &Sidecar, keys: Vec<usize>) -> Result<Oracle> {
         const BATCH: usize = 50;
         let plan: Vec<(usize, usize)> =
-            (0..self.rounds()).flat_map(|number| keys.iter().map(move |key| (*key, number))).filter(|at| self.has(*at)).collect();
+            self.numbers().flat_map(|number| keys.iter().map(move |key| (*key, number))).filter(|at| self.has(*at)).collect();
         let plan: Arc<[(usize, usize)]> = plan.into();
         let (requests, outgoing) = mpsc::channel(8);
         let (load, planned) = (self.clone(), plan.clone());
@@ -122,12 +139,12 @@ impl Load {
         Ok(oracle)
     }
 
-    fn rounds(&self) -> usize {
-        self.records.div_ceil(self.keys)
+    fn numbers(&self) -> std::ops::Range<usize> {
+        self.first..self.first + self.records.div_ceil(self.keys)
     }
 
     fn has(&self, (key, number): (usize, usize)) -> bool {
-        number * self.keys + key < self.records
+        (number - self.first) * self.keys + key < self.records
     }
 
     fn value(&self, key: usize, number: usize) -> Bytes {
@@ -147,27 +164,17 @@ impl Load {
 }
 
 /// One connection's share: key by key in order, one request at a time.
-async fn connection(
-    load: Arc<Load>,
-    address: std::net::SocketAddr,
-    keys: Vec<usize>,
-    stubborn: Option<CancellationToken>,
-) -> Result<(Oracle, usize)> {
-    let client = Http::new(address);
+async fn connection(load: Arc<Load>, client: Http, keys: Vec<usize>, stubborn: Option<CancellationToken>) -> Result<(Oracle, usize)> {
     let path = format!("/v1/topics/{}/records", load.topic);
-    let (mut oracle, mut repeated) = (Oracle::default(), 0);
-    for number in 0..load.rounds() {
+    let (mut oracle, mut unsure) = (Oracle::default(), 0);
+    for number in load.numbers() {
         for key in keys.iter().copied().filter(|key| load.has((*key, number))) {
             let value = load.value(key, number);
             loop {
-                let request = Request::post(&path)
-                    .header("host", address.to_string())
-                    .header("content-type", "application/json")
-                    .header("mesh-key", format!("k{key}"))
-                    .header("mesh-id", format!("{}-k{key}-{number}", load.topic))
-                    .body(Full::new(value.clone()))?;
                 let name = format!("k{key}");
-                let answer = client.call(request, Duration::from_secs(30)).await;
+                let id = format!("{}-{name}-{number}", load.topic);
+                let headers = [("content-type", "application/json"), ("mesh-key", name.as_str()), ("mesh-id", id.as_str())];
+                let answer = client.post(&path, &headers, value.clone()).await;
                 match (answer, &stubborn) {
                     (Ok(answer), _) if answer.status == 200 => {
                         oracle.acknowledge(&name, number as i64);
@@ -178,11 +185,11 @@ async fn connection(
                         bail!("record {name} {number} is refused for good: {} {}", answer.status, answer.text())
                     }
                     (Err(error), None) => return Err(error),
-                    (_, Some(stop)) => {
-                        repeated += 1;
+                    (failed, Some(stop)) => {
+                        unsure += usize::from(possibly_stored(&failed));
                         if stop.is_cancelled() {
                             oracle.perhaps(&name, number as i64);
-                            return Ok((oracle, repeated));
+                            return Ok((oracle, unsure));
                         }
                         // The sidecar is being started again: there is no event to await from outside.
                         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -190,11 +197,18 @@ async fn connection(
                 }
             }
             if stubborn.as_ref().is_some_and(CancellationToken::is_cancelled) {
-                return Ok((oracle, repeated));
+                return Ok((oracle, unsure));
             }
         }
     }
-    Ok((oracle, repeated))
+    Ok((oracle, unsure))
+}
+
+fn possibly_stored(failed: &Result<Answer>) -> bool {
+    match failed {
+        Ok(answer) => answer.json().map_or(true, |problem| problem["persisted"] != "no"),
+        Err(error) => error.downcast_ref::<NotConnected>().is_none(),
+    }
 }
 
 fn retryable(problem: &Value) -> bool {

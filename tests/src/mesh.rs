@@ -4,15 +4,14 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use mesh_proto::v1::{
-    self, Credit, PublishRequest, Record, SubscribeRequest, TopicSubscription, mesh_client::MeshClient, publish_result, subscribe_request,
-    subscribe_response,
+    self, Credit, PublishRequest, Record, SubscribeRequest, TopicSubscription, publish_result, subscribe_request, subscribe_response,
 };
 use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Streaming, transport::Channel};
+use tonic::Streaming;
 
-use crate::sidecar::Sidecar;
+use crate::sidecar::{Mesh, Sidecar};
 
 /// A record as it was found in a topic.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -130,7 +129,7 @@ impl Reader {
 /// # Errors
 /// If the sidecar refuses.
 pub async fn subscribe(
-    client: &mut MeshClient<Channel>,
+    client: &mut Mesh,
     first: subscribe_request::Request,
 ) -> Result<(mpsc::Sender<SubscribeRequest>, Streaming<v1::SubscribeResponse>)> {
     let (requests, outgoing) = mpsc::channel(64);

@@ -18,7 +18,12 @@ use mesh_proto::v1::{
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
-use tonic::transport::{Channel, Endpoint};
+use tonic::{
+    Request, Status,
+    metadata::{Ascii, MetadataValue},
+    service::{Interceptor, interceptor::InterceptedService},
+    transport::{Channel, Endpoint},
+};
 
 use crate::{
     broker::Broker,
@@ -193,6 +198,7 @@ impl Builder {
             (None, Broker::Kafka(bootstrap)) => json!({ "kafka": { "bootstrap.servers": bootstrap } }),
         };
         let services = if self.services.is_empty() { vec![json!({ "name": "client" })] } else { self.services };
+        let caller = services[0]["name"].as_str().context("a service has no name")?.to_owned();
         let mut config = json!({
             "apiVersion": "mesh/v1",
             "kind": "Sidecar",
@@ -215,7 +221,8 @@ impl Builder {
         // JSON is YAML.
         let file = self.stage.file(&format!("{}.yaml", self.name), &serde_json::to_string_pretty(&config)?)?;
         Ok(Sidecar {
-            http: Http::new(api.address()),
+            http: Http::new(api.address()).always("mesh-service", &caller),
+            caller,
             probes: Http::new(probe.address()),
             log: folder.join(format!("{}.log", self.name)),
             stage: self.stage,
@@ -227,7 +234,7 @@ impl Builder {
             admin,
             probe,
             process: None,
-            mesh: OnceCell::new(),
+            channel: OnceCell::new(),
         })
     }
 }
@@ -244,10 +251,11 @@ pub struct Sidecar {
     api: Port,
     admin: Port,
     probe: Port,
+    caller: String,
     http: Http,
     probes: Http,
     process: Option<Process>,
-    mesh: OnceCell<MeshClient<Channel>>,
+    channel: OnceCell<Channel>,
 }
 
 impl Sidecar {
@@ -257,6 +265,14 @@ impl Sidecar {
     /// If it does not get ready in time, or ends.
     pub async fn start(&mut self) -> Result<()> {
         self.spawn()?;
+        self.wait_ready().await
+    }
+
+    /// Waits until it is ready.
+    ///
+    /// # Errors
+    /// If it is not in time, or ends.
+    pub async fn wait_ready(&mut self) -> Result<()> {
         self.wait_probe("/readyz", 200, READY).await
     }
 
@@ -376,20 +392,33 @@ impl Sidecar {
         String::from_utf8_lossy(&std::fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 
-    /// A gRPC client of the API; reconnects by itself.
+    /// An HTTP client of the API of its own, with connections of its own, in the name of the first service.
+    pub fn client(&self) -> Http {
+        self.client_as(&self.caller)
+    }
+
+    /// The same in the name of another service: with several in one sidecar, a caller names itself.
+    pub fn client_as(&self, service: &str) -> Http {
+        Http::new(self.api_address()).always("mesh-service", service)
+    }
+
+    /// A gRPC client of the API, in the name of the first service; reconnects by itself.
     ///
     /// # Errors
     /// If the address is none.
-    pub async fn mesh(&self) -> Result<MeshClient<Channel>> {
-        let client = self
-            .mesh
-            .get_or_try_init(|| async {
-                let endpoint = Endpoint::from_shared(format!("http://{}", self.api_address()))?;
-                let client = MeshClient::new(endpoint.connect_lazy());
-                anyhow::Ok(client.max_decoding_message_size(64 << 20).max_encoding_message_size(64 << 20))
-            })
-            .await?;
-        Ok(client.clone())
+    pub async fn mesh(&self) -> Result<Mesh> {
+        self.mesh_as(&self.caller).await
+    }
+
+    /// The same in the name of another service.
+    ///
+    /// # Errors
+    /// If the name fits into no header.
+    pub async fn mesh_as(&self, service: &str) -> Result<Mesh> {
+        let connect = async || anyhow::Ok(Endpoint::from_shared(format!("http://{}", self.api_address()))?.connect_lazy());
+        let channel = self.channel.get_or_try_init(connect).await?.clone();
+        let client = MeshClient::with_interceptor(channel, Caller(service.parse()?));
+        Ok(client.max_decoding_message_size(64 << 20).max_encoding_message_size(64 << 20))
     }
 
     /// The state of the mesh, by the admin API.
@@ -479,7 +508,7 @@ impl Sidecar {
     pub async fn ctl_table(&self, command: &str, table: &str) -> Result<Output> {
         let name = format!("{}-{}.yaml", self.name, uuid::Uuid::new_v4().simple());
         let file = self.stage.file(&name, table)?;
-        self.ctl(&[command, file.to_str().context("a path")?]).await
+        self.ctl(&[command, "-f", file.to_str().context("a path")?]).await
     }
 
     /// Publishes one record by HTTP, and returns where it is stored.
@@ -490,6 +519,20 @@ impl Sidecar {
         let mut headers = vec![("content-type", content_type)];
         headers.extend(key.map(|key| ("mesh-key", key)));
         self.http.post(&format!("/v1/topics/{topic}/records"), &headers, body).await?.expect(200)?.json()
+    }
+}
+
+/// A gRPC client of the API.
+pub type Mesh = MeshClient<InterceptedService<Channel, Caller>>;
+
+/// Names the calling service in each call.
+#[derive(Clone, Debug)]
+pub struct Caller(MetadataValue<Ascii>);
+
+impl Interceptor for Caller {
+    fn call(&mut self, mut request: Request<()>) -> std::result::Result<Request<()>, Status> {
+        request.metadata_mut().insert("mesh-service", self.0.clone());
+        Ok(request)
     }
 }
 

@@ -89,8 +89,15 @@ impl Stage {
     }
 
     /// A routing table of this mesh from the lines under `spec`. `%` stands for the prefix of this test's topics: `from: [%orders]`.
+    /// Without `defaults`, every route's dead letters go to the topic `%dlq`.
     pub fn table(&self, spec: &str) -> String {
-        let spec = spec.replace('%', &format!("{}.", self.mesh));
+        let mut spec = spec.replace('%', &format!("{}.", self.mesh));
+        if !spec.contains("defaults:") {
+            // The default `<route>.dlq` would be shared with every test that has a route of this name.
+            let first = spec.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
+            let indent = &first[..first.len() - first.trim_start().len()];
+            spec = format!("{indent}defaults: {{ dead_letter: {}.dlq }}\n{}", self.mesh, spec.trim_matches('\n'));
+        }
         let lines = spec.trim_matches('\n');
         // The lines may be indented as a whole, as the test's source has it.
         let indent = lines.lines().filter(|line| !line.trim().is_empty()).map(|line| line.len() - line.trim_start().len()).min();
@@ -111,6 +118,38 @@ impl Stage {
     /// A sidecar of this mesh. `name` names its files; on the embedded broker all of a stage share the broker's folder, one at a time.
     pub fn sidecar(&self, name: &str) -> Builder {
         Builder::new(self.clone(), name)
+    }
+
+    /// Sidecars that serve these services between them, ready: two on Kafka, one on the embedded broker, which is one process.
+    ///
+    /// # Errors
+    /// If one does not start.
+    pub async fn sidecars(&self, services: &[(&str, &Service)]) -> Result<Vec<Sidecar>> {
+        let count = if self.is_kafka() { 2.min(services.len()) } else { 1 };
+        let mut sidecars = Vec::with_capacity(count);
+        for number in 0..count {
+            let mut builder = self.sidecar(&format!("sidecar{number}"));
+            for (name, service) in services.iter().skip(number).step_by(count) {
+                builder = builder.service(name, service);
+            }
+            let mut sidecar = builder.prepare().await?;
+            sidecar.spawn()?;
+            sidecars.push(sidecar);
+        }
+        for sidecar in &mut sidecars {
+            sidecar.wait_ready().await?;
+        }
+        Ok(sidecars)
+    }
+
+    /// Runs a command of `kafka_client.py`, if this stage is on Kafka.
+    ///
+    /// # Errors
+    /// If it fails, or this stage is not on Kafka.
+    pub async fn kafka_client(&self, python: &Python, topic: &str, arguments: &[&str], input: String) -> Result<String> {
+        let bootstrap = self.broker.bootstrap().context("this stage is not on Kafka")?;
+        let arguments = [arguments, &["--bootstrap", bootstrap, "--topic", topic]].concat();
+        python.run("kafka_client.py", &arguments, input.into_bytes(), Duration::from_secs(300)).await?.success()
     }
 
     /// A FastAPI service.
