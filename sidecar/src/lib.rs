@@ -8,10 +8,7 @@ pub mod app;
 pub mod broker;
 pub mod config;
 pub mod consume;
-<<<<<<< HEAD
 pub mod control;
-=======
->>>>>>> api
 pub mod deliver;
 pub mod lanes;
 pub mod outcome;

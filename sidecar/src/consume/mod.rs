@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 //! The routes of this process: which run, by the table in force. Floor 4.
 //!
 //! Each route is one task ([`route`]); the [`Supervisor`] owns them all. When the table changes, a route that did not change is not touched; one
@@ -36,6 +35,7 @@ mod outbox;
 mod reply;
 mod report;
 mod route;
+pub mod subscription;
 
 use route::{Parts, RouteLoop};
 
@@ -272,8 +272,3 @@ async fn sleep_until(time: Option<Instant>) {
         None => std::future::pending().await,
     }
 }
-=======
-//! Reads records. Floor 4.
-
-pub mod subscription;
->>>>>>> api
