@@ -158,3 +158,37 @@ fn status(error: &ApplyError) -> Status {
         ApplyError::Internal(_) => Status::internal(message),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tonic::Code;
+
+    use super::*;
+    use crate::broker::{BrokerError, ProduceError, ProduceErrorKind};
+
+    #[test]
+    fn errors_say_what_to_do_next() {
+        let code = |error: ApplyError| {
+            let status = status(&error);
+            assert!(!status.message().is_empty());
+            status.code()
+        };
+        assert_eq!(code(ApplyError::Expected { expected: 1, actual: 2 }), Code::Aborted);
+        assert_eq!(code(ApplyError::Lost { generation: 1, winner: "b".into() }), Code::Aborted);
+        assert_eq!(code(ApplyError::Pinned { path: "routes.yaml".into() }), Code::FailedPrecondition);
+        assert_eq!(code(ApplyError::NotReady("away".into())), Code::Unavailable);
+        assert_eq!(code(BrokerError::new(BrokerErrorKind::Unreachable, "away").into()), Code::Unavailable);
+        assert_eq!(code(BrokerError::new(BrokerErrorKind::Unauthorized, "no").into()), Code::PermissionDenied);
+        let refused = ProduceError { kind: ProduceErrorKind::TooLarge, detail: "2 MB".into() };
+        assert_eq!(code(ApplyError::Refused(refused)), Code::FailedPrecondition);
+        assert_eq!(code(ApplyError::Unclear { generation: 1, detail: "late".into() }), Code::Unknown);
+    }
+
+    #[test]
+    fn an_empty_table_is_refused_with_a_hint() {
+        assert!(source(None).unwrap_err().message().contains("table.text"));
+        assert!(source(Some(v1::TableSource { file: String::new(), text: " \n".into() })).is_err());
+        let named = source(Some(v1::TableSource { file: String::new(), text: "x".into() })).unwrap();
+        assert_eq!(named.file, "table");
+    }
+}

@@ -318,3 +318,53 @@ fn hear(shared: &Shared, record: &Record, live: bool) {
         Some(Err(error)) => tracing::debug!(instance, error, "a status report cannot be read"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(generation: u64, digest: &str) -> v1::InstanceStatus {
+        v1::InstanceStatus { generation, digest: digest.to_owned(), origin: v1::TableOrigin::Mesh.into(), ..Default::default() }
+    }
+
+    #[test]
+    fn states_follow_from_reports() {
+        use v1::InstanceState::{Cached, Drift, Lost, Nacked, Pending, Pinned, Synced};
+        let of = |status: &v1::InstanceStatus, age_ms| derive(status, 7, Some("d7"), age_ms);
+        assert_eq!(of(&status(7, "d7"), 0), Synced);
+        assert_eq!(of(&status(7, "other"), 0), Drift);
+        assert_eq!(of(&status(8, "d8"), 0), Drift);
+        assert_eq!(of(&status(6, "d6"), 0), Pending);
+        assert_eq!(of(&status(7, "d7"), LOST_AFTER_MS + 1), Lost);
+        let refused = |generation| v1::InstanceStatus { refused_generation: generation, ..status(5, "d5") };
+        assert_eq!(of(&refused(7), 0), Nacked);
+        assert_eq!(of(&refused(6), 0), Pending, "what it refused is not the newest any more");
+        let origin = |origin: v1::TableOrigin| v1::InstanceStatus { origin: origin.into(), ..status(7, "d7") };
+        assert_eq!(of(&origin(v1::TableOrigin::Cache), 0), Cached);
+        assert_eq!(of(&origin(v1::TableOrigin::Pinned), 0), Pinned);
+        assert_eq!(of(&origin(v1::TableOrigin::Pinned), LOST_AFTER_MS + 1), Lost);
+        assert_eq!(derive(&v1::InstanceStatus::default(), 0, None, 0), Synced, "no table anywhere");
+        assert_eq!(derive(&status(7, "d7"), 7, None, 0), Synced, "the newest digest is not known here");
+    }
+
+    #[test]
+    fn what_changes_all_the_time_is_no_news() {
+        let route = v1::RouteStatus { route: "r".into(), lag_records: 5, lag_seconds: 1.0, in_flight: 3, ..Default::default() };
+        let mut one = v1::InstanceStatus { routes: vec![route], reported_ms: 1, ..status(7, "d7") };
+        let before = significant(&one);
+        one.reported_ms = 2;
+        one.routes[0].lag_records = 900;
+        one.routes[0].dispositions.insert("forwarded".into(), 4);
+        assert_eq!(significant(&one), before);
+        one.routes[0].reason = "service s is away".into();
+        assert_ne!(significant(&one), before);
+    }
+
+    #[test]
+    fn reports_spread() {
+        for _ in 0..100 {
+            let every = jittered(EVERY);
+            assert!((EVERY.mul_f64(0.8)..=EVERY.mul_f64(1.21)).contains(&every), "{every:?}");
+        }
+    }
+}

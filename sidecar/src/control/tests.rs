@@ -402,6 +402,59 @@ async fn a_control_topic_with_several_partitions_is_named() {
     assert!(!*a.handle.ready().borrow());
 }
 
+#[tokio::test]
+async fn reports_of_others_are_judged() {
+    use prost::Message as _;
+
+    use super::{state::now_ms, topics::STATUS_TOPIC};
+
+    let broker = Memory::new(true);
+    let report = |instance: &str, age_ms: i64| {
+        let status = v1::InstanceStatus { instance: instance.to_owned(), reported_ms: now_ms() - age_ms, ..Default::default() };
+        zstd::encode_all(status.encode_to_vec().as_slice(), 1).unwrap()
+    };
+    broker.create(STATUS_TOPIC, 1);
+    // From before: as old as they say.
+    broker.append(STATUS_TOPIC, 0, "shop/fresh", Some(&report("fresh", 10_000)));
+    broker.append(STATUS_TOPIC, 0, "shop/lost", Some(&report("lost", 100_000)));
+    broker.append(STATUS_TOPIC, 0, "shop/forgotten", Some(&report("forgotten", 25 * 3_600_000)));
+    broker.append(STATUS_TOPIC, 0, "shop/left", Some(&report("left", 10_000)));
+    broker.append(STATUS_TOPIC, 0, "shop/left", None);
+    // Not reports of this mesh, or no reports at all.
+    broker.append(STATUS_TOPIC, 0, "other/x", Some(&report("x", 0)));
+    broker.append(STATUS_TOPIC, 0, "shop/a/x", Some(&report("x", 0)));
+    broker.append(STATUS_TOPIC, 0, "shop/forger", Some(&report("fresh", 0)));
+    broker.append(STATUS_TOPIC, 0, "shop/garbage", Some(b"garbage"));
+    let a = start(&broker, "a").await;
+    a.ready().await;
+    // Live, from a clock that is an hour behind: it is there all the same.
+    broker.append(STATUS_TOPIC, 0, "shop/skewed", Some(&report("skewed", 3_600_000)));
+    let status = a.status("the last report", |status| state_of(status, "skewed") != InstanceState::Unspecified).await;
+    let seen: Vec<_> = status.instances.iter().map(|instance| (&*instance.instance, instance.state())).collect();
+    let synced = InstanceState::Synced;
+    assert_eq!(seen, [("a", synced), ("fresh", synced), ("lost", InstanceState::Lost), ("skewed", synced)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_instance_reports_again_and_again() {
+    use super::topics::STATUS_TOPIC;
+
+    let broker = Memory::new(true);
+    let a = start(&broker, "a").await;
+    a.ready().await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let first = broker.records(STATUS_TOPIC).len();
+    tokio::time::sleep(Duration::from_secs(300)).await;
+    let reports = broker.records(STATUS_TOPIC).len() - first;
+    assert!((8..=13).contains(&reports), "{reports} reports in 300 s");
+    a.board.post(RouteStatus { route: "price".into(), reason: "service pricing is away".into(), ..RouteStatus::default() });
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(broker.records(STATUS_TOPIC).len() - first, reports + 1, "a change is reported at once");
+    a.handle.close().await;
+    let last = broker.records(STATUS_TOPIC).pop().unwrap();
+    assert_eq!((last.key.as_deref(), last.value), (Some(&b"shop/a"[..]), None));
+}
+
 /// The same over the embedded broker: two instances in one process, and a restart of everything.
 #[tokio::test]
 async fn over_the_embedded_broker() {
