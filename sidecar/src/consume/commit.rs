@@ -1,8 +1,9 @@
 //! How records end, and how that is committed: completion, commits back to back, revokes, and the drain.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::FutureExt as _;
+use tokio::time::Instant;
 
 use super::{
     outbox::Done,

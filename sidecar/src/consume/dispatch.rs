@@ -1,6 +1,6 @@
 //! What goes to the handler, and what its answers do.
 
-use std::{cmp::Reverse, sync::Arc, time::Instant};
+use std::{cmp::Reverse, sync::Arc};
 
 use super::{
     judge::{self, Reason, Verdict},
@@ -19,6 +19,7 @@ use crate::{
         trace::{Span, SpanKind, TraceContext, Tracer},
     },
 };
+use tokio::time::Instant;
 
 impl RouteLoop {
     pub(super) fn dispatch(&mut self, now: Instant) {

@@ -1,9 +1,10 @@
 //! What comes from the broker: assignments, records, and their way into watermark and lanes.
 
-use std::{hash::BuildHasher as _, sync::Arc, time::Instant};
+use std::{hash::BuildHasher as _, sync::Arc};
 
 use bytes::Bytes;
 use mesh_routing::Order;
+use tokio::time::Instant;
 
 use super::{
     judge::{self, Reason},
@@ -131,6 +132,8 @@ impl RouteLoop {
         };
         if let Some((reason, detail)) = refused {
             self.slot_busy(index, epoch, 1);
+            // The service was never called.
+            let delivery = Delivery { attempt: 0, ..delivery };
             let context = parent(&delivery.record);
             self.outbox.put(Publication { slot: index, epoch, delivery, what: What::DeadLetter { reason, detail }, context });
             return;

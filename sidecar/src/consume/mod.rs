@@ -8,10 +8,11 @@
 use std::{
     collections::{BTreeMap, HashMap},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use mesh_routing::{Deliver, Route};
+use tokio::time::Instant;
 use tokio::{
     sync::watch,
     task::{Id, JoinError, JoinSet},
@@ -36,6 +37,8 @@ mod reply;
 mod report;
 mod route;
 pub mod subscription;
+#[cfg(test)]
+mod tests;
 
 use route::{Parts, RouteLoop};
 
@@ -268,7 +271,7 @@ fn in_place(old: &Route, new: &Route) -> bool {
 
 async fn sleep_until(time: Option<Instant>) {
     match time {
-        Some(time) => tokio::time::sleep_until(time.into()).await,
+        Some(time) => tokio::time::sleep_until(time).await,
         None => std::future::pending().await,
     }
 }

@@ -1,11 +1,9 @@
 //! What a route tells of itself: the board, and its gauges.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use futures_util::{FutureExt as _, future::BoxFuture};
+use tokio::time::Instant;
 
 use super::{outbox::now_ms, route::RouteLoop};
 use crate::{

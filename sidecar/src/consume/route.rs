@@ -13,12 +13,13 @@ use std::{
     collections::{BTreeMap, BinaryHeap, HashMap},
     hash::{BuildHasher as _, RandomState},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use futures_util::future::BoxFuture;
 use mesh_routing::{Route, Start};
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{outbox::Outbox, report::watch_lag};
@@ -198,7 +199,7 @@ impl RouteLoop {
                 () = self.outbox.acknowledged(&mut done) => done.drain(..).for_each(|done| self.on_published(done)),
                 result = maybe(&mut self.commit) => self.on_committed(result),
                 lag = maybe(&mut self.lag) => self.on_lag(lag),
-                () = tokio::time::sleep_until(wake.into()) => {}
+                () = tokio::time::sleep_until(wake) => {}
                 Ok(()) = self.parts.route.changed() => self.swap(),
                 () = self.parts.stop.cancelled(), if self.draining.is_none() => self.drain(),
             }

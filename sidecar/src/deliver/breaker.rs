@@ -5,7 +5,9 @@
 //!
 //! Invariant: while it is open, at most one delivery is out as a probe.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 /// A service that is not there is probed at least this often, so that the first record flows soon after it is back.
 const LONGEST_PROBE: Duration = Duration::from_secs(1);

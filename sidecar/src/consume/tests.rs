@@ -1,0 +1,416 @@
+//! Routes on the embedded broker in memory, with a paused clock and services that fetch their deliveries: no sockets, no waiting.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    path::PathBuf,
+};
+
+use mesh_routing::{compile, parse};
+use tokio::task::JoinHandle;
+
+use super::*;
+use crate::{
+    broker::{
+        ConsumerConfig, Event, Outgoing, StartOffset,
+        embedded::{EmbeddedBroker, EmbeddedConfig},
+    },
+    config::{BrokerConfig, Limits, Listen, LogFormat, ServiceConfig, TelemetryConfig},
+    outcome::{Answer, Delivery, Disposition, Outcome, Reply, ReplyRecord},
+    record::{Record, TopicPartition},
+    table::TableOrigin,
+};
+
+/// A mesh of one service on a broker in memory.
+struct Mesh {
+    broker: Arc<EmbeddedBroker>,
+    board: Board,
+    desks: Desks,
+    table: watch::Sender<Option<Arc<ActiveTable>>>,
+    stop: CancellationToken,
+    running: JoinHandle<()>,
+}
+
+fn config() -> Config {
+    let any = "127.0.0.1:0".parse().unwrap();
+    Config {
+        mesh: "test".into(),
+        services: vec![ServiceConfig { name: "worker".into(), app: None, publish: None, subscribe: None, token_file: None }],
+        instance: None,
+        state: PathBuf::new(),
+        broker: BrokerConfig::Embedded { path: PathBuf::new() },
+        table: None,
+        listen: Listen { api: any, admin: any, probe: any },
+        telemetry: TelemetryConfig { otlp: None, log: "off".to_owned(), log_format: LogFormat::Pretty },
+        limits: Limits::default(),
+    }
+}
+
+fn active(routes: &str) -> Option<Arc<ActiveTable>> {
+    let text = format!("apiVersion: mesh/v1\nkind: RoutingTable\nmetadata: {{ mesh: test }}\nspec:\n  routes:\n{routes}");
+    let table = parse("test.yaml", &text).unwrap();
+    Some(Arc::new(ActiveTable { generation: 1, applied_ms: 0, origin: TableOrigin::Mesh, compiled: Arc::new(compile(&table).unwrap()) }))
+}
+
+fn broker() -> Arc<EmbeddedBroker> {
+    EmbeddedBroker::in_memory(EmbeddedConfig::new("")).unwrap()
+}
+
+impl Mesh {
+    fn on(broker: Arc<EmbeddedBroker>, routes: &str) -> Self {
+        let (table, watch) = watch::channel(active(routes));
+        let (board, desks, stop) = (Board::default(), Desks::default(), CancellationToken::new());
+        let context = Context {
+            config: Arc::new(config()),
+            broker: broker.clone(),
+            board: board.clone(),
+            desks: desks.clone(),
+            metrics: Metrics::new(),
+            tracer: Tracer::disabled(),
+        };
+        let running = tokio::spawn(Supervisor::new(context, watch).run(stop.clone()));
+        Self { broker, board, desks, table, stop, running }
+    }
+
+    async fn desk(&self, route: &str) -> Arc<crate::deliver::desk::Desk> {
+        loop {
+            match self.desks.get(route) {
+                Some(desk) => return desk,
+                None => tokio::time::sleep(Duration::from_millis(1)).await,
+            }
+        }
+    }
+
+    async fn publish(&self, topic: &str, keys: impl IntoIterator<Item = (String, String)>) {
+        self.broker.producer().learn_topic(topic, Duration::from_secs(1)).await.unwrap();
+        let records = keys.into_iter().map(|(key, value)| Outgoing {
+            topic: topic.into(),
+            partition: None,
+            record: Record { key: Some(key.into()), value: Some(value.into()), ..Record::default() },
+        });
+        for ack in self.broker.producer().send(records.collect()).await {
+            ack.unwrap();
+        }
+    }
+
+    /// Waits until so many records of a route have their end.
+    async fn ended(&self, route: &str, count: u64) -> BTreeMap<Disposition, u64> {
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(600);
+        loop {
+            let ends = self
+                .board
+                .routes()
+                .into_iter()
+                .find(|status| *status.route == *route)
+                .map(|status| status.dispositions)
+                .unwrap_or_default();
+            if ends.values().sum::<u64>() >= count {
+                return ends;
+            }
+            assert!(tokio::time::Instant::now() < deadline, "{route}: only {ends:?} of {count}; {:?}", self.board.routes());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    async fn end(self) {
+        self.stop.cancel();
+        self.running.await.unwrap();
+    }
+}
+
+/// All records of a topic.
+async fn read(broker: &EmbeddedBroker, topic: &str) -> Vec<Record> {
+    let partitions = broker.admin().topics().await.unwrap().get(topic).copied().unwrap_or(0);
+    let mut left = 0;
+    for partition in 0..partitions {
+        let (low, high) = broker.admin().watermarks(&TopicPartition::new(topic, partition)).await.unwrap();
+        left += (high - low) as usize;
+    }
+    let config =
+        ConsumerConfig { group: None, topics: vec![topic.into()], instance: None, start: StartOffset::Earliest, buffer_bytes: 1 << 20 };
+    let mut consumer = broker.consumer(config).unwrap();
+    let mut records = Vec::new();
+    while records.len() < left {
+        if let Event::Records(batch) = consumer.next().await {
+            records.extend(batch.records.into_iter().map(|(_, record)| record));
+        }
+    }
+    consumer.close().await;
+    records
+}
+
+fn text(bytes: Option<&bytes::Bytes>) -> String {
+    String::from_utf8(bytes.unwrap().to_vec()).unwrap()
+}
+
+fn reply(status: u16, value: impl Into<bytes::Bytes>) -> Outcome {
+    let value = value.into();
+    let record = ReplyRecord { value: Some(value.clone()), ..ReplyRecord::default() };
+    Outcome::Reply(Reply { status, records: vec![record], body: Some(value), retry_after: None })
+}
+
+fn position(delivery: &Delivery) -> (TopicPartition, i64) {
+    (delivery.position.partition.clone(), delivery.position.offset)
+}
+
+const KEYS: usize = 20;
+
+fn numbered(count: usize) -> impl Iterator<Item = (String, String)> {
+    (0..count).map(|n| (format!("k{}", n % KEYS), format!("{n}")))
+}
+
+/// Every record ends exactly once and where it should, whatever its service says; replies keep the order of their key; a key is never twice at
+/// the service.
+#[tokio::test(start_paused = true)]
+async fn every_record_has_one_end() {
+    const COUNT: usize = 2_000;
+    let mesh = Mesh::on(
+        broker(),
+        "  - { name: work, service: worker, deliver: stream, from: [in], to: [out, copy], concurrency: 16,
+              retry: { attempts: 3, initial: 10ms, max: 1s }, ignore_status: [204], breaker: { failures: 1000, open: 1s } }",
+    );
+    mesh.publish("in", numbered(COUNT)).await;
+    let desk = mesh.desk("work").await;
+    let service = tokio::spawn(async move {
+        let (mut at_once, mut attempts) = (Vec::<Delivery>::new(), HashMap::<_, u32>::new());
+        let mut turn = 0usize;
+        loop {
+            let Some(taken) = desk.take(8, Duration::from_millis(5)).await else { return attempts };
+            for delivery in taken {
+                assert!(at_once.iter().all(|other| other.record.key != delivery.record.key), "a key is twice at the service");
+                *attempts.entry(position(&delivery)).or_default() += 1;
+                at_once.push(delivery);
+            }
+            // Answers come in another order than deliveries.
+            turn += 1;
+            if at_once.is_empty() {
+                continue;
+            }
+            let delivery = at_once.swap_remove(turn * 7 % at_once.len());
+            let number: usize = text(delivery.record.value.as_ref()).parse().unwrap();
+            let outcome = match number % 10 {
+                0 => reply(204, "ignored though it has a body"),
+                1 => Outcome::Ignore,
+                2 => Outcome::Reject { reason: "never".to_owned() },
+                3 => Outcome::Retry { reason: "not yet".to_owned(), after: None },
+                4 if delivery.attempt < 3 => reply(500, "oh"),
+                5 => reply(404, "always"),
+                6 => reply(200, ""),
+                _ => reply(200, format!("{number}")),
+            };
+            let outcome = match outcome {
+                Outcome::Reply(reply) if reply.body.as_ref().is_some_and(bytes::Bytes::is_empty) => {
+                    Outcome::Reply(Reply { records: Vec::new(), body: None, ..reply })
+                }
+                outcome => outcome,
+            };
+            assert_eq!(desk.answer(vec![Answer { id: delivery.id, outcome }]), [true]);
+        }
+    });
+    let ends = mesh.ended("work", COUNT as u64).await;
+    let tenth = COUNT as u64 / 10;
+    assert_eq!(
+        ends,
+        BTreeMap::from([(Disposition::Forwarded, 4 * tenth), (Disposition::Ignored, 3 * tenth), (Disposition::DeadLettered, 3 * tenth)])
+    );
+    let broker = mesh.broker.clone();
+    mesh.end().await;
+    let attempts = service.await.unwrap();
+    assert_eq!(attempts.len(), COUNT);
+    let (out, copy, dead) = (read(&broker, "out").await, read(&broker, "copy").await, read(&broker, "work.dlq").await);
+    assert_eq!((out.len(), copy.len(), dead.len()), (COUNT * 4 / 10, COUNT * 4 / 10, COUNT * 3 / 10));
+    let mut last: HashMap<String, i64> = HashMap::new();
+    let mut ids = BTreeSet::new();
+    for record in &out {
+        let (key, number) = (text(record.key.as_ref()), text(record.value.as_ref()).parse().unwrap());
+        assert!(last.insert(key, number).is_none_or(|before| before < number), "replies of one key are in order");
+        assert!(ids.insert(text(record.header("mesh-id"))), "ids differ");
+        assert_eq!(record.header_str("mesh-hops"), Some("1"));
+        assert!(record.header_str("mesh-cause").unwrap().starts_with("work in/"));
+    }
+    assert!(copy.iter().all(|record| ids.contains(&text(record.header("mesh-id")))), "a copy has the same id");
+    let reasons: BTreeMap<&str, usize> = dead.iter().fold(BTreeMap::new(), |mut reasons, record| {
+        *reasons.entry(record.header_str("mesh-dlq-reason").unwrap()).or_default() += 1;
+        assert!(record.header_str("mesh-dlq-attempts").is_some_and(|attempts| attempts == "1" || attempts == "3"));
+        reasons
+    });
+    assert_eq!(reasons, BTreeMap::from([("attempts", COUNT / 5), ("status", COUNT / 10)]));
+    // Everything is committed.
+    for partition in 0..4 {
+        let partition = TopicPartition::new("in", partition);
+        let (_, high) = broker.admin().watermarks(&partition).await.unwrap();
+        let committed = broker.admin().committed("test.work", vec![partition]).await.unwrap();
+        assert_eq!(committed[0].as_ref().map_or(0, |commit| commit.offset), high);
+    }
+}
+
+/// Members come and go under load: nothing is lost, what a commit recorded is not delivered again, first deliveries of a key are in order.
+#[tokio::test(start_paused = true)]
+async fn members_come_and_go() {
+    const COUNT: usize = 3_000;
+    const ROUTE: &str = "  - { name: work, service: worker, deliver: stream, from: [in], to: [out], concurrency: 8 }";
+    let broker = broker();
+    let seen = Arc::new(std::sync::Mutex::new(Vec::<(String, i64)>::new()));
+    let serve = |mesh: &Mesh| {
+        let (desks, seen, stop) = (mesh.desks.clone(), seen.clone(), mesh.stop.clone());
+        tokio::spawn(async move {
+            while !stop.is_cancelled() {
+                let Some(desk) = desks.get("work") else {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                    continue;
+                };
+                let Some(taken) = desk.take(4, Duration::from_millis(5)).await else { continue };
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                for delivery in taken {
+                    seen.lock().unwrap().push((text(delivery.record.key.as_ref()), text(delivery.record.value.as_ref()).parse().unwrap()));
+                    desk.answer(vec![Answer { id: delivery.id, outcome: reply(200, delivery.record.value.clone().unwrap()) }]);
+                }
+            }
+        })
+    };
+    let first = Mesh::on(broker.clone(), ROUTE);
+    first.publish("in", numbered(COUNT)).await;
+    serve(&first);
+    first.ended("work", 200).await;
+    let second = Mesh::on(broker.clone(), ROUTE);
+    serve(&second);
+    second.ended("work", 200).await;
+    let third = Mesh::on(broker.clone(), ROUTE);
+    serve(&third);
+    while third.board.routes().first().is_none_or(|status| status.partitions == 0) {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    first.end().await;
+    second.end().await;
+    loop {
+        let mut left = 0;
+        for partition in 0..4 {
+            let partition = TopicPartition::new("in", partition);
+            let (_, high) = broker.admin().watermarks(&partition).await.unwrap();
+            let committed = broker.admin().committed("test.work", vec![partition]).await.unwrap();
+            left += high - committed[0].as_ref().map_or(0, |commit| commit.offset);
+        }
+        if left == 0 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    third.end().await;
+    let seen = seen.lock().unwrap();
+    let distinct: BTreeSet<i64> = seen.iter().map(|(_, number)| *number).collect();
+    assert_eq!(distinct.len(), COUNT, "nothing is lost");
+    assert_eq!(seen.len(), COUNT, "every handover drained in time: nothing is delivered twice");
+    let mut last: HashMap<&str, i64> = HashMap::new();
+    for (key, number) in seen.iter() {
+        assert!(last.insert(key, *number).is_none_or(|before| before < *number), "{key}: in order over members");
+    }
+    assert_eq!(read(&broker, "out").await.len(), COUNT);
+}
+
+/// A changed route is swapped in place: what is out keeps its destination, what follows takes the new one, nothing is lost or repeated.
+#[tokio::test(start_paused = true)]
+async fn a_table_is_swapped_under_load() {
+    const COUNT: usize = 600;
+    let mesh = Mesh::on(broker(), "  - { name: work, service: worker, deliver: stream, from: [in], to: [old], concurrency: 8 }");
+    mesh.publish("in", numbered(COUNT)).await;
+    let desk = mesh.desk("work").await;
+    let held = desk.take(8, Duration::from_secs(1)).await.unwrap();
+    mesh.table.send_replace(active("  - { name: work, service: worker, deliver: stream, from: [in], to: [new], concurrency: 4 }"));
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    assert!(Arc::ptr_eq(&desk, &mesh.desk("work").await), "the loop goes on");
+    let out_before = held.len();
+    let answers = held.into_iter().map(|delivery| Answer { id: delivery.id, outcome: reply(200, "x") }).collect();
+    assert_eq!(desk.answer(answers), vec![true; out_before]);
+    let service = tokio::spawn(async move {
+        while let Some(taken) = desk.take(100, Duration::from_secs(1)).await {
+            assert!(taken.len() <= 4, "the new concurrency");
+            desk.answer(taken.into_iter().map(|delivery| Answer { id: delivery.id, outcome: reply(200, "x") }).collect());
+        }
+    });
+    mesh.ended("work", COUNT as u64).await;
+    let broker = mesh.broker.clone();
+    mesh.end().await;
+    service.await.unwrap();
+    assert_eq!((read(&broker, "old").await.len(), read(&broker, "new").await.len()), (out_before, COUNT - out_before));
+}
+
+/// A service that is away costs no attempt, however long; status names it.
+#[tokio::test(start_paused = true)]
+async fn a_service_that_is_away_costs_no_attempt() {
+    let mesh = Mesh::on(
+        broker(),
+        "  - { name: work, service: worker, deliver: stream, from: [in], to: void, retry: { attempts: 1 }, timeout: 1s }",
+    );
+    mesh.publish("in", numbered(50)).await;
+    let desk = mesh.desk("work").await;
+    // Nobody is attached.
+    tokio::time::sleep(Duration::from_secs(600)).await;
+    let status = mesh.board.routes().remove(0);
+    assert_eq!(status.state, RouteState::WaitingForService);
+    assert!(status.reason.contains("service worker is not attached"), "{}", status.reason);
+    assert!(status.dispositions.is_empty() && status.waiting_since_ms > 0);
+    // Somebody is, and says that nobody is there (as a push does): still no attempt is counted.
+    let _attached = desk.attach();
+    for _ in 0..50 {
+        for delivery in desk.take(100, Duration::from_secs(5)).await.unwrap() {
+            assert_eq!(delivery.attempt, 1);
+            desk.answer(vec![Answer { id: delivery.id, outcome: Outcome::NoService { reason: "connection refused".to_owned() } }]);
+        }
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let status = mesh.board.routes().remove(0);
+    assert!(status.reason.contains("service worker is not there: connection refused"), "{status:?}");
+    let service = tokio::spawn(async move {
+        while let Some(taken) = desk.take(100, Duration::from_secs(1)).await {
+            desk.answer(taken.into_iter().map(|delivery| Answer { id: delivery.id, outcome: Outcome::Ignore }).collect());
+        }
+    });
+    assert_eq!(mesh.ended("work", 50).await, BTreeMap::from([(Disposition::Ignored, 50)]));
+    mesh.end().await;
+    service.await.unwrap();
+}
+
+/// A delivery that nobody answers counts an attempt when its lease ends; a late answer is told so.
+#[tokio::test(start_paused = true)]
+async fn a_lease_ends_and_its_late_answer_is_refused() {
+    let mesh = Mesh::on(
+        broker(),
+        "  - { name: work, service: worker, deliver: pull, from: [in], to: void, timeout: 1s, retry: { attempts: 2, initial: 10ms } }",
+    );
+    mesh.publish("in", [("k".to_owned(), "v".to_owned())]).await;
+    let desk = mesh.desk("work").await;
+    let first = desk.take(1, Duration::from_secs(1)).await.unwrap().remove(0);
+    let second = desk.take(1, Duration::from_secs(5)).await.unwrap().remove(0);
+    assert_eq!((first.attempt, second.attempt), (1, 2));
+    tokio::time::sleep(Duration::from_millis(1_100)).await;
+    assert_eq!(desk.answer(vec![Answer { id: second.id, outcome: Outcome::Ignore }]), [false]);
+    assert_eq!(mesh.ended("work", 1).await, BTreeMap::from([(Disposition::DeadLettered, 1)]));
+    let broker = mesh.broker.clone();
+    mesh.end().await;
+    let dead = read(&broker, "work.dlq").await;
+    assert_eq!(dead[0].header_str("mesh-dlq-detail"), Some("no answer within 1s"));
+}
+
+/// Filters and hops decide before the service is called; an expression that fails is a dead letter.
+#[tokio::test(start_paused = true)]
+async fn filters_and_hops_decide_before_a_call() {
+    let mesh = Mesh::on(
+        broker(),
+        "  - { name: work, service: worker, deliver: stream, from: [in], to: void, filter: 'record.json.go == true', max_hops: 3 }",
+    );
+    let values = ["{\"go\":true}", "{\"go\":false}", "not json", "{}"];
+    mesh.publish("in", values.iter().map(|value| ("k".to_owned(), (*value).to_owned()))).await;
+    let far =
+        Record { value: Some("{\"go\":true}".into()), headers: vec![crate::record::Header::new("mesh-hops", "3")], ..Record::default() };
+    mesh.broker.producer().send(vec![Outgoing { topic: "in".into(), partition: None, record: far }]).await.remove(0).unwrap();
+    let desk = mesh.desk("work").await;
+    let taken = desk.take(10, Duration::from_secs(1)).await.unwrap();
+    assert_eq!(taken.len(), 1);
+    desk.answer(vec![Answer { id: taken[0].id, outcome: reply(200, "x") }]);
+    let ends = mesh.ended("work", 5).await;
+    assert_eq!(ends, BTreeMap::from([(Disposition::Void, 1), (Disposition::Filtered, 1), (Disposition::DeadLettered, 3)]));
+    let broker = mesh.broker.clone();
+    mesh.end().await;
+    let mut reasons: Vec<String> = read(&broker, "work.dlq").await.iter().map(|record| text(record.header("mesh-dlq-reason"))).collect();
+    reasons.sort();
+    assert_eq!(reasons, ["expression", "expression", "hops"]);
+}
