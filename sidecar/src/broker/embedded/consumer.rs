@@ -1,0 +1,531 @@
+//! A consumer: a member of a group, or a reader by itself.
+//!
+//! It pulls: a partition that has something new queues itself in the inbox, once; `next` takes it out, reads a batch from the hot tail, and
+//! queues it again behind the others. What is not in the tail is asked of the reader's thread, within the consumer's bound.
+//!
+//! Invariant: all state changes in [`EmbeddedConsumer::step`], which does not wait: dropping `next` loses nothing.
+//! Invariant: between [`Event::Revoking`] and the end of its hand-over no other event is given out.
+//! Invariant: a held partition keeps nothing in memory; it is read again when it is released.
+
+use std::{
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use futures_util::future::BoxFuture;
+use tokio::{sync::oneshot, time::Instant};
+
+use super::{
+    Shared,
+    codec::Decoder,
+    group::{Group, GroupEvent, Handover},
+    inbox::{Gain, Inbox, Notice, Resolved},
+    log::{Found, Row, Subscription},
+    queue::Job,
+    store::Store,
+    writer::{ROW_BYTES, ROW_RECORDS},
+};
+use crate::{
+    broker::{Assigned, BrokerError, BrokerErrorKind, Commit, Consumer, ConsumerConfig, Event, Revoking, StartOffset},
+    record::{Batch, TopicPartition},
+};
+
+/// How long after a failure it is tried again.
+const RETRY: Duration = Duration::from_millis(500);
+/// The least that is read from the store at once.
+const MIN_FETCH: usize = 64 << 10;
+/// The most that is read from the store at once.
+const MAX_FETCH: usize = 1 << 20;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct EmbeddedConsumer {
+    shared: Arc<Shared>,
+    inbox: Arc<Inbox>,
+    id: u64,
+    group: Option<Arc<Group>>,
+    topics: BTreeSet<Arc<str>>,
+    start: StartOffset,
+    buffer_bytes: usize,
+    cursors: HashMap<TopicPartition, Cursor>,
+    held: HashSet<TopicPartition>,
+    /// Gained, but their positions are not known yet; not announced.
+    resolving: HashMap<TopicPartition, u64>,
+    /// Announced by `Revoking`; until the hand-over is over nothing is given out.
+    revoking: bool,
+    /// Events that wait to be given out.
+    out: VecDeque<Event>,
+    /// Bytes fetched, or asked for, from the store.
+    fetched: usize,
+    /// Partitions that wait for room to fetch.
+    starved: VecDeque<Arc<Subscription>>,
+    storage_trouble: Option<BrokerError>,
+    missing: Option<BrokerError>,
+    /// The detail of the trouble that was reported.
+    reported: Option<String>,
+    retry: Option<Retry>,
+}
+
+#[derive(Debug)]
+struct Cursor {
+    subscription: Arc<Subscription>,
+    epoch: u64,
+    next: i64,
+    rows: VecDeque<Row>,
+    /// What `rows` and a fetch under way count in `fetched`.
+    charged: usize,
+    fetching: bool,
+}
+
+/// What is tried again, and when.
+#[derive(Debug)]
+struct Retry {
+    at: Instant,
+    gains: Vec<Gain>,
+    partitions: Vec<Arc<Subscription>>,
+}
+
+impl EmbeddedConsumer {
+    pub(super) fn new(shared: Arc<Shared>, config: ConsumerConfig) -> Self {
+        let inbox = Arc::new(Inbox::default());
+        let topics: BTreeSet<_> = config.topics.into_iter().collect();
+        let id = shared.next_id();
+        let group = match &config.group {
+            Some(group) => Some(shared.groups.join(group, id, topics.clone(), inbox.clone())),
+            None => {
+                shared.add_loner(&inbox);
+                None
+            }
+        };
+        inbox.assignment_changed();
+        Self {
+            shared,
+            inbox,
+            id,
+            group,
+            topics,
+            start: config.start,
+            buffer_bytes: config.buffer_bytes,
+            cursors: HashMap::new(),
+            held: HashSet::new(),
+            resolving: HashMap::new(),
+            revoking: false,
+            out: VecDeque::new(),
+            fetched: 0,
+            starved: VecDeque::new(),
+            storage_trouble: None,
+            missing: None,
+            reported: None,
+            retry: None,
+        }
+    }
+
+    /// Does what can be done without waiting; the next event, if there is one.
+    fn step(&mut self) -> Option<Event> {
+        if self.retry.as_ref().is_some_and(|retry| retry.at <= Instant::now()) {
+            self.retry_now();
+        }
+        while let Some(notice) = self.inbox.pop() {
+            self.notice(notice);
+        }
+        if self.inbox.take_assignment_changed() {
+            self.assignment_changed();
+        }
+        if self.revoking {
+            return None;
+        }
+        if let Some(event) = self.out.pop_front() {
+            return Some(event);
+        }
+        if let Some(event) = self.group_event() {
+            return Some(event);
+        }
+        while let Some(subscription) = self.inbox.pop_ready() {
+            if let Some(event) = self.read(subscription) {
+                return Some(event);
+            }
+        }
+        self.out.pop_front()
+    }
+
+    fn notice(&mut self, notice: Notice) {
+        match notice {
+            Notice::Resolved(Ok(resolved)) => {
+                self.trouble_over();
+                self.assigned(resolved);
+            }
+            Notice::Resolved(Err((error, gains))) => {
+                self.storage_trouble = Some(error);
+                self.report();
+                self.retry_later(gains, None);
+            }
+            Notice::Fetched { subscription, until, rows } => self.fetched(subscription, until, rows),
+            Notice::HandedOver(partitions) => {
+                for handover in partitions {
+                    self.forget(&handover);
+                }
+                self.revoking = false;
+            }
+        }
+    }
+
+    /// The group, or the set of topics, changed.
+    fn assignment_changed(&mut self) {
+        let missing: Vec<_> = self.topics.iter().filter(|topic| self.shared.catalog.get(topic).is_none()).map(|t| &**t).collect();
+        self.missing = (!missing.is_empty()).then(|| {
+            let detail = format!("waiting for topics that do not exist yet: {}; publish to them or create them", missing.join(", "));
+            BrokerError::new(BrokerErrorKind::UnknownTopic, detail)
+        });
+        self.report();
+        match &self.group {
+            Some(group) => group.rebalance(&self.shared),
+            None => {
+                let topics: Vec<_> = self.topics.iter().filter_map(|topic| self.shared.catalog.get(topic)).collect();
+                let partitions = topics.iter().flat_map(|topic| &topic.partitions);
+                let new = partitions.filter(|p| !self.cursors.contains_key(&p.name) && !self.resolving.contains_key(&p.name));
+                let gains = new.map(|partition| Gain { partition: partition.clone(), epoch: 0 }).collect();
+                self.resolve(gains);
+            }
+        }
+    }
+
+    fn group_event(&mut self) -> Option<Event> {
+        let group = self.group.clone()?;
+        while let Some(event) = group.pop(self.id) {
+            match event {
+                GroupEvent::Gained(gains) => self.resolve(gains),
+                GroupEvent::Losing { partitions, done } => {
+                    let (announced, unannounced): (Vec<_>, Vec<_>) =
+                        partitions.into_iter().partition(|handover| self.cursors.contains_key(&handover.partition));
+                    for handover in &unannounced {
+                        self.resolving.remove(&handover.partition);
+                    }
+                    if announced.is_empty() {
+                        // Dropping `done` ends the hand-over: nothing of these was ever read.
+                        continue;
+                    }
+                    let lost = !announced.iter().any(|handover| group.owns(self.id, &handover.partition, handover.epoch));
+                    if lost {
+                        announced.iter().for_each(|handover| self.forget(handover));
+                    } else {
+                        self.revoking = true;
+                    }
+                    let partitions = announced.into_iter().map(|handover| handover.partition).collect();
+                    return Some(Event::Revoking(Revoking { partitions, lost, done }));
+                }
+            }
+        }
+        None
+    }
+
+    /// Asks for the start positions.
+    fn resolve(&mut self, gains: Vec<Gain>) {
+        if gains.is_empty() {
+            return;
+        }
+        for gain in &gains {
+            self.resolving.insert(gain.partition.name.clone(), gain.epoch);
+        }
+        let job = Job::Resolve { group: self.group.clone(), gains: gains.clone(), start: self.start, inbox: self.inbox.clone() };
+        if self.shared.submit(job).is_err() {
+            self.storage_trouble = Some(closed());
+            self.report();
+            self.retry_later(gains, None);
+        }
+    }
+
+    fn assigned(&mut self, resolved: Vec<Resolved>) {
+        let mut assigned = Vec::with_capacity(resolved.len());
+        for Resolved { gain: Gain { partition, epoch }, position, metadata } in resolved {
+            // It was taken away in the meantime, unannounced.
+            if self.resolving.get(&partition.name) != Some(&epoch) {
+                continue;
+            }
+            self.resolving.remove(&partition.name);
+            self.held.remove(&partition.name);
+            let subscription = partition.subscribe(&self.inbox);
+            let cursor = Cursor { subscription, epoch, next: position, rows: VecDeque::new(), charged: 0, fetching: false };
+            self.cursors.insert(partition.name.clone(), cursor);
+            assigned.push(Assigned { partition: partition.name.clone(), position, metadata });
+        }
+        if !assigned.is_empty() {
+            self.out.push_back(Event::Assigned(assigned));
+        }
+    }
+
+    /// Forgets a partition that was handed over, unless it came back in the meantime.
+    fn forget(&mut self, handover: &Handover) {
+        if self.cursors.get(&handover.partition).is_some_and(|cursor| cursor.epoch == handover.epoch)
+            && let Some(cursor) = self.cursors.remove(&handover.partition)
+        {
+            self.held.remove(&handover.partition);
+            self.uncharge(cursor.charged);
+        }
+    }
+
+    /// Reads the next batch of a partition.
+    fn read(&mut self, subscription: Arc<Subscription>) -> Option<Event> {
+        subscription.looking();
+        let name = &subscription.partition.name;
+        let cursor = self.cursors.get_mut(name).filter(|cursor| Arc::ptr_eq(&cursor.subscription, &subscription))?;
+        if self.held.contains(name) || cursor.fetching {
+            return None;
+        }
+        if cursor.rows.is_empty() {
+            match subscription.partition.find(cursor.next, ROW_RECORDS as i64, ROW_BYTES) {
+                Found::Nothing => return None,
+                Found::Expired(to) => {
+                    let from = std::mem::replace(&mut cursor.next, to);
+                    subscription.ready();
+                    return Some(Event::Expired { partition: name.clone(), from, to });
+                }
+                Found::Hot(rows) => cursor.rows.extend(rows),
+                Found::Cold(until) => {
+                    self.fetch(subscription, until);
+                    return None;
+                }
+            }
+        }
+        let (records, corrupt) = take_records(cursor);
+        if let Some(corrupt) = corrupt {
+            let detail = format!("embedded broker: {name} cannot be read at offset {}: {corrupt}; restore the store", cursor.next);
+            self.storage_trouble = Some(BrokerError::new(BrokerErrorKind::Storage, detail));
+            self.report();
+            self.retry_later(Vec::new(), Some(subscription.clone()));
+        } else {
+            // Behind the other partitions. If nothing is left, this is noticed at the next look.
+            subscription.ready();
+        }
+        let partition = name.clone();
+        self.settle(&partition);
+        (!records.is_empty()).then_some(Event::Records(Batch { partition, records }))
+    }
+
+    /// Frees the room of fetched rows that were given out.
+    fn settle(&mut self, partition: &TopicPartition) {
+        if let Some(cursor) = self.cursors.get_mut(partition)
+            && !cursor.fetching
+            && cursor.charged > 0
+        {
+            let left: usize = cursor.rows.iter().map(|row| row.data.len()).sum();
+            let freed = cursor.charged.saturating_sub(left);
+            cursor.charged -= freed;
+            self.uncharge(freed);
+        }
+    }
+
+    fn uncharge(&mut self, bytes: usize) {
+        self.fetched = self.fetched.saturating_sub(bytes);
+        if bytes > 0 {
+            self.starved.drain(..).for_each(|subscription| subscription.ready());
+        }
+    }
+
+    fn fetch(&mut self, subscription: Arc<Subscription>, until: i64) {
+        let bytes = (self.buffer_bytes / 4).clamp(MIN_FETCH, MAX_FETCH);
+        if self.fetched > 0 && self.fetched + bytes > self.buffer_bytes {
+            self.starved.push_back(subscription);
+            return;
+        }
+        let Some(cursor) = self.cursors.get_mut(&subscription.partition.name) else { return };
+        let (id, from, inbox) = (subscription.partition.id, cursor.next, self.inbox.clone());
+        let wanted = subscription.clone();
+        let read = Box::new(move |store: &Store| {
+            let rows = store.read(id, from, until, bytes).map_err(|error| store.failed("read from", &error));
+            inbox.push(Notice::Fetched { subscription: wanted, until, rows });
+        });
+        // Before the call: without a thread of its own the reader answers within it.
+        cursor.fetching = true;
+        cursor.charged = bytes;
+        self.fetched += bytes;
+        if self.shared.read(read).is_err() {
+            cursor.fetching = false;
+            cursor.charged = 0;
+            self.uncharge(bytes);
+            self.storage_trouble = Some(closed());
+            self.report();
+            self.retry_later(Vec::new(), Some(subscription));
+        }
+    }
+
+    fn fetched(&mut self, subscription: Arc<Subscription>, until: i64, rows: Result<Vec<Row>, BrokerError>) {
+        let name = &subscription.partition.name;
+        // Its room was freed when the partition went.
+        let Some(cursor) = self.cursors.get_mut(name).filter(|cursor| Arc::ptr_eq(&cursor.subscription, &subscription)) else { return };
+        cursor.fetching = false;
+        let charged = std::mem::take(&mut cursor.charged);
+        match rows {
+            Ok(rows) if !self.held.contains(name) => {
+                if subscription.partition.watermarks().0 > cursor.next {
+                    // Retention was faster: the next look reports it. The rows may have a hole by now.
+                } else if rows.is_empty() {
+                    // Compaction left nothing there.
+                    cursor.next = cursor.next.max(until);
+                } else {
+                    cursor.charged = rows.iter().map(|row| row.data.len()).sum();
+                    self.fetched += cursor.charged;
+                    cursor.rows.extend(rows);
+                }
+                self.trouble_over();
+                subscription.ready();
+            }
+            Ok(_) => {}
+            Err(error) => {
+                self.storage_trouble = Some(error);
+                self.report();
+                self.retry_later(Vec::new(), Some(subscription.clone()));
+            }
+        }
+        self.uncharge(charged);
+    }
+
+    fn trouble_over(&mut self) {
+        if self.retry.is_none() && self.storage_trouble.take().is_some() {
+            self.report();
+        }
+    }
+
+    /// Reports trouble when it begins or changes, and when it is over.
+    fn report(&mut self) {
+        let trouble = self.storage_trouble.as_ref().or(self.missing.as_ref());
+        let detail = trouble.map(|error| error.detail.clone());
+        if detail != self.reported {
+            self.out.push_back(trouble.cloned().map_or(Event::Recovered, Event::Trouble));
+            self.reported = detail;
+        }
+    }
+
+    fn retry_later(&mut self, gains: Vec<Gain>, partition: Option<Arc<Subscription>>) {
+        let retry = self.retry.get_or_insert_with(|| Retry { at: Instant::now() + RETRY, gains: Vec::new(), partitions: Vec::new() });
+        retry.gains.extend(gains);
+        retry.partitions.extend(partition);
+    }
+
+    fn retry_now(&mut self) {
+        let Some(Retry { gains, partitions, .. }) = self.retry.take() else { return };
+        partitions.iter().for_each(|subscription| subscription.ready());
+        // Those that were taken away in the meantime are not wanted any more.
+        self.resolve(gains.into_iter().filter(|gain| self.resolving.get(&gain.partition.name) == Some(&gain.epoch)).collect());
+    }
+
+    fn leave(&mut self) {
+        if let Some(group) = self.group.take() {
+            self.shared.groups.leave(&group, self.id);
+        }
+        self.cursors.clear();
+        self.inbox.clear();
+    }
+}
+
+/// Takes records from a cursor's rows, up to a batch, and moves it on.
+fn take_records(cursor: &mut Cursor) -> (Vec<(i64, crate::record::Record)>, Option<super::codec::Corrupt>) {
+    let (mut records, mut bytes) = (Vec::new(), 0);
+    while let Some(row) = cursor.rows.front() {
+        let span = usize::try_from(row.end - row.base).unwrap_or(usize::MAX);
+        if !records.is_empty() && (records.len().saturating_add(span) > ROW_RECORDS || bytes + row.data.len() > ROW_BYTES) {
+            break;
+        }
+        records.reserve(span.min(ROW_RECORDS));
+        bytes += row.data.len();
+        for record in Decoder::new(row.data.clone(), row.base) {
+            match record {
+                Ok((offset, record)) if offset >= cursor.next => records.push((offset, record)),
+                Ok(_) => {}
+                Err(corrupt) => {
+                    cursor.next = records.last().map_or(cursor.next, |(offset, _)| offset + 1);
+                    cursor.rows.clear();
+                    return (records, Some(corrupt));
+                }
+            }
+        }
+        cursor.next = cursor.next.max(row.end);
+        cursor.rows.pop_front();
+    }
+    (records, None)
+}
+
+fn closed() -> BrokerError {
+    BrokerError::new(BrokerErrorKind::Unreachable, "the embedded broker is closed or overloaded")
+}
+
+impl Consumer for EmbeddedConsumer {
+    fn next(&mut self) -> BoxFuture<'_, Event> {
+        Box::pin(async move {
+            loop {
+                if let Some(event) = self.step() {
+                    return event;
+                }
+                match self.retry.as_ref().map(|retry| retry.at) {
+                    // Both only wait; what was pushed stays in the inbox.
+                    Some(at) => drop(tokio::time::timeout_at(at, self.inbox.wait()).await),
+                    None => self.inbox.wait().await,
+                }
+            }
+        })
+    }
+
+    fn hold(&mut self, partition: &TopicPartition) {
+        let Some(cursor) = self.cursors.get_mut(partition) else { return };
+        self.held.insert(partition.clone());
+        cursor.rows.clear();
+        self.settle(partition);
+    }
+
+    fn release(&mut self, partition: &TopicPartition) {
+        if self.held.remove(partition)
+            && let Some(cursor) = self.cursors.get(partition)
+        {
+            cursor.subscription.ready();
+        }
+    }
+
+    fn commit(&self, offsets: Vec<Commit>) -> BoxFuture<'static, Result<(), BrokerError>> {
+        let Some(group) = self.group.clone() else {
+            let detail = "a consumer without a group has no offsets to commit; name a group";
+            return Box::pin(std::future::ready(Err(BrokerError::new(BrokerErrorKind::Config, detail))));
+        };
+        if offsets.is_empty() {
+            return Box::pin(std::future::ready(Ok(())));
+        }
+        let epoch = |commit: &Commit| match self.cursors.get(&commit.partition) {
+            Some(cursor) => Some(cursor.epoch),
+            // Of a subscribed topic but not assigned: epoch 0 was never given, so it is refused.
+            None => self.topics.contains(&commit.partition.topic).then_some(0),
+        };
+        let offsets = offsets.into_iter().map(|commit| (epoch(&commit), commit)).collect();
+        let (shared, id) = (self.shared.clone(), self.id);
+        let committed = shared.commit(group, id, offsets);
+        Box::pin(committed)
+    }
+
+    fn close(mut self: Box<Self>) -> BoxFuture<'static, ()> {
+        self.leave();
+        Box::pin(std::future::ready(()))
+    }
+}
+
+impl Drop for EmbeddedConsumer {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+impl Shared {
+    /// Commits in the order of the calls: the job is submitted before this returns.
+    pub(super) fn commit(
+        &self,
+        group: Arc<Group>,
+        member: u64,
+        offsets: Vec<(Option<u64>, Commit)>,
+    ) -> impl Future<Output = Result<(), BrokerError>> + Send + 'static {
+        let (reply, answer) = oneshot::channel();
+        let submitted = self.submit(Job::Commit { group, member, offsets, reply });
+        async move {
+            if submitted.is_err() {
+                return Err(closed());
+            }
+            answer.await.unwrap_or_else(|_| Err(closed()))
+        }
+    }
+}

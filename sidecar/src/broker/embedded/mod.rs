@@ -1,0 +1,384 @@
+//! The embedded broker: one process, durable, for a laptop, a demo, a test, an edge box. It speaks no network protocol.
+//!
+//! | file | what |
+//! |---|---|
+//! | `log` | topics, partitions, watermarks and hot tails in memory |
+//! | `queue`, `writer` | the one thread that writes: group commit, then wake and acknowledge |
+//! | `reader` | the thread that reads what is not in memory |
+//! | `store`, `codec` | SQLite, and the encoding of a row |
+//! | `group`, `assignor` | consumer groups within the process |
+//! | `consumer`, `inbox`, `client` | the consumer, the producer, the administration |
+//! | `housekeeping` | retention, compaction, free pages |
+//!
+//! Invariant: what is acknowledged is on disk, after fsync; `kill -9` loses none of it.
+//! Invariant: one process owns the folder.
+//! Invariant: memory is bounded by the queue, the tails and the consumers' buffers, however long the log is.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    fs::{File, TryLockError},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, Weak,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::JoinHandle,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use futures_util::future::BoxFuture;
+use tokio::sync::oneshot;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use self::{
+    client::{EmbeddedAdmin, EmbeddedProducer},
+    consumer::EmbeddedConsumer,
+    group::Groups,
+    inbox::Inbox,
+    log::{Catalog, lock},
+    queue::{Job, NotQueued, Queue},
+    reader::{Read, Reads},
+    store::{Store, StoreOptions},
+    writer::Writer,
+};
+use super::{Admin, Broker, BrokerError, BrokerErrorKind, Consumer, ConsumerConfig, NewTopic, Producer};
+
+mod assignor;
+mod client;
+mod codec;
+mod consumer;
+mod group;
+mod housekeeping;
+mod inbox;
+mod log;
+mod names;
+mod partitioner;
+mod queue;
+mod reader;
+mod store;
+mod writer;
+
+/// Tells the time: milliseconds since 1970-01-01 UTC.
+pub type Clock = Arc<dyn Fn() -> i64 + Send + Sync>;
+
+/// How the broker runs.
+#[derive(Clone)]
+pub struct EmbeddedConfig {
+    /// The folder of the data; created if absent. Belongs to one process at a time.
+    pub path: PathBuf,
+    /// Partitions of a topic that is created without a count; 4.
+    pub default_partitions: i32,
+    /// Retention of topics that say nothing, counted from the append; `None` keeps everything; 7 days.
+    pub default_retention: Option<Duration>,
+    /// The largest record: key, value and headers, in bytes; 1 MiB, as in Kafka.
+    pub max_record_bytes: usize,
+    /// Records that wait for the disk, in bytes; 32 MiB. Beyond that a send is refused with `QueueFull`.
+    pub queue_bytes: usize,
+    /// The newest records that are kept in memory for readers, over all topics, in bytes; 8 MiB.
+    pub tail_bytes: usize,
+    /// The largest size of the store's file in bytes; `None` is bounded by the disk alone.
+    pub max_store_bytes: Option<u64>,
+    /// How long a member may take to give up partitions; 5 s.
+    pub revoke_timeout: Duration,
+    /// How often retention and compaction look for work; 30 s.
+    pub housekeeping: Duration,
+    /// The clock for timestamps and retention; the system's.
+    pub clock: Clock,
+}
+
+impl EmbeddedConfig {
+    /// The defaults, with the data in this folder.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            default_partitions: 4,
+            default_retention: Some(Duration::from_secs(7 * 86_400)),
+            max_record_bytes: 1_048_588,
+            queue_bytes: 32 << 20,
+            tail_bytes: 8 << 20,
+            max_store_bytes: None,
+            revoke_timeout: Duration::from_secs(5),
+            housekeeping: Duration::from_secs(30),
+            clock: Arc::new(|| {
+                let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+                i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+            }),
+        }
+    }
+
+    fn retention_ms(&self) -> Option<i64> {
+        self.default_retention.map(|retention| i64::try_from(retention.as_millis()).unwrap_or(i64::MAX))
+    }
+
+    fn store_options(&self) -> StoreOptions {
+        StoreOptions { max_bytes: self.max_store_bytes, default_retention_ms: self.retention_ms() }
+    }
+}
+
+impl fmt::Debug for EmbeddedConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EmbeddedConfig").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+/// What all parts of a broker share.
+#[derive(Debug)]
+struct Shared {
+    config: EmbeddedConfig,
+    catalog: Catalog,
+    queue: Queue,
+    reads: Reads,
+    groups: Groups,
+    loners: Mutex<Vec<Weak<Inbox>>>,
+    failing: AtomicBool,
+    failure: Mutex<Option<BrokerError>>,
+    ids: AtomicU64,
+    tasks: TaskTracker,
+    closing: CancellationToken,
+    /// The writer, where it has no thread: jobs and reads run on the caller's.
+    inline: Option<Mutex<Option<Writer>>>,
+}
+
+impl Shared {
+    fn new(config: EmbeddedConfig, inline: bool) -> Self {
+        Self {
+            queue: Queue::new(config.queue_bytes),
+            config,
+            catalog: Catalog::default(),
+            reads: Reads::default(),
+            groups: Groups::default(),
+            loners: Mutex::default(),
+            failing: AtomicBool::new(false),
+            failure: Mutex::default(),
+            ids: AtomicU64::new(1),
+            tasks: TaskTracker::new(),
+            closing: CancellationToken::new(),
+            inline: inline.then(Mutex::default),
+        }
+    }
+
+    fn next_id(&self) -> u64 {
+        self.ids.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn submit(&self, job: Job) -> Result<(), NotQueued> {
+        self.queue.push(job)?;
+        if let Some(writer) = &self.inline
+            && let Some(writer) = &mut *lock(writer)
+        {
+            writer.run_queued();
+        }
+        Ok(())
+    }
+
+    fn read(&self, read: Read) -> Result<(), Read> {
+        let Some(writer) = &self.inline else { return self.reads.push(read) };
+        match &*lock(writer) {
+            Some(writer) => {
+                read(&writer.store);
+                Ok(())
+            }
+            None => Err(read),
+        }
+    }
+
+    async fn create_topics(&self, topics: Vec<NewTopic>) -> Result<BTreeMap<String, i32>, BrokerError> {
+        let closed = || BrokerError::new(BrokerErrorKind::Unreachable, "the embedded broker is closed");
+        let (reply, answer) = oneshot::channel();
+        self.submit(Job::CreateTopics { topics, reply }).map_err(|_| closed())?;
+        answer.await.unwrap_or_else(|_| Err(closed()))
+    }
+
+    fn add_loner(&self, inbox: &Arc<Inbox>) {
+        let mut loners = lock(&self.loners);
+        loners.retain(|loner| loner.strong_count() > 0);
+        loners.push(Arc::downgrade(inbox));
+    }
+
+    fn topic_created(&self, topic: &str) {
+        self.groups.topic_created(topic);
+        let loners: Vec<_> = lock(&self.loners).iter().filter_map(Weak::upgrade).collect();
+        loners.iter().for_each(|inbox| inbox.assignment_changed());
+    }
+
+    fn is_failing(&self) -> bool {
+        self.failing.load(Ordering::Relaxed)
+    }
+
+    fn failed(&self, error: &BrokerError) {
+        let before = lock(&self.failure).replace(error.clone());
+        self.failing.store(true, Ordering::Relaxed);
+        if before.is_none_or(|before| before.detail != error.detail) {
+            tracing::error!(%error, "the store of the embedded broker fails; records are refused until it recovers");
+        }
+    }
+
+    fn recovered(&self) {
+        self.failing.store(false, Ordering::Relaxed);
+        if lock(&self.failure).take().is_some() {
+            tracing::info!("the store of the embedded broker works again");
+        }
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct EmbeddedBroker {
+    shared: Arc<Shared>,
+    threads: Mutex<Option<Threads>>,
+}
+
+/// What ends with the broker. The lock is given up last.
+#[derive(Debug)]
+struct Threads {
+    writer: JoinHandle<Result<(), BrokerError>>,
+    reader: JoinHandle<()>,
+    _lock: File,
+}
+
+impl EmbeddedBroker {
+    /// Opens the folder, and creates it if need be. Blocks for a few milliseconds.
+    ///
+    /// # Errors
+    /// [`BrokerErrorKind::Config`] if another process has the folder, or the file was written by a later version;
+    /// [`BrokerErrorKind::Storage`] for faults of the disk.
+    pub fn open(config: EmbeddedConfig) -> Result<Arc<Self>, BrokerError> {
+        check(&config)?;
+        let lock_file = own(&config.path)?;
+        let options = config.store_options();
+        let store = Store::open(Some(&config.path), options)?;
+        let reader = Store::open_reader(&config.path)?;
+        let shared = Arc::new(Shared::new(config, false));
+        for topic in store.load(options)? {
+            shared.catalog.insert(Arc::new(topic));
+        }
+        let spawn_failed = |error: std::io::Error| {
+            BrokerError::new(BrokerErrorKind::Other, format!("embedded broker: cannot start a thread: {error}; raise the process's limit"))
+        };
+        let reads = shared.clone();
+        let reader =
+            std::thread::Builder::new().name("embedded-read".into()).spawn(move || reads.reads.run(&reader)).map_err(spawn_failed)?;
+        let writer = Writer::new(shared.clone(), store);
+        let writer = std::thread::Builder::new().name("embedded-write".into()).spawn(move || writer.run()).map_err(|error| {
+            shared.reads.close();
+            spawn_failed(error)
+        })?;
+        let threads = Threads { writer, reader, _lock: lock_file };
+        Ok(Arc::new(Self { shared, threads: Mutex::new(Some(threads)) }))
+    }
+
+    /// A broker in memory, with the same semantics and without threads: everything happens on the caller's, so that a test with a paused
+    /// clock and a seed is deterministic.
+    ///
+    /// # Errors
+    /// As [`EmbeddedBroker::open`]; the path is not used.
+    pub fn in_memory(config: EmbeddedConfig) -> Result<Arc<Self>, BrokerError> {
+        check(&config)?;
+        let store = Store::open(None, config.store_options())?;
+        let shared = Arc::new(Shared::new(config, true));
+        if let Some(inline) = &shared.inline {
+            *lock(inline) = Some(Writer::new(shared.clone(), store));
+        }
+        Ok(Arc::new(Self { shared, threads: Mutex::new(None) }))
+    }
+
+    /// Ends the threads: what is queued is written, the log is moved into the file. Blocks.
+    fn stop(shared: &Shared, threads: Option<Threads>) -> Result<(), BrokerError> {
+        shared.closing.cancel();
+        shared.tasks.close();
+        shared.queue.close();
+        shared.reads.close();
+        if let Some(inline) = &shared.inline {
+            // The writer holds the shared part, so it must go for both to be freed.
+            let writer = lock(inline).take();
+            drop(writer);
+        }
+        let Some(Threads { writer, reader, _lock }) = threads else { return Ok(()) };
+        let died = |name| BrokerError::new(BrokerErrorKind::Other, format!("embedded broker: the thread '{name}' panicked"));
+        let written = writer.join().unwrap_or_else(|_| Err(died("embedded-write")));
+        reader.join().map_err(|_| died("embedded-read"))?;
+        written
+    }
+}
+
+impl Drop for EmbeddedBroker {
+    fn drop(&mut self) {
+        let threads = lock(&self.threads).take();
+        if let Err(error) = Self::stop(&self.shared, threads) {
+            tracing::error!(%error, "the embedded broker did not close well");
+        }
+    }
+}
+
+/// Checks what no run could work with.
+fn check(config: &EmbeddedConfig) -> Result<(), BrokerError> {
+    names::check_partitions("the default", config.default_partitions).map_err(|detail| BrokerError::new(BrokerErrorKind::Config, detail))
+}
+
+/// Creates the folder and takes its lock, which ends with the process at the latest.
+fn own(folder: &Path) -> Result<File, BrokerError> {
+    let name = folder.display();
+    let storage = |what: &str, error: &std::io::Error| {
+        BrokerError::new(BrokerErrorKind::Storage, format!("embedded broker: cannot {what} {name}: {error}; check `broker.embedded.path`"))
+    };
+    std::fs::create_dir_all(folder).map_err(|error| storage("create the folder", &error))?;
+    let file = File::options().create(true).truncate(false).write(true).open(folder.join("lock"));
+    let file = file.map_err(|error| storage("open the lock file in", &error))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(BrokerError::new(
+            BrokerErrorKind::Config,
+            format!("embedded broker: the folder {name} is in use by another process; stop it, or set another `broker.embedded.path`"),
+        )),
+        Err(TryLockError::Error(error)) => Err(storage("lock the folder", &error)),
+    }
+}
+
+impl Broker for EmbeddedBroker {
+    fn system(&self) -> &'static str {
+        "embedded"
+    }
+
+    fn producer(&self) -> Arc<dyn Producer> {
+        Arc::new(EmbeddedProducer(self.shared.clone()))
+    }
+
+    /// Static membership is not needed within a process, so `instance` has no effect.
+    fn consumer(&self, config: ConsumerConfig) -> Result<Box<dyn Consumer>, BrokerError> {
+        for topic in &config.topics {
+            names::check_topic(topic).map_err(|detail| BrokerError::new(BrokerErrorKind::Config, detail))?;
+        }
+        if config.group.as_deref() == Some("") {
+            return Err(BrokerError::new(BrokerErrorKind::Config, "the consumer group's name is empty; name it, or use no group"));
+        }
+        Ok(Box::new(EmbeddedConsumer::new(self.shared.clone(), config)))
+    }
+
+    fn admin(&self) -> Arc<dyn Admin> {
+        Arc::new(EmbeddedAdmin(self.shared.clone()))
+    }
+
+    fn health(&self) -> Result<(), BrokerError> {
+        if !self.shared.is_failing() {
+            return Ok(());
+        }
+        lock(&self.shared.failure).clone().map_or(Ok(()), Err)
+    }
+
+    fn close(&self, deadline: Duration) -> BoxFuture<'_, Result<(), BrokerError>> {
+        let threads = lock(&self.threads).take();
+        let shared = self.shared.clone();
+        Box::pin(async move {
+            let stopped = tokio::task::spawn_blocking(move || Self::stop(&shared, threads));
+            match tokio::time::timeout(deadline, stopped).await {
+                Ok(Ok(result)) => result,
+                Ok(Err(error)) => Err(BrokerError::new(BrokerErrorKind::Other, format!("embedded broker: closing failed: {error}"))),
+                Err(_) => Err(BrokerError::new(
+                    BrokerErrorKind::Storage,
+                    format!("embedded broker: not closed within {} ms; nothing acknowledged is lost", deadline.as_millis()),
+                )),
+            }
+        })
+    }
+}
