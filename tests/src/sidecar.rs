@@ -8,12 +8,12 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
 use mesh_proto::v1::{
-    GetStatusRequest, GetStatusResponse, RouteState, RouteStatus, control_client::ControlClient, mesh_client::MeshClient,
+    GetStatusRequest, GetStatusResponse, InstanceState, RouteState, RouteStatus, control_client::ControlClient, mesh_client::MeshClient,
 };
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -234,6 +234,7 @@ impl Builder {
             admin,
             probe,
             process: None,
+            started_ms: 0,
             channel: OnceCell::new(),
         })
     }
@@ -255,6 +256,7 @@ pub struct Sidecar {
     http: Http,
     probes: Http,
     process: Option<Process>,
+    started_ms: i64,
     channel: OnceCell<Channel>,
 }
 
@@ -288,6 +290,7 @@ impl Sidecar {
             command.env_remove(variable);
         }
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
+        self.started_ms = i64::try_from(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_millis())?;
         self.process = Some(Process::start(format!("sidecar {}", self.name), command, &self.log)?);
         Ok(())
     }
@@ -421,13 +424,16 @@ impl Sidecar {
         Ok(client.max_decoding_message_size(64 << 20).max_encoding_message_size(64 << 20))
     }
 
-    /// The state of the mesh, by the admin API.
+    /// The state of the mesh, by the admin API, without what instances reported that are gone: those that are lost, and what was reported
+    /// before this sidecar's last start.
     ///
     /// # Errors
     /// If it does not answer.
     pub async fn status(&self) -> Result<GetStatusResponse> {
         let endpoint = Endpoint::from_shared(format!("http://{}", self.admin_address()))?;
-        Ok(ControlClient::new(endpoint.connect().await?).get_status(GetStatusRequest {}).await?.into_inner())
+        let mut status = ControlClient::new(endpoint.connect().await?).get_status(GetStatusRequest {}).await?.into_inner();
+        status.instances.retain(|instance| instance.state() != InstanceState::Lost && instance.reported_ms >= self.started_ms);
+        Ok(status)
     }
 
     /// Waits until the state of the mesh fulfils a condition.

@@ -47,8 +47,9 @@ impl Stage {
     pub async fn run<F: Future<Output = Result<()>>>(broker: Broker, body: impl FnOnce(Self) -> F) -> Result<()> {
         let stage = Self::new(broker)?;
         let result = body(stage.clone()).await;
-        if result.is_err() {
+        if let Err(error) = &result {
             stage.show_logs();
+            eprintln!("FAILED: {error:#}");
         }
         result
     }

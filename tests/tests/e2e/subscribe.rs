@@ -128,7 +128,7 @@ async fn pull(stage: Stage) -> Result<()> {
             "
             topics: { %in: { partitions: 1 }, %out: { partitions: 1 } }
             routes:
-            - { name: work, service: work, from: [%in], deliver: pull, to: [%out], timeout: 30s, order: none, dead_letter: %dead }
+            - { name: work, service: work, from: [%in], deliver: pull, to: [%out], timeout: 5s, order: none, dead_letter: %dead }
             ",
         )
         .await?;
@@ -161,7 +161,7 @@ async fn pull(stage: Stage) -> Result<()> {
         { "id": id(3), "reject": { "reason": "no use for it" } },
     ]});
     let answer = sidecar.http().post_json("/v1/routes/work/outcomes", &outcomes).await?;
-    ensure!(answer.status.is_success(), "{} {}", answer.status, answer.text());
+    answer.expect(200)?;
     sidecar
         .wait_status("all ended", MINUTE, |status| {
             disposition(status, "work", "forwarded") == 2
@@ -187,7 +187,7 @@ async fn pull(stage: Stage) -> Result<()> {
         ensure!(record["value"] == json!({ "text": accept }), "{record}");
         let outcome = json!({ "outcomes": [{ "id": record["id"], "ignore": {} }] });
         let answer = sidecar.http().post_json("/v1/routes/work/outcomes", &outcome).await?;
-        ensure!(answer.status.is_success(), "{} {}", answer.status, answer.text());
+        answer.expect(200)?;
     }
     sidecar.wait_status("all ended", MINUTE, |status| disposition(status, "work", "ignored") == 3).await?;
     sidecar.finish().await
