@@ -31,7 +31,7 @@ impl Broker {
 
 /// Makes two tests of one body: on the embedded broker, and on Kafka.
 ///
-/// ```ignore
+/// ```text
 /// on_both!(a_chain_runs, chain);
 /// async fn chain(stage: Stage) -> Result<()> { … }
 /// ```

@@ -419,9 +419,7 @@ impl Sidecar {
     /// If the name fits into no header.
     pub async fn mesh_as(&self, service: &str) -> Result<Mesh> {
         let connect = async || anyhow::Ok(Endpoint::from_shared(format!("http://{}", self.api_address()))?.connect_lazy());
-        let channel = self.channel.get_or_try_init(connect).await?.clone();
-        let client = MeshClient::with_interceptor(channel, Caller(service.parse()?));
-        Ok(client.max_decoding_message_size(64 << 20).max_encoding_message_size(64 << 20))
+        mesh_client(self.channel.get_or_try_init(connect).await?.clone(), service)
     }
 
     /// The state of the mesh, by the admin API, without what instances reported that are gone: those that are lost, and what was reported
@@ -530,6 +528,15 @@ impl Sidecar {
 
 /// A gRPC client of the API.
 pub type Mesh = MeshClient<InterceptedService<Channel, Caller>>;
+
+/// A gRPC client of an API, in the name of a service.
+///
+/// # Errors
+/// If the name fits into no header.
+pub fn mesh_client(channel: Channel, service: &str) -> Result<Mesh> {
+    let client = MeshClient::with_interceptor(channel, Caller(service.parse()?));
+    Ok(client.max_decoding_message_size(64 << 20).max_encoding_message_size(64 << 20))
+}
 
 /// Names the calling service in each call.
 #[derive(Clone, Debug)]

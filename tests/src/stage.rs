@@ -176,7 +176,7 @@ impl Stage {
     /// If fewer than `expected` come.
     pub async fn read(&self, sidecar: &Sidecar, python: Option<&Python>, topic: &str, expected: usize) -> Result<Vec<Found>> {
         let (Some(bootstrap), Some(python)) = (self.broker.bootstrap(), python) else {
-            let mut reader = Reader::open(sidecar, topic).await?;
+            let mut reader = Reader::open(sidecar.mesh().await?, topic).await?;
             let mut found = reader.take(expected, Duration::from_secs(60)).await?;
             found.extend(reader.until_quiet(Duration::from_millis(700)).await?);
             return Ok(found);

@@ -47,7 +47,7 @@ async fn one_port_serves_http_1_http_2_and_grpc_with_health_and_reflection() -> 
         let path = format!("/v1/topics/{topic}/records");
         sidecar.http().post(&path, &[("mesh-key", "a")], "over HTTP/1.1").await?.expect(200)?;
         sidecar.client().send_h2c(Method::POST, &path, &[("mesh-key", "a")], "over h2c".into()).await?.expect(200)?;
-        publish(&sidecar, &topic, vec![json_record("a", &json!("over gRPC"))]).await?;
+        publish(sidecar.mesh().await?, &topic, vec![json_record("a", &json!("over gRPC"))]).await?;
         let found = stage.read(&sidecar, None, &topic, 3).await?;
         let texts: Vec<String> = found.iter().map(mesh_tests::mesh::Found::text).collect();
         ensure!(texts == ["over HTTP/1.1", "over h2c", "\"over gRPC\""], "{texts:?}");
