@@ -41,12 +41,17 @@ def create(arguments):
 
 
 def delete(arguments):
-    from confluent_kafka import TopicPartition
+    from confluent_kafka import Consumer, TopicPartition
     from confluent_kafka.admin import AdminClient
 
+    consumer = Consumer({"bootstrap.servers": arguments.bootstrap, "group.id": "unused"})
+    targets = []
+    for partition in consumer.list_topics(arguments.topic, timeout=arguments.timeout).topics[arguments.topic].partitions:
+        _, end = consumer.get_watermark_offsets(TopicPartition(arguments.topic, partition), timeout=arguments.timeout)
+        targets.append(TopicPartition(arguments.topic, partition, min(arguments.before, end)))
+    consumer.close()
     admin = AdminClient({"bootstrap.servers": arguments.bootstrap})
-    partitions = admin.list_topics(arguments.topic, timeout=arguments.timeout).topics[arguments.topic].partitions
-    for future in admin.delete_records([TopicPartition(arguments.topic, p, arguments.before) for p in partitions]).values():
+    for future in admin.delete_records(targets).values():
         future.result(arguments.timeout)
     print(json.dumps({"deleted_before": arguments.before}))
 
