@@ -6,6 +6,7 @@ produce  --topic T [--library kafka-python|confluent]   one JSON object a line o
 consume  --topic T [--library …] [--mode records|summary] [--read-committed]
                                                         reads every partition from its start to the end that it has now, then ends
                                                         records: one JSON object a line; summary: one object, see `summary`
+delete   --topic T --before N                            deletes the records before an offset, in every partition
 committed --group G --topic T                           prints the group's committed offsets
 """
 
@@ -17,10 +18,11 @@ import sys
 
 def parse():
     parser = argparse.ArgumentParser()
-    parser.add_argument("command", choices=["create", "produce", "consume", "committed"])
+    parser.add_argument("command", choices=["create", "delete", "produce", "consume", "committed"])
     parser.add_argument("--bootstrap", required=True)
     parser.add_argument("--topic", required=True)
     parser.add_argument("--partitions", type=int, default=4)
+    parser.add_argument("--before", type=int)
     parser.add_argument("--library", choices=["kafka-python", "confluent"], default="kafka-python")
     parser.add_argument("--mode", choices=["records", "summary"], default="records")
     parser.add_argument("--read-committed", action="store_true")
@@ -36,6 +38,22 @@ def create(arguments):
     for future in admin.create_topics([NewTopic(arguments.topic, arguments.partitions, 1)]).values():
         future.result(arguments.timeout)
     print(json.dumps({"created": arguments.topic}))
+
+
+def delete(arguments):
+    from confluent_kafka import Consumer, TopicPartition
+    from confluent_kafka.admin import AdminClient
+
+    consumer = Consumer({"bootstrap.servers": arguments.bootstrap, "group.id": "unused"})
+    targets = []
+    for partition in consumer.list_topics(arguments.topic, timeout=arguments.timeout).topics[arguments.topic].partitions:
+        _, end = consumer.get_watermark_offsets(TopicPartition(arguments.topic, partition), timeout=arguments.timeout)
+        targets.append(TopicPartition(arguments.topic, partition, min(arguments.before, end)))
+    consumer.close()
+    admin = AdminClient({"bootstrap.servers": arguments.bootstrap})
+    for future in admin.delete_records(targets).values():
+        future.result(arguments.timeout)
+    print(json.dumps({"deleted_before": arguments.before}))
 
 
 def lines():
@@ -208,4 +226,4 @@ def committed(arguments):
 
 if __name__ == "__main__":
     parsed = parse()
-    {"create": create, "produce": produce, "consume": consume, "committed": committed}[parsed.command](parsed)
+    {"create": create, "delete": delete, "produce": produce, "consume": consume, "committed": committed}[parsed.command](parsed)

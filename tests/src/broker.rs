@@ -17,10 +17,7 @@ impl Broker {
     /// # Errors
     /// With `CI=true` where it cannot be had.
     pub async fn kafka() -> Result<Option<Self>> {
-        match std::env::var("KAFKA_BOOTSTRAP") {
-            Ok(bootstrap) => Ok(Some(Self::Kafka(bootstrap))),
-            Err(_) => crate::skip("no Kafka").map(|()| None),
-        }
+        Ok(crate::kafka::kafka().await.map(|kafka| Self::Kafka(kafka.bootstrap().to_owned())))
     }
 
     /// The addresses of Kafka.
@@ -34,7 +31,7 @@ impl Broker {
 
 /// Makes two tests of one body: on the embedded broker, and on Kafka.
 ///
-/// ```ignore
+/// ```text
 /// on_both!(a_chain_runs, chain);
 /// async fn chain(stage: Stage) -> Result<()> { … }
 /// ```

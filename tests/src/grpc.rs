@@ -26,7 +26,7 @@ use tonic::{Request, Response, Status, Streaming, transport::Server};
 
 use crate::{
     mesh::{Found, found, subscribe},
-    sidecar::Sidecar,
+    sidecar::Mesh,
 };
 
 /// What a service says to a record.
@@ -187,14 +187,13 @@ impl Attached {
     /// # Errors
     /// If the sidecar refuses.
     pub async fn start(
-        sidecar: &Sidecar,
-        service: &str,
+        mut mesh: Mesh,
         route: &str,
         credits: u32,
         answers: impl Fn(&DeliveredRecord) -> outcome::Outcome + Send + Sync + 'static,
     ) -> Result<Self> {
         let first = subscribe_request::Request::Attach(Attach { route: route.to_owned(), credits });
-        let (requests, mut responses) = subscribe(&mut sidecar.mesh_as(service).await?, first).await?;
+        let (requests, mut responses) = subscribe(&mut mesh, first).await?;
         let attached = responses.message().await?.context("the stream ended")?;
         anyhow::ensure!(matches!(attached.response, Some(subscribe_response::Response::Attached(_))), "first came {attached:?}");
         let (writer, books) = watch::channel(Vec::new());

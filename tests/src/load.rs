@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     http::{Answer, Http, NotConnected},
     oracle::Oracle,
-    sidecar::Sidecar,
+    sidecar::{Mesh, Sidecar},
 };
 
 /// How records are published.
@@ -64,6 +64,14 @@ impl Load {
         async move { self.http_keys(&client, keys, Some(stop)).await }
     }
 
+    /// Publishes all by one gRPC stream.
+    ///
+    /// # Errors
+    /// If one record is not acknowledged.
+    pub async fn grpc(&self, mesh: Mesh) -> Result<Oracle> {
+        self.stream_keys(mesh, (0..self.keys).collect()).await
+    }
+
     /// Publishes the even keys by HTTP and the odd ones by one gRPC stream.
     ///
     /// # Errors
@@ -71,7 +79,7 @@ impl Load {
     pub async fn http_and_grpc(&self, sidecar: &Sidecar) -> Result<Oracle> {
         let (http, grpc) = tokio::join!(
             self.http_keys(sidecar.http(), (0..self.keys).step_by(2), None),
-            self.stream_keys(sidecar, (1..self.keys).step_by(2).collect())
+            self.stream_keys(sidecar.mesh().await?, (1..self.keys).step_by(2).collect())
         );
         let (mut oracle, _) = http?;
         oracle.merge(grpc?);
@@ -103,7 +111,7 @@ impl Load {
         Ok((oracle, unsure))
     }
 
-    async fn stream_keys(&self, sidecar: &Sidecar, keys: Vec<usize>) -> Result<Oracle> {
+    async fn stream_keys(&self, mut mesh: Mesh, keys: Vec<usize>) -> Result<Oracle> {
         const BATCH: usize = 50;
         let plan: Vec<(usize, usize)> =
             self.numbers().flat_map(|number| keys.iter().map(move |key| (*key, number))).filter(|at| self.has(*at)).collect();
@@ -119,7 +127,7 @@ impl Load {
                 }
             }
         });
-        let mut answers = sidecar.mesh().await?.publish_stream(ReceiverStream::new(outgoing)).await?.into_inner();
+        let mut answers = mesh.publish_stream(ReceiverStream::new(outgoing)).await?.into_inner();
         let (mut oracle, mut expected) = (Oracle::default(), 0);
         while let Some(answer) = answers.message().await? {
             for result in answer.results {

@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
-use crate::sidecar::{Mesh, Sidecar};
+use crate::sidecar::Mesh;
 
 /// A record as it was found in a topic.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -66,10 +66,10 @@ impl Reader {
     ///
     /// # Errors
     /// If the sidecar refuses.
-    pub async fn open(sidecar: &Sidecar, topic: &str) -> Result<Self> {
+    pub async fn open(mut mesh: Mesh, topic: &str) -> Result<Self> {
         let subscription =
             TopicSubscription { topics: vec![topic.to_owned()], group: String::new(), from: "earliest".into(), credits: 1000 };
-        let (requests, responses) = subscribe(&mut sidecar.mesh().await?, subscribe_request::Request::Topics(subscription)).await?;
+        let (requests, responses) = subscribe(&mut mesh, subscribe_request::Request::Topics(subscription)).await?;
         Ok(Self { topic: topic.to_owned(), requests, responses, pending: std::collections::VecDeque::new() })
     }
 
@@ -183,10 +183,10 @@ pub fn json_record(key: &str, value: &Value) -> Record {
 ///
 /// # Errors
 /// If one of them is not stored.
-pub async fn publish(sidecar: &Sidecar, topic: &str, records: Vec<Record>) -> Result<Vec<v1::Position>> {
+pub async fn publish(mut mesh: Mesh, topic: &str, records: Vec<Record>) -> Result<Vec<v1::Position>> {
     let count = records.len();
     let request = PublishRequest { topic: topic.to_owned(), records };
-    let response = sidecar.mesh().await?.publish(request).await?.into_inner();
+    let response = mesh.publish(request).await?.into_inner();
     ensure!(response.results.len() == count, "{} results for {count} records", response.results.len());
     let mut positions = Vec::with_capacity(count);
     for result in response.results {

@@ -8,12 +8,12 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
 use mesh_proto::v1::{
-    GetStatusRequest, GetStatusResponse, RouteState, RouteStatus, control_client::ControlClient, mesh_client::MeshClient,
+    GetStatusRequest, GetStatusResponse, InstanceState, RouteState, RouteStatus, control_client::ControlClient, mesh_client::MeshClient,
 };
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -234,6 +234,7 @@ impl Builder {
             admin,
             probe,
             process: None,
+            started_ms: 0,
             channel: OnceCell::new(),
         })
     }
@@ -255,6 +256,7 @@ pub struct Sidecar {
     http: Http,
     probes: Http,
     process: Option<Process>,
+    started_ms: i64,
     channel: OnceCell<Channel>,
 }
 
@@ -288,6 +290,7 @@ impl Sidecar {
             command.env_remove(variable);
         }
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
+        self.started_ms = i64::try_from(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_millis())?;
         self.process = Some(Process::start(format!("sidecar {}", self.name), command, &self.log)?);
         Ok(())
     }
@@ -416,18 +419,19 @@ impl Sidecar {
     /// If the name fits into no header.
     pub async fn mesh_as(&self, service: &str) -> Result<Mesh> {
         let connect = async || anyhow::Ok(Endpoint::from_shared(format!("http://{}", self.api_address()))?.connect_lazy());
-        let channel = self.channel.get_or_try_init(connect).await?.clone();
-        let client = MeshClient::with_interceptor(channel, Caller(service.parse()?));
-        Ok(client.max_decoding_message_size(64 << 20).max_encoding_message_size(64 << 20))
+        mesh_client(self.channel.get_or_try_init(connect).await?.clone(), service)
     }
 
-    /// The state of the mesh, by the admin API.
+    /// The state of the mesh, by the admin API, without what instances reported that are gone: those that are lost, and what was reported
+    /// before this sidecar's last start.
     ///
     /// # Errors
     /// If it does not answer.
     pub async fn status(&self) -> Result<GetStatusResponse> {
         let endpoint = Endpoint::from_shared(format!("http://{}", self.admin_address()))?;
-        Ok(ControlClient::new(endpoint.connect().await?).get_status(GetStatusRequest {}).await?.into_inner())
+        let mut status = ControlClient::new(endpoint.connect().await?).get_status(GetStatusRequest {}).await?.into_inner();
+        status.instances.retain(|instance| instance.state() != InstanceState::Lost && instance.reported_ms >= self.started_ms);
+        Ok(status)
     }
 
     /// Waits until the state of the mesh fulfils a condition.
@@ -524,6 +528,15 @@ impl Sidecar {
 
 /// A gRPC client of the API.
 pub type Mesh = MeshClient<InterceptedService<Channel, Caller>>;
+
+/// A gRPC client of an API, in the name of a service.
+///
+/// # Errors
+/// If the name fits into no header.
+pub fn mesh_client(channel: Channel, service: &str) -> Result<Mesh> {
+    let client = MeshClient::with_interceptor(channel, Caller(service.parse()?));
+    Ok(client.max_decoding_message_size(64 << 20).max_encoding_message_size(64 << 20))
+}
 
 /// Names the calling service in each call.
 #[derive(Clone, Debug)]

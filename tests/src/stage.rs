@@ -47,8 +47,9 @@ impl Stage {
     pub async fn run<F: Future<Output = Result<()>>>(broker: Broker, body: impl FnOnce(Self) -> F) -> Result<()> {
         let stage = Self::new(broker)?;
         let result = body(stage.clone()).await;
-        if result.is_err() {
+        if let Err(error) = &result {
             stage.show_logs();
+            eprintln!("FAILED: {error:#}");
         }
         result
     }
@@ -94,9 +95,14 @@ impl Stage {
         let mut spec = spec.replace('%', &format!("{}.", self.mesh));
         if !spec.contains("defaults:") {
             // The default `<route>.dlq` would be shared with every test that has a route of this name.
-            let first = spec.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
-            let indent = &first[..first.len() - first.trim_start().len()];
-            spec = format!("{indent}defaults: {{ dead_letter: {}.dlq }}\n{}", self.mesh, spec.trim_matches('\n'));
+            let defaults = format!("defaults: {{ dead_letter: {}.dlq }}", self.mesh);
+            spec = match spec.trim_start().strip_prefix('{') {
+                Some(rest) => format!("{{ {defaults}, {rest}"),
+                None => {
+                    let first = spec.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
+                    format!("{}{defaults}\n{}", &first[..first.len() - first.trim_start().len()], spec.trim_matches('\n'))
+                }
+            };
         }
         let lines = spec.trim_matches('\n');
         // The lines may be indented as a whole, as the test's source has it.
@@ -175,7 +181,7 @@ impl Stage {
     /// If fewer than `expected` come.
     pub async fn read(&self, sidecar: &Sidecar, python: Option<&Python>, topic: &str, expected: usize) -> Result<Vec<Found>> {
         let (Some(bootstrap), Some(python)) = (self.broker.bootstrap(), python) else {
-            let mut reader = Reader::open(sidecar, topic).await?;
+            let mut reader = Reader::open(sidecar.mesh().await?, topic).await?;
             let mut found = reader.take(expected, Duration::from_secs(60)).await?;
             found.extend(reader.until_quiet(Duration::from_millis(700)).await?);
             return Ok(found);
@@ -203,4 +209,24 @@ fn parse_found(topic: &str, line: &str) -> Result<Found> {
         value: bytes(&value["value"])?,
         headers,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_is_made_of_the_lines_under_spec() {
+        let stage = Stage::new(Broker::Embedded).unwrap();
+        let mesh = stage.mesh();
+        let head = format!("apiVersion: mesh/v1\nkind: RoutingTable\nmetadata: {{ mesh: {mesh} }}\nspec:\n");
+        let block = stage.table("\n      topics: { %a: {} }\n      routes:\n      - { from: [%a],\n          to: void }\n      ");
+        let body = format!(
+            "  defaults: {{ dead_letter: {mesh}.dlq }}\n  topics: {{ {mesh}.a: {{}} }}\n  routes:\n  - {{ from: [{mesh}.a],\n      to: void }}\n"
+        );
+        assert_eq!(block.trim_end(), format!("{head}{body}").trim_end());
+        assert_eq!(stage.table("{ routes: [] }"), format!("{head}  {{ defaults: {{ dead_letter: {mesh}.dlq }},  routes: [] }}\n"));
+        assert_eq!(stage.table("routes: []"), format!("{head}  defaults: {{ dead_letter: {mesh}.dlq }}\n  routes: []\n"));
+        assert_eq!(stage.table("defaults: {}\nroutes: []"), format!("{head}  defaults: {{}}\n  routes: []\n"));
+    }
 }

@@ -1,18 +1,33 @@
 //! The support itself: a suite is worth what its tools are.
 
-use std::{process::Command, time::Duration};
+use std::{
+    pin::Pin,
+    process::Command,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, ensure};
+use futures_util::{Stream, StreamExt as _};
+use mesh_proto::v1;
 use mesh_tests::{
     broker::Broker,
+    grpc::{Attached, GrpcService, reply_with},
     http::Http,
+    load::Load,
+    mesh::{Reader, json_record, publish},
+    oracle::sightings,
     ports::Port,
     process::{Process, run},
     python::python,
     service::{Condition, Raw, RawService, Rule, Scenario, Service},
+    sidecar::mesh_client,
     stage::Stage,
 };
 use serde_json::json;
+use tonic::{Request, Response, Status, Streaming};
+
+type Result<T, E = anyhow::Error> = std::result::Result<T, E>;
 
 /// A scenario that uses every part which all three services share.
 fn scenario() -> Scenario {
@@ -132,7 +147,7 @@ async fn a_process_is_measured_and_ends_with_its_handle() -> Result<()> {
         command.args(["-c", script]).stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
         Process::start("a shell", command, &log)
     };
-    let mut child = start("echo READY 4711; echo trouble >&2; read line")?;
+    let mut child = start("echo trouble >&2; echo READY 4711; read line")?;
     ensure!(child.ready_port(Duration::from_secs(5)).await? == 4711);
     ensure!(child.resident_bytes()? > 100_000 && child.cpu_time()? < Duration::from_secs(1));
     ensure!(child.log_tail().contains("trouble"));
@@ -210,5 +225,167 @@ async fn foreign_kafka_clients_write_and_read() -> Result<()> {
     client(&["produce"], format!("{older}\n{again}\n")).await?;
     let said: serde_json::Value = serde_json::from_str(&client(&["consume", "--mode", "summary"], String::new()).await?)?;
     ensure!(said["disorder"] == 1 && said["duplicates"] == 1, "{said}");
+    client(&["delete", "--before", "1"], String::new()).await?;
+    let left = client(&["consume", "--library", "confluent"], String::new()).await?.lines().count();
+    ensure!((398..402).contains(&left), "{left} of 402 records are left, where the first of each partition was deleted");
+    Ok(())
+}
+
+/// An API that keeps records in memory: shows that the clients of the suites work, and what they see.
+#[derive(Clone, Debug, Default)]
+struct Fake(Arc<Mutex<Vec<v1::Record>>>);
+
+impl Fake {
+    fn records(&self) -> MutexGuard<'_, Vec<v1::Record>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn store(&self, records: Vec<v1::Record>) -> Vec<v1::PublishResult> {
+        let mut stored = self.records();
+        let mut results = Vec::new();
+        for record in records {
+            let position = v1::Position { topic: "t".into(), partition: 0, offset: stored.len() as i64 };
+            results
+                .push(v1::PublishResult { mesh_id: record.mesh_id.clone(), result: Some(v1::publish_result::Result::Position(position)) });
+            stored.push(record);
+        }
+        results
+    }
+}
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl v1::mesh_server::Mesh for Fake {
+    async fn publish(&self, request: Request<v1::PublishRequest>) -> Result<Response<v1::PublishResponse>, Status> {
+        assert!(request.metadata().get("mesh-service").is_some_and(|service| service == "me"));
+        Ok(Response::new(v1::PublishResponse { results: self.store(request.into_inner().records) }))
+    }
+
+    type PublishStreamStream = Answers<v1::PublishStreamResponse>;
+
+    async fn publish_stream(
+        &self,
+        request: Request<Streaming<v1::PublishStreamRequest>>,
+    ) -> Result<Response<Self::PublishStreamStream>, Status> {
+        let fake = self.clone();
+        let answers = request.into_inner().map(move |request| {
+            let request = request?;
+            let result = v1::PublishStreamResult { sequence: request.sequence, results: fake.store(request.records) };
+            Ok(v1::PublishStreamResponse { results: vec![result] })
+        });
+        Ok(Response::new(Box::pin(answers)))
+    }
+
+    type SubscribeStream = Answers<v1::SubscribeResponse>;
+
+    /// Sends what is stored, as far as there are credits; answers of an attached service are stored behind it.
+    async fn subscribe(&self, request: Request<Streaming<v1::SubscribeRequest>>) -> Result<Response<Self::SubscribeStream>, Status> {
+        use v1::{subscribe_request::Request as Said, subscribe_response::Response as Says};
+        let (fake, mut requests) = (self.clone(), request.into_inner());
+        let (out, answers) = tokio::sync::mpsc::channel(16);
+        tokio::spawn(async move {
+            let send = async |says| out.send(Ok(v1::SubscribeResponse { response: Some(says) })).await;
+            let end = fake.records().len();
+            let (mut next, mut credits) = (0, 0);
+            while let Some(request) = requests.message().await? {
+                match request.request {
+                    Some(Said::Attach(attach)) => {
+                        credits = attach.credits as usize;
+                        send(Says::Attached(v1::Attached::default())).await?;
+                    }
+                    Some(Said::Topics(topics)) => credits = topics.credits as usize,
+                    Some(Said::Credit(credit)) => credits += credit.records as usize,
+                    Some(Said::Outcomes(outcomes)) => {
+                        for outcome in outcomes.outcomes {
+                            if let Some(v1::outcome::Outcome::Reply(reply)) = outcome.outcome {
+                                fake.store(reply.records);
+                            }
+                        }
+                    }
+                    None => {}
+                }
+                while credits > 0 && next < end {
+                    let record = fake.records()[next].clone();
+                    let position = v1::Position { topic: "t".into(), partition: 0, offset: next as i64 };
+                    let delivered = v1::DeliveredRecord {
+                        delivery_id: next as u64,
+                        record: Some(record),
+                        position: Some(position),
+                        ..Default::default()
+                    };
+                    send(Says::Delivery(v1::Delivery { records: vec![delivered], ..Default::default() })).await?;
+                    credits -= 1;
+                    next += 1;
+                }
+            }
+            anyhow::Ok(())
+        });
+        Ok(Response::new(Box::pin(tokio_stream::wrappers::ReceiverStream::new(answers))))
+    }
+}
+
+#[tokio::test]
+async fn the_grpc_clients_publish_read_and_attach() -> Result<()> {
+    let fake = Fake::default();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let address = listener.local_addr()?;
+    let server = tonic::transport::Server::builder().add_service(v1::mesh_server::MeshServer::new(fake.clone()));
+    let serving = tokio::spawn(server.serve_with_incoming(tokio_stream::wrappers::TcpListenerStream::new(listener)));
+    let channel = tonic::transport::Endpoint::from_shared(format!("http://{address}"))?.connect_lazy();
+    let mesh = mesh_client(channel, "me")?;
+
+    let oracle = Load::new("t", 505, 10).grpc(mesh.clone()).await?;
+    ensure!(oracle.len() == 505);
+    let soon = Duration::from_secs(10);
+    let mut reader = Reader::open(mesh.clone(), "t").await?;
+    let found = reader.take(505, soon).await?;
+    oracle.judge(&sightings(&found)?).exactly_once()?;
+    ensure!(reader.until_quiet(Duration::from_millis(100)).await?.is_empty());
+    ensure!(found.iter().all(|found| found.value.as_ref().is_some_and(|value| value.len() == 200)));
+    publish(mesh.clone(), "t", vec![json_record("k0", &json!({ "k": "k0", "n": 999 }))]).await?;
+
+    let attached = Attached::start(mesh, "work", 7, |delivered| reply_with(delivered, &json!({ "by": "me" }))).await?;
+    attached.wait(506, soon).await?;
+    ensure!(attached.seen().len() == 506);
+
+    if let Some(python) = python().await? {
+        let before = fake.records().len();
+        let folder = mesh_tests::workspace().join("proto/proto").display().to_string();
+        let address = address.to_string();
+        let arguments = [&folder, &address, "publish-stream", "t", "120", "7", "300"].map(|argument: &str| argument);
+        let said = python.run("grpc_client.py", &arguments, Vec::new(), Duration::from_secs(60)).await?.success()?;
+        ensure!(serde_json::from_str::<serde_json::Value>(&said)? == json!({ "acknowledged": 120, "failed": [] }), "{said}");
+        ensure!(fake.records().len() >= before + 120);
+        let arguments = [folder.as_str(), address.as_str(), "attach", "work", "600"];
+        let said = python.run("grpc_client.py", &arguments, Vec::new(), Duration::from_secs(60)).await?.success()?;
+        // What was on its way is answered too.
+        ensure!(said.contains("READY") && said.contains(r#"{"answered": 6"#), "{said}");
+    }
+    serving.abort();
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_grpc_service_answers_calls_and_streams() -> Result<()> {
+    use v1::handler_client::HandlerClient;
+    for streaming in [true, false] {
+        let service = GrpcService::start(streaming, |delivered| reply_with(delivered, &json!({ "by": "me" }))).await?;
+        let mut client = HandlerClient::connect(service.url().replace("grpc", "http")).await?;
+        let record = v1::DeliveredRecord { delivery_id: 7, record: Some(json_record("k", &json!({ "a": 1 }))), ..Default::default() };
+        let delivery = v1::Delivery { records: vec![record], ..Default::default() };
+        let outcome = if streaming {
+            let mut answers = client.handle_stream(tokio_stream::once(delivery)).await?.into_inner();
+            answers.message().await?.context("an answer")?
+        } else {
+            let refused = client.handle_stream(tokio_stream::once(delivery.clone())).await.map(drop);
+            ensure!(refused.is_err_and(|status| status.code() == tonic::Code::Unimplemented));
+            client.handle(delivery).await?.into_inner()
+        };
+        let Some(v1::outcome::Outcome::Reply(reply)) = &outcome.outcomes[0].outcome else { anyhow::bail!("{outcome:?}") };
+        ensure!(outcome.outcomes[0].delivery_id == 7 && reply.records[0].value.as_deref() == Some(br#"{"a":1,"by":"me"}"#), "{outcome:?}");
+        service.wait(1, Duration::from_secs(5)).await?;
+        ensure!(service.seen().len() == 1 && service.calls() == (u64::from(streaming), u64::from(!streaming)));
+    }
     Ok(())
 }

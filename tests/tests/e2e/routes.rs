@@ -9,6 +9,7 @@ use mesh_tests::{
     mesh::Found,
     on_both,
     oracle::{deliveries, sightings},
+    python::python,
     service::{Condition, Rule, Scenario, Service},
     sidecar::disposition,
     stage::Stage,
@@ -254,8 +255,80 @@ async fn request(stage: Stage) -> Result<()> {
     ensure!(entry.header("tracestate") == Some("vendor=1") && entry.header("baggage") == Some("user=7"), "{entry:?}");
     // A record that names no type gets the route's.
     let record = mesh_proto::v1::Record { value: Some("1;2".into()), ..Default::default() };
-    mesh_tests::mesh::publish(&sidecar, &stage.topic("in"), vec![record]).await?;
+    mesh_tests::mesh::publish(sidecar.mesh().await?, &stage.topic("in"), vec![record]).await?;
     service.wait(2, MINUTE).await?;
     ensure!(service.ledger().await?.iter().any(|entry| entry.header("content-type") == Some("text/csv")));
     sidecar.finish().await
+}
+
+on_both!(a_group_begins_where_its_route_says, starts);
+
+async fn starts(stage: Stage) -> Result<()> {
+    let service = Service::native(Scenario::new()).await?;
+    let sidecar = stage.sidecar("sidecar").service("work", &service).start().await?;
+    let topics = "topics: { %in: { partitions: 2 } }";
+    sidecar.apply(&format!("{{ {topics}, routes: [] }}")).await?;
+    let topic = stage.topic("in");
+    let give = async |text: &str| sidecar.publish(&topic, None, "text/plain", text.to_owned()).await;
+    for text in ["old 1", "old 2"] {
+        give(text).await?;
+    }
+    sidecar
+        .apply(
+            "
+            topics: { %in: { partitions: 2 } }
+            routes:
+            - { name: earliest, service: work, from: [%in], handler: /earliest, to: void, start: earliest }
+            - { name: default, service: work, from: [%in], handler: /default, to: void }
+            - { name: latest, service: work, from: [%in], handler: /latest, to: void, start: latest }
+            - { name: applied, service: work, from: [%in], handler: /applied, to: void, start: applied }
+            - { name: long-ago, service: work, from: [%in], handler: /long-ago, to: void, start: 2001-02-03T04:05:06Z }
+            ",
+        )
+        .await?;
+    let all = ["earliest", "default", "latest", "applied", "long-ago"];
+    sidecar.wait_running(&all).await?;
+    give("new").await?;
+    sidecar
+        .wait_status("all read", MINUTE, |status| {
+            all.iter().zip([3, 3, 1, 1, 3]).all(|(route, count)| disposition(status, route, "void") == count)
+        })
+        .await?;
+    for route in ["latest", "applied"] {
+        let texts: Vec<String> = service.ledger_of(&format!("/{route}")).await?.iter().map(mesh_tests::service::Entry::text).collect();
+        ensure!(texts == ["new"], "{route}: {texts:?}");
+    }
+    sidecar.finish().await
+}
+
+/// What the broker deleted before it was read is `expired`: counted, and reading goes on behind it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn records_that_the_broker_deleted_are_counted_as_expired() -> Result<()> {
+    let (Some(python), Some(broker)) = (python().await?, Broker::kafka().await?) else { return Ok(()) };
+    Stage::run(broker, async |stage| {
+        let service = Service::native(Scenario::new()).await?;
+        let mut sidecar = stage.sidecar("sidecar").service("work", &service).start().await?;
+        sidecar
+            .apply("{ topics: { %in: { partitions: 1 } }, routes: [{ name: work, service: work, from: [%in], handler: /work, to: void }] }")
+            .await?;
+        let topic = stage.topic("in");
+        for number in 0..2 {
+            sidecar.publish(&topic, None, "text/plain", number.to_string()).await?;
+        }
+        sidecar.wait_status("two read", MINUTE, |status| disposition(status, "work", "void") == 2).await?;
+        sidecar.sigterm(MINUTE).await?;
+        let lines: String = (2..10).map(|number| format!("{}\n", json!({ "value": number.to_string() }))).collect();
+        stage.kafka_client(&python, &topic, &["produce"], lines).await?;
+        stage.kafka_client(&python, &topic, &["delete", "--before", "6"], String::new()).await?;
+        sidecar.start().await?;
+        sidecar
+            .wait_status("the rest read", MINUTE, |status| {
+                disposition(status, "work", "void") == 4 && disposition(status, "work", "expired") == 4
+            })
+            .await?;
+        let offsets: Vec<i64> = service.ledger().await?.iter().map(|entry| entry.offset).collect();
+        ensure!(offsets == [0, 1, 6, 7, 8, 9], "{offsets:?}");
+        sidecar.finish().await
+    })
+    .await
 }

@@ -28,7 +28,7 @@ const BINARY: [u8; 4] = [0, 255, 254, 10];
 async fn mixed(sidecar: &mesh_tests::sidecar::Sidecar, topic: &str) -> Result<()> {
     let record = |value: Option<Vec<u8>>| Record { key: Some("k".into()), value: value.map(Into::into), ..Record::default() };
     let values = [Some(b"text".to_vec()), Some(br#"{"a":1}"#.to_vec()), Some(BINARY.to_vec()), None];
-    publish(sidecar, topic, values.map(record).into()).await?;
+    publish(sidecar.mesh().await?, topic, values.map(record).into()).await?;
     Ok(())
 }
 
@@ -128,7 +128,7 @@ async fn pull(stage: Stage) -> Result<()> {
             "
             topics: { %in: { partitions: 1 }, %out: { partitions: 1 } }
             routes:
-            - { name: work, service: work, from: [%in], deliver: pull, to: [%out], timeout: 30s, order: none, dead_letter: %dead }
+            - { name: work, service: work, from: [%in], deliver: pull, to: [%out], timeout: 5s, order: none, dead_letter: %dead }
             ",
         )
         .await?;
@@ -161,7 +161,7 @@ async fn pull(stage: Stage) -> Result<()> {
         { "id": id(3), "reject": { "reason": "no use for it" } },
     ]});
     let answer = sidecar.http().post_json("/v1/routes/work/outcomes", &outcomes).await?;
-    ensure!(answer.status.is_success(), "{} {}", answer.status, answer.text());
+    answer.expect(200)?;
     sidecar
         .wait_status("all ended", MINUTE, |status| {
             disposition(status, "work", "forwarded") == 2
@@ -187,7 +187,7 @@ async fn pull(stage: Stage) -> Result<()> {
         ensure!(record["value"] == json!({ "text": accept }), "{record}");
         let outcome = json!({ "outcomes": [{ "id": record["id"], "ignore": {} }] });
         let answer = sidecar.http().post_json("/v1/routes/work/outcomes", &outcome).await?;
-        ensure!(answer.status.is_success(), "{} {}", answer.status, answer.text());
+        answer.expect(200)?;
     }
     sidecar.wait_status("all ended", MINUTE, |status| disposition(status, "work", "ignored") == 3).await?;
     sidecar.finish().await
@@ -250,7 +250,7 @@ async fn grpc_outcomes_mean_what_the_design_says() -> Result<()> {
         sidecar.wait_running(&["work"]).await?;
         let keys = ["ignore", "reject", "retry", "always", "ignored-status", "bad-status", "other"];
         let records = keys.map(|key| json_record(key, &json!({ "key": key })));
-        publish(&sidecar, &stage.topic("in"), records.into()).await?;
+        publish(sidecar.mesh().await?, &stage.topic("in"), records.into()).await?;
         sidecar
             .wait_status("all ended", MINUTE, |status| {
                 disposition(status, "work", "forwarded") == 2
@@ -290,11 +290,11 @@ async fn attach(stage: Stage) -> Result<()> {
     let records = 300;
     let oracle = Load::new(stage.topic("in"), records, 20).http(&sidecar).await?;
     let by = |name: &'static str| move |delivered: &mesh_proto::v1::DeliveredRecord| reply_with(delivered, &json!({ "by": name }));
-    let first = Attached::start(&sidecar, "work", "work", 5, by("first")).await?;
+    let first = Attached::start(sidecar.mesh_as("work").await?, "work", 5, by("first")).await?;
     first.wait(50, MINUTE).await?;
     drop(first);
     // Away: what it did not answer is kept for the next one.
-    let second = Attached::start(&sidecar, "work", "work", 0, by("second")).await?;
+    let second = Attached::start(sidecar.mesh_as("work").await?, "work", 0, by("second")).await?;
     sidecar.wait_status("forwarded", MINUTE, |status| disposition(status, "work", "forwarded") == records as u64).await?;
     let found = stage.read(&sidecar, None, &stage.topic("out"), records).await?;
     oracle.judge(&sightings(&found)?).exactly_once()?;
@@ -302,7 +302,7 @@ async fn attach(stage: Stage) -> Result<()> {
     let status = sidecar.status().await?;
     ensure!(disposition(&status, "work", "dead_lettered") == 0, "{status:#?}");
     drop(second);
-    let foreign = Attached::start(&sidecar, "publisher", "work", 1, by("nobody")).await;
+    let foreign = Attached::start(sidecar.mesh_as("publisher").await?, "work", 1, by("nobody")).await;
     ensure!(foreign.is_err(), "a service attaches to its own routes only");
     sidecar.finish().await
 }

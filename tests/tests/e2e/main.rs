@@ -1,0 +1,14 @@
+//! The whole of it, end to end: real sidecar processes, real Kafka and the embedded broker, services and clients of foreign frameworks.
+//!
+//! One binary, so that all of it shares one Kafka. `MESH_FULL=1` runs the full lengths: 100,000 records where 10,000 are run otherwise, two
+//! minutes of outage where 20 s are. `MESH_KEEP=1` keeps the folders of the tests. `MESH_BIN_DIR` names ready-made binaries.
+
+mod api;
+mod broker_away;
+mod control;
+mod crash;
+mod faults;
+mod flows;
+mod routes;
+mod subscribe;
+mod volume;
