@@ -35,24 +35,31 @@ pub(super) fn assign(
             target.insert(partition.clone(), member);
         }
     }
-    // Every move lowers the sum of the squared loads, so this ends.
-    loop {
-        let mut moved = false;
-        for (partition, owner) in &mut target {
-            let load = loads.get(owner).copied().unwrap_or_default();
-            let least = loads.iter().filter(|(member, _)| subscribes(**member, partition)).min_by_key(|(member, load)| (**load, **member));
-            if let Some((member, least)) = least.map(|(member, load)| (*member, *load))
-                && load >= least + 2
-            {
-                loads.insert(*owner, load - 1);
+    // From the fullest member that can give one away to the emptiest that takes it. Every move lowers the sum of the squared loads, so
+    // this ends.
+    let mut by_owner: BTreeMap<u64, BTreeSet<TopicPartition>> = BTreeMap::new();
+    for (partition, owner) in &target {
+        by_owner.entry(*owner).or_default().insert(partition.clone());
+    }
+    'moves: loop {
+        let mut fullest: Vec<(usize, u64)> = loads.iter().map(|(member, load)| (*load, *member)).collect();
+        fullest.sort_unstable_by(|one, other| other.cmp(one));
+        for (load, owner) in fullest {
+            let takers = by_owner.get(&owner).into_iter().flatten().filter_map(|partition| {
+                let least =
+                    loads.iter().filter(|(member, _)| subscribes(**member, partition)).min_by_key(|(member, load)| (**load, **member));
+                least.filter(|(_, least)| load >= **least + 2).map(|(member, least)| (*least, *member, partition.clone()))
+            });
+            if let Some((least, member, partition)) = takers.min() {
+                loads.insert(owner, load - 1);
                 loads.insert(member, least + 1);
-                *owner = member;
-                moved = true;
+                by_owner.entry(owner).or_default().remove(&partition);
+                by_owner.entry(member).or_default().insert(partition.clone());
+                target.insert(partition, member);
+                continue 'moves;
             }
         }
-        if !moved {
-            return target;
-        }
+        return target;
     }
 }
 

@@ -19,7 +19,7 @@ use tokio::{sync::oneshot, time::Instant};
 use super::{
     Shared,
     codec::Decoder,
-    group::{Group, GroupEvent, Handover},
+    group::{Group, GroupEvent, Handover, Losing},
     inbox::{Gain, Inbox, Notice, Resolved},
     log::{Found, Row, Subscription},
     queue::Job,
@@ -52,14 +52,16 @@ pub(super) struct EmbeddedConsumer {
     held: HashSet<TopicPartition>,
     /// Gained, but their positions are not known yet; not announced.
     resolving: HashMap<TopicPartition, u64>,
-    /// Announced by `Revoking`; until the hand-over is over nothing is given out.
-    revoking: bool,
+    /// The hand-over that was announced by `Revoking`; until it is over nothing is given out.
+    revoking: Option<u64>,
+    /// Hand-overs that are not announced yet.
+    losing: VecDeque<Losing>,
     /// Events that wait to be given out.
     out: VecDeque<Event>,
     /// Bytes fetched, or asked for, from the store.
     fetched: usize,
     /// Partitions that wait for room to fetch.
-    starved: VecDeque<Arc<Subscription>>,
+    starved: Vec<Arc<Subscription>>,
     storage_trouble: Option<BrokerError>,
     missing: Option<BrokerError>,
     /// The detail of the trouble that was reported.
@@ -76,6 +78,8 @@ struct Cursor {
     /// What `rows` and a fetch under way count in `fetched`.
     charged: usize,
     fetching: bool,
+    /// It waits for room or for a retry, in `starved` or `retry`, once.
+    parked: bool,
 }
 
 /// What is tried again, and when.
@@ -110,10 +114,11 @@ impl EmbeddedConsumer {
             cursors: HashMap::new(),
             held: HashSet::new(),
             resolving: HashMap::new(),
-            revoking: false,
+            revoking: None,
+            losing: VecDeque::new(),
             out: VecDeque::new(),
             fetched: 0,
-            starved: VecDeque::new(),
+            starved: Vec::new(),
             storage_trouble: None,
             missing: None,
             reported: None,
@@ -132,14 +137,16 @@ impl EmbeddedConsumer {
         if self.inbox.take_assignment_changed() {
             self.assignment_changed();
         }
-        if self.revoking {
+        if self.revoking.is_some() {
             return None;
         }
         if let Some(event) = self.out.pop_front() {
             return Some(event);
         }
-        if let Some(event) = self.group_event() {
-            return Some(event);
+        while let Some(losing) = self.losing.pop_front() {
+            if let Some(event) = self.announce(losing) {
+                return Some(event);
+            }
         }
         while let Some(subscription) = self.inbox.pop_ready() {
             if let Some(event) = self.read(subscription) {
@@ -161,12 +168,6 @@ impl EmbeddedConsumer {
                 self.retry_later(gains, None);
             }
             Notice::Fetched { subscription, until, rows } => self.fetched(subscription, until, rows),
-            Notice::HandedOver(partitions) => {
-                for handover in partitions {
-                    self.forget(&handover);
-                }
-                self.revoking = false;
-            }
         }
     }
 
@@ -179,7 +180,13 @@ impl EmbeddedConsumer {
         });
         self.report();
         match &self.group {
-            Some(group) => group.rebalance(&self.shared),
+            Some(group) => {
+                let group = group.clone();
+                group.rebalance(&self.shared);
+                while let Some(event) = group.pop(self.id) {
+                    self.group_event(event);
+                }
+            }
             None => {
                 let topics: Vec<_> = self.topics.iter().filter_map(|topic| self.shared.catalog.get(topic)).collect();
                 let partitions = topics.iter().flat_map(|topic| &topic.partitions);
@@ -190,33 +197,48 @@ impl EmbeddedConsumer {
         }
     }
 
-    fn group_event(&mut self) -> Option<Event> {
-        let group = self.group.clone()?;
-        while let Some(event) = group.pop(self.id) {
-            match event {
-                GroupEvent::Gained(gains) => self.resolve(gains),
-                GroupEvent::Losing { partitions, done } => {
-                    let (announced, unannounced): (Vec<_>, Vec<_>) =
-                        partitions.into_iter().partition(|handover| self.cursors.contains_key(&handover.partition));
-                    for handover in &unannounced {
-                        self.resolving.remove(&handover.partition);
-                    }
-                    if announced.is_empty() {
-                        // Dropping `done` ends the hand-over: nothing of these was ever read.
-                        continue;
-                    }
-                    let lost = !announced.iter().any(|handover| group.owns(self.id, &handover.partition, handover.epoch));
-                    if lost {
-                        announced.iter().for_each(|handover| self.forget(handover));
-                    } else {
-                        self.revoking = true;
-                    }
-                    let partitions = announced.into_iter().map(|handover| handover.partition).collect();
-                    return Some(Event::Revoking(Revoking { partitions, lost, done }));
+    fn group_event(&mut self, event: GroupEvent) {
+        match event {
+            GroupEvent::Gained(gains) => self.resolve(gains),
+            GroupEvent::Losing(losing) => self.losing.push_back(losing),
+            GroupEvent::HandedOver(id, partitions) => {
+                if self.revoking == Some(id) {
+                    self.revoking = None;
+                }
+                // One that was not even announced is over already: it is announced as lost, and forgotten then.
+                if !self.losing.iter().any(|losing| losing.id == id) {
+                    partitions.iter().for_each(|handover| self.forget(handover));
                 }
             }
         }
-        None
+    }
+
+    /// Begins to give partitions away; nothing is to be said of those that were not assigned yet.
+    fn announce(&mut self, losing: Losing) -> Option<Event> {
+        let Losing { id, partitions, done } = losing;
+        let (announced, unannounced): (Vec<_>, Vec<_>) = partitions.into_iter().partition(|handover| self.has(handover));
+        for handover in unannounced {
+            if self.resolving.get(&handover.partition) == Some(&handover.epoch) {
+                self.resolving.remove(&handover.partition);
+            }
+        }
+        if announced.is_empty() {
+            // Dropping `done` ends the hand-over: nothing of these was ever read.
+            return None;
+        }
+        let group = self.group.clone()?;
+        let lost = !announced.iter().any(|handover| group.owns(self.id, &handover.partition, handover.epoch));
+        if lost {
+            announced.iter().for_each(|handover| self.forget(handover));
+        } else {
+            self.revoking = Some(id);
+        }
+        let partitions = announced.into_iter().map(|handover| handover.partition).collect();
+        Some(Event::Revoking(Revoking { partitions, lost, done }))
+    }
+
+    fn has(&self, handover: &Handover) -> bool {
+        self.cursors.get(&handover.partition).is_some_and(|cursor| cursor.epoch == handover.epoch)
     }
 
     /// Asks for the start positions.
@@ -245,7 +267,7 @@ impl EmbeddedConsumer {
             self.resolving.remove(&partition.name);
             self.held.remove(&partition.name);
             let subscription = partition.subscribe(&self.inbox);
-            let cursor = Cursor { subscription, epoch, next: position, rows: VecDeque::new(), charged: 0, fetching: false };
+            let cursor = Cursor { subscription, epoch, next: position, rows: VecDeque::new(), charged: 0, fetching: false, parked: false };
             self.cursors.insert(partition.name.clone(), cursor);
             assigned.push(Assigned { partition: partition.name.clone(), position, metadata });
         }
@@ -256,7 +278,7 @@ impl EmbeddedConsumer {
 
     /// Forgets a partition that was handed over, unless it came back in the meantime.
     fn forget(&mut self, handover: &Handover) {
-        if self.cursors.get(&handover.partition).is_some_and(|cursor| cursor.epoch == handover.epoch)
+        if self.has(handover)
             && let Some(cursor) = self.cursors.remove(&handover.partition)
         {
             self.held.remove(&handover.partition);
@@ -269,7 +291,7 @@ impl EmbeddedConsumer {
         subscription.looking();
         let name = &subscription.partition.name;
         let cursor = self.cursors.get_mut(name).filter(|cursor| Arc::ptr_eq(&cursor.subscription, &subscription))?;
-        if self.held.contains(name) || cursor.fetching {
+        if self.held.contains(name) || cursor.fetching || cursor.parked {
             return None;
         }
         if cursor.rows.is_empty() {
@@ -315,20 +337,32 @@ impl EmbeddedConsumer {
         }
     }
 
+    /// Lets partitions that waited look again.
+    fn unpark(&mut self, subscriptions: impl IntoIterator<Item = Arc<Subscription>>) {
+        for subscription in subscriptions {
+            if let Some(cursor) = self.cursors.get_mut(&subscription.partition.name) {
+                cursor.parked = false;
+            }
+            subscription.ready();
+        }
+    }
+
     fn uncharge(&mut self, bytes: usize) {
         self.fetched = self.fetched.saturating_sub(bytes);
         if bytes > 0 {
-            self.starved.drain(..).for_each(|subscription| subscription.ready());
+            let starved = std::mem::take(&mut self.starved);
+            self.unpark(starved);
         }
     }
 
     fn fetch(&mut self, subscription: Arc<Subscription>, until: i64) {
         let bytes = (self.buffer_bytes / 4).clamp(MIN_FETCH, MAX_FETCH);
+        let Some(cursor) = self.cursors.get_mut(&subscription.partition.name) else { return };
         if self.fetched > 0 && self.fetched + bytes > self.buffer_bytes {
-            self.starved.push_back(subscription);
+            cursor.parked = true;
+            self.starved.push(subscription);
             return;
         }
-        let Some(cursor) = self.cursors.get_mut(&subscription.partition.name) else { return };
         let (id, from, inbox) = (subscription.partition.id, cursor.next, self.inbox.clone());
         let wanted = subscription.clone();
         let read = Box::new(move |store: &Store| {
@@ -399,12 +433,17 @@ impl EmbeddedConsumer {
     fn retry_later(&mut self, gains: Vec<Gain>, partition: Option<Arc<Subscription>>) {
         let retry = self.retry.get_or_insert_with(|| Retry { at: Instant::now() + RETRY, gains: Vec::new(), partitions: Vec::new() });
         retry.gains.extend(gains);
-        retry.partitions.extend(partition);
+        if let Some(subscription) = partition {
+            if let Some(cursor) = self.cursors.get_mut(&subscription.partition.name) {
+                cursor.parked = true;
+            }
+            retry.partitions.push(subscription);
+        }
     }
 
     fn retry_now(&mut self) {
         let Some(Retry { gains, partitions, .. }) = self.retry.take() else { return };
-        partitions.iter().for_each(|subscription| subscription.ready());
+        self.unpark(partitions);
         // Those that were taken away in the meantime are not wanted any more.
         self.resolve(gains.into_iter().filter(|gain| self.resolving.get(&gain.partition.name) == Some(&gain.epoch)).collect());
     }

@@ -20,7 +20,7 @@ use tokio::{sync::oneshot, time::Instant};
 use super::{
     Shared,
     assignor::{Subscriptions, assign},
-    inbox::{Gain, Inbox, Notice},
+    inbox::{Gain, Inbox},
     log::{Catalog, lock},
 };
 use crate::{broker::Commit, record::TopicPartition};
@@ -32,11 +32,21 @@ pub(super) struct Handover {
     pub(super) epoch: u64,
 }
 
-/// What a member hears of its group.
+/// What a member hears of its group, in order.
 #[derive(Debug)]
 pub(super) enum GroupEvent {
     Gained(Vec<Gain>),
-    Losing { partitions: Vec<Handover>, done: oneshot::Sender<Vec<Commit>> },
+    Losing(Losing),
+    /// The hand-over of this number is over.
+    HandedOver(u64, Vec<Handover>),
+}
+
+/// A hand-over, for the member that gives.
+#[derive(Debug)]
+pub(super) struct Losing {
+    pub(super) id: u64,
+    pub(super) partitions: Vec<Handover>,
+    pub(super) done: oneshot::Sender<Vec<Commit>>,
 }
 
 /// A group. Lives as long as a member or a commit holds it.
@@ -49,6 +59,7 @@ pub(super) struct Group {
 #[derive(Debug, Default)]
 struct State {
     generation: u64,
+    handovers: u64,
     stale: bool,
     members: BTreeMap<u64, Member>,
     owners: BTreeMap<TopicPartition, Owner>,
@@ -83,6 +94,7 @@ impl State {
 
 /// A hand-over to be carried out: the partitions, and where the answer arrives.
 struct Begun {
+    id: u64,
     member: u64,
     partitions: Vec<Handover>,
     answer: oneshot::Receiver<Vec<Commit>>,
@@ -142,17 +154,17 @@ impl Group {
     }
 
     /// Ends a hand-over: the partitions are free.
-    fn release(&self, member: u64, partitions: Vec<Handover>) {
+    fn release(&self, id: u64, member: u64, partitions: Vec<Handover>) {
         let mut state = self.state();
         for Handover { partition, epoch } in &partitions {
             if state.owners.get(partition).is_some_and(|owner| owner.member == member && owner.epoch == *epoch) {
                 state.owners.remove(partition);
             }
         }
-        state.changed();
-        if let Some(member) = state.members.get(&member) {
-            member.inbox.push(Notice::HandedOver(partitions));
+        if let Some(member) = state.members.get_mut(&member) {
+            member.events.push_back(GroupEvent::HandedOver(id, partitions));
         }
+        state.changed();
     }
 }
 
@@ -188,13 +200,15 @@ impl State {
             self.generation = epoch;
         }
         let mut begun = Vec::new();
-        for (id, partitions) in losses {
+        for (member, partitions) in losses {
             let (done, answer) = oneshot::channel();
-            if let Some(member) = self.members.get_mut(&id) {
-                member.events.push_back(GroupEvent::Losing { partitions: partitions.clone(), done });
+            self.handovers += 1;
+            let id = self.handovers;
+            if let Some(member) = self.members.get_mut(&member) {
+                member.events.push_back(GroupEvent::Losing(Losing { id, partitions: partitions.clone(), done }));
                 member.inbox.assignment_changed();
             }
-            begun.push(Begun { member: id, partitions, answer });
+            begun.push(Begun { id, member, partitions, answer });
         }
         for (id, gained) in gains {
             if let Some(member) = self.members.get_mut(&id) {
@@ -208,7 +222,7 @@ impl State {
 
 /// Waits for the old member's answer, makes its commits durable, and frees the partitions.
 async fn hand_over(group: Arc<Group>, shared: Arc<Shared>, begun: Begun, deadline: Instant) {
-    let Begun { member, partitions, answer } = begun;
+    let Begun { id, member, partitions, answer } = begun;
     let answered = tokio::select! {
         answered = tokio::time::timeout_at(deadline, answer) => answered,
         () = shared.closing.cancelled() => return,
@@ -233,7 +247,7 @@ async fn hand_over(group: Arc<Group>, shared: Arc<Shared>, begun: Begun, deadlin
             "a member did not give up its partitions in time; they move, and its commits are refused from now on"
         ),
     }
-    group.release(member, partitions);
+    group.release(id, member, partitions);
 }
 
 /// All groups with members.

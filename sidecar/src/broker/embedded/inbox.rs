@@ -9,10 +9,7 @@ use std::{
 
 use tokio::sync::Notify;
 
-use super::{
-    group::Handover,
-    log::{Partition, Row, Subscription, lock},
-};
+use super::log::{Partition, Row, Subscription, lock};
 use crate::broker::BrokerError;
 
 /// Something that a consumer asked for is there, or something changed.
@@ -22,8 +19,6 @@ pub(super) enum Notice {
     Resolved(Result<Vec<Resolved>, (BrokerError, Vec<Gain>)>),
     /// Rows from the store, of those below `until`.
     Fetched { subscription: Arc<Subscription>, until: i64, rows: Result<Vec<Row>, BrokerError> },
-    /// A revocation is over; the partitions belong to somebody else.
-    HandedOver(Vec<Handover>),
 }
 
 /// A partition that the consumer gets.

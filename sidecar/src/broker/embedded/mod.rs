@@ -5,7 +5,7 @@
 //! | `log` | topics, partitions, watermarks and hot tails in memory |
 //! | `queue`, `writer` | the one thread that writes: group commit, then wake and acknowledge |
 //! | `reader` | the thread that reads what is not in memory |
-//! | `store`, `codec` | SQLite, and the encoding of a row |
+//! | `store`, `codec`, `checkpoint` | SQLite, the encoding of a row, the write-ahead log |
 //! | `group`, `assignor` | consumer groups within the process |
 //! | `consumer`, `inbox`, `client` | the consumer, the producer, the administration |
 //! | `housekeeping` | retention, compaction, free pages |
@@ -32,6 +32,7 @@ use tokio::sync::oneshot;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::{
+    checkpoint::Checkpoints,
     client::{EmbeddedAdmin, EmbeddedProducer},
     consumer::EmbeddedConsumer,
     group::Groups,
@@ -45,6 +46,7 @@ use self::{
 use super::{Admin, Broker, BrokerError, BrokerErrorKind, Consumer, ConsumerConfig, NewTopic, Producer};
 
 mod assignor;
+mod checkpoint;
 mod client;
 mod codec;
 mod consumer;
@@ -129,6 +131,7 @@ struct Shared {
     catalog: Catalog,
     queue: Queue,
     reads: Reads,
+    checkpoints: Checkpoints,
     groups: Groups,
     loners: Mutex<Vec<Weak<Inbox>>>,
     failing: AtomicBool,
@@ -147,6 +150,7 @@ impl Shared {
             config,
             catalog: Catalog::default(),
             reads: Reads::default(),
+            checkpoints: Checkpoints::default(),
             groups: Groups::default(),
             loners: Mutex::default(),
             failing: AtomicBool::new(false),
@@ -234,6 +238,7 @@ pub struct EmbeddedBroker {
 struct Threads {
     writer: JoinHandle<Result<(), BrokerError>>,
     reader: JoinHandle<()>,
+    checkpoints: JoinHandle<()>,
     _lock: File,
 }
 
@@ -249,22 +254,21 @@ impl EmbeddedBroker {
         let options = config.store_options();
         let store = Store::open(Some(&config.path), options)?;
         let reader = Store::open_reader(&config.path)?;
+        let checkpoints = Store::open_reader(&config.path)?;
         let shared = Arc::new(Shared::new(config, false));
         for topic in store.load(options)? {
             shared.catalog.insert(Arc::new(topic));
         }
-        let spawn_failed = |error: std::io::Error| {
-            BrokerError::new(BrokerErrorKind::Other, format!("embedded broker: cannot start a thread: {error}; raise the process's limit"))
-        };
-        let reads = shared.clone();
-        let reader =
-            std::thread::Builder::new().name("embedded-read".into()).spawn(move || reads.reads.run(&reader)).map_err(spawn_failed)?;
+        let (reading, moving) = (shared.clone(), shared.clone());
+        let reader = spawn(&shared, "embedded-read", move || reading.reads.run(&reader))?;
+        let checkpoints = spawn(&shared, "embedded-log", move || moving.checkpoints.run(&checkpoints))?;
         let writer = Writer::new(shared.clone(), store);
-        let writer = std::thread::Builder::new().name("embedded-write".into()).spawn(move || writer.run()).map_err(|error| {
-            shared.reads.close();
-            spawn_failed(error)
+        let abandon = Abandon(shared.clone());
+        let writer = spawn(&shared, "embedded-write", move || {
+            let _abandon = abandon;
+            writer.run()
         })?;
-        let threads = Threads { writer, reader, _lock: lock_file };
+        let threads = Threads { writer, reader, checkpoints, _lock: lock_file };
         Ok(Arc::new(Self { shared, threads: Mutex::new(Some(threads)) }))
     }
 
@@ -289,16 +293,17 @@ impl EmbeddedBroker {
         shared.tasks.close();
         shared.queue.close();
         shared.reads.close();
+        shared.checkpoints.close();
         if let Some(inline) = &shared.inline {
             // The writer holds the shared part, so it must go for both to be freed.
             let writer = lock(inline).take();
             drop(writer);
         }
-        let Some(Threads { writer, reader, _lock }) = threads else { return Ok(()) };
+        let Some(Threads { writer, reader, checkpoints, _lock }) = threads else { return Ok(()) };
         let died = |name| BrokerError::new(BrokerErrorKind::Other, format!("embedded broker: the thread '{name}' panicked"));
-        let written = writer.join().unwrap_or_else(|_| Err(died("embedded-write")));
         reader.join().map_err(|_| died("embedded-read"))?;
-        written
+        checkpoints.join().map_err(|_| died("embedded-log"))?;
+        writer.join().unwrap_or_else(|_| Err(died("embedded-write")))
     }
 }
 
@@ -309,6 +314,25 @@ impl Drop for EmbeddedBroker {
             tracing::error!(%error, "the embedded broker did not close well");
         }
     }
+}
+
+/// Answers those that wait when the writer ends, also if it panics.
+struct Abandon(Arc<Shared>);
+
+impl Drop for Abandon {
+    fn drop(&mut self) {
+        self.0.queue.abandon();
+    }
+}
+
+/// Starts a thread; if that fails, those that run already end.
+fn spawn<T: Send + 'static>(shared: &Shared, name: &str, run: impl FnOnce() -> T + Send + 'static) -> Result<JoinHandle<T>, BrokerError> {
+    std::thread::Builder::new().name(name.to_owned()).spawn(run).map_err(|error| {
+        shared.reads.close();
+        shared.checkpoints.close();
+        let detail = format!("embedded broker: cannot start the thread {name}: {error}; raise the process's limit");
+        BrokerError::new(BrokerErrorKind::Other, detail)
+    })
 }
 
 /// Checks what no run could work with.
@@ -380,5 +404,62 @@ impl Broker for EmbeddedBroker {
                 )),
             }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::{
+        broker::{Commit, Event, Outgoing, StartOffset},
+        record::{Record, TopicPartition},
+    };
+
+    fn config(topic: &str) -> ConsumerConfig {
+        let (group, topics) = (Some("g".to_owned()), vec![topic.into()]);
+        ConsumerConfig { group, topics, instance: None, start: StartOffset::Earliest, buffer_bytes: 1 << 20 }
+    }
+
+    async fn records(consumer: &mut Box<dyn Consumer>) -> (TopicPartition, usize) {
+        loop {
+            if let Event::Records(batch) = consumer.next().await {
+                return (batch.partition, batch.records.len());
+            }
+        }
+    }
+
+    /// Nothing runs on another thread, so a paused clock moves only when everybody waits for it: here, for the silent member's time.
+    #[tokio::test(start_paused = true)]
+    async fn in_memory_keeps_to_a_paused_clock() {
+        let started = tokio::time::Instant::now();
+        let config_of_broker = EmbeddedConfig { default_partitions: 2, ..EmbeddedConfig::new("") };
+        let timeout = config_of_broker.revoke_timeout;
+        let broker = EmbeddedBroker::in_memory(config_of_broker).expect("opens");
+        let out = |partition| Outgoing {
+            topic: "t".into(),
+            partition: Some(partition),
+            record: Record { value: Some(Bytes::from_static(b"v")), ..Record::default() },
+        };
+        let acks = broker.producer().send((0..100).map(|index| out(index % 2)).collect()).await;
+        assert!(acks.iter().all(Result::is_ok));
+        let mut silent = broker.consumer(config("t")).expect("a consumer");
+        assert_eq!(records(&mut silent).await.1 + records(&mut silent).await.1, 100);
+        let mut other = broker.consumer(config("t")).expect("a consumer");
+        assert_eq!(started.elapsed(), Duration::ZERO);
+        let (partition, count) = records(&mut other).await;
+        assert_eq!(count, 50);
+        assert_eq!(started.elapsed().as_secs(), timeout.as_secs());
+        let late = silent.commit(vec![Commit { partition, offset: 50, metadata: String::new() }]).await;
+        assert_eq!(late.map_err(|error| error.kind), Err(BrokerErrorKind::Fenced));
+        // The silent member learns of it when it looks.
+        match silent.next().await {
+            Event::Revoking(revoking) => assert!(revoking.lost),
+            other => panic!("{other:?}"),
+        }
+        other.close().await;
+        silent.close().await;
+        broker.close(Duration::from_secs(1)).await.expect("closes");
     }
 }

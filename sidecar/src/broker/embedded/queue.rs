@@ -124,7 +124,17 @@ impl Queue {
         Taken::Jobs(taken)
     }
 
-    /// Takes no more jobs.
+    /// Takes no more jobs, and drops those that wait: whoever submitted them learns it from its dropped reply.
+    pub(super) fn abandon(&self) {
+        let waiting = {
+            let mut state = lock(&self.state);
+            state.closed = true;
+            std::mem::take(&mut state.jobs)
+        };
+        drop(waiting);
+    }
+
+    /// Takes no more jobs; those that wait are done.
     pub(super) fn close(&self) {
         lock(&self.state).closed = true;
         self.wake.notify_all();

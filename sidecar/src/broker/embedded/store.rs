@@ -113,10 +113,9 @@ impl Store {
         let place = path.display().to_string();
         let connection = Connection::open(&path).map_err(|error| failed(&place, "open", &error))?;
         let store = Self { connection, place };
-        let prepared = store
-            .connection
-            .busy_timeout(Duration::from_secs(10))
-            .and_then(|()| store.connection.execute_batch("PRAGMA query_only=ON; PRAGMA cache_size=-1024;"));
+        let prepared = store.connection.busy_timeout(Duration::from_secs(10)).and_then(|()| {
+            store.connection.execute_batch("PRAGMA query_only=ON; PRAGMA cache_size=-1024; PRAGMA checkpoint_fullfsync=ON;")
+        });
         prepared.map_err(|error| store.failed("prepare", &error))?;
         Ok(store)
     }
@@ -124,10 +123,10 @@ impl Store {
     fn prepare(&self, options: StoreOptions) -> rusqlite::Result<()> {
         self.connection.busy_timeout(Duration::from_secs(10))?;
         self.connection.set_prepared_statement_cache_capacity(32);
-        // auto_vacuum has an effect only before the first table; fullfsync only on macOS.
+        // page_size and auto_vacuum have an effect only before the first table; fullfsync only on macOS.
         self.connection.execute_batch(
-            "PRAGMA auto_vacuum=INCREMENTAL; PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA fullfsync=ON;
-             PRAGMA wal_autocheckpoint=4000; PRAGMA journal_size_limit=33554432; PRAGMA cache_size=-2048; PRAGMA temp_store=MEMORY;",
+            "PRAGMA page_size=8192; PRAGMA auto_vacuum=INCREMENTAL; PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA fullfsync=ON;
+             PRAGMA wal_autocheckpoint=0; PRAGMA journal_size_limit=67108864; PRAGMA cache_size=-2048; PRAGMA temp_store=MEMORY;",
         )?;
         if let Some(bytes) = options.max_bytes {
             let page: u32 = self.connection.pragma_query_value(None, "page_size", |row| row.get(0))?;
@@ -375,6 +374,15 @@ impl Store {
             store.connection.execute("INSERT OR REPLACE INTO probe (id, data) VALUES (1, zeroblob(?))", [bytes.max(1)]).map(drop)
         })?;
         self.transaction(|store| store.connection.execute("DELETE FROM probe", []).map(drop))
+    }
+
+    /// Moves what is in the log into the file, without waiting for anybody; whether nothing is left, so that the log begins anew.
+    pub(super) fn move_log(&self) -> Result<bool, BrokerError> {
+        self.connection
+            .query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |row| {
+                Ok(row.get::<_, i64>(0)? == 0 && row.get::<_, i64>(1)? == row.get::<_, i64>(2)?)
+            })
+            .map_err(|error| self.failed("checkpoint", &error))
     }
 
     /// Moves the log into the file and empties it.

@@ -14,6 +14,7 @@ use tokio::sync::oneshot;
 
 use super::{
     Shared,
+    checkpoint::LogSize,
     codec::Encoder,
     group::Group,
     housekeeping::Housekeeper,
@@ -39,6 +40,10 @@ pub(super) const ROW_BYTES: usize = 256 << 10;
 const STICKY_BYTES: usize = 16 << 10;
 /// What a store must take to count as working again, after it failed.
 const PROBE_BYTES: u32 = 256 << 10;
+/// What a step of housekeeping writes into the log, about.
+const STEP_BYTES: usize = 1 << 20;
+/// What a transaction writes into the log for each of its rows, besides the row, about.
+const ROW_OVERHEAD: usize = 12 << 10;
 /// How long after a failure the store is tried again without a job that asks for it.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -51,6 +56,7 @@ pub(super) struct Writer {
     tails: VecDeque<(Arc<Partition>, i64, usize)>,
     tail_bytes: usize,
     housekeeper: Housekeeper,
+    log_size: LogSize,
     sticky: i32,
 }
 
@@ -81,6 +87,17 @@ impl Growth {
     }
 }
 
+type Committed = Result<(), BrokerError>;
+
+/// Start positions that are asked for.
+#[derive(Debug)]
+struct Resolve {
+    group: Option<Arc<Group>>,
+    gains: Vec<Gain>,
+    start: StartOffset,
+    inbox: Arc<Inbox>,
+}
+
 /// Everything of one transaction.
 #[derive(Debug, Default)]
 struct Plan {
@@ -88,8 +105,8 @@ struct Plan {
     by_partition: HashMap<i64, usize>,
     offsets: Vec<(Arc<str>, i64, i64, String)>,
     appended: Vec<(oneshot::Sender<Results>, Results)>,
-    committed: Vec<(oneshot::Sender<Result<(), BrokerError>>, Result<(), BrokerError>)>,
-    resolve: Vec<(Option<Arc<Group>>, Vec<Gain>, StartOffset, Arc<Inbox>)>,
+    committed: Vec<(oneshot::Sender<Committed>, Committed)>,
+    resolve: Vec<Resolve>,
 }
 
 impl Plan {
@@ -109,7 +126,7 @@ impl Plan {
 impl Writer {
     pub(super) fn new(shared: Arc<Shared>, store: Store) -> Self {
         let housekeeper = Housekeeper::new(&shared.config);
-        Self { shared, store, tails: VecDeque::new(), tail_bytes: 0, housekeeper, sticky: 0 }
+        Self { shared, store, tails: VecDeque::new(), tail_bytes: 0, housekeeper, log_size: LogSize::default(), sticky: 0 }
     }
 
     /// The thread's loop: until the queue is closed and empty; then the checkpoint.
@@ -151,10 +168,14 @@ impl Writer {
     }
 
     fn housekeeping(&mut self) {
+        if !self.housekeeper.due((self.shared.config.clock)()) {
+            return;
+        }
         let now = (self.shared.config.clock)();
         if let Err(error) = self.housekeeper.step(&self.store, &self.shared.catalog, now) {
             self.shared.failed(&error);
         }
+        self.log_size.grew(STEP_BYTES, &self.store, &self.shared.checkpoints);
     }
 
     fn execute(&mut self, jobs: Vec<Job>) {
@@ -170,7 +191,7 @@ impl Writer {
                     let result = self.plan_commit(&mut plan, &group, member, offsets);
                     plan.committed.push((reply, result));
                 }
-                Job::Resolve { group, gains, start, inbox } => plan.resolve.push((group, gains, start, inbox)),
+                Job::Resolve { group, gains, start, inbox } => plan.resolve.push(Resolve { group, gains, start, inbox }),
                 Job::CreateTopics { topics, reply } => {
                     // Nobody may wait any more.
                     let _ = reply.send(self.create_topics(topics));
@@ -197,7 +218,8 @@ impl Writer {
                 for (group, partition, offset, metadata) in &plan.offsets {
                     store.set_offset(group, *partition, *offset, metadata)?;
                 }
-                let resolve = |(group, gains, start, _): &(Option<Arc<Group>>, Vec<Gain>, StartOffset, Arc<Inbox>)| {
+                let resolve = |wanted: &Resolve| {
+                    let Resolve { group, gains, start, .. } = wanted;
                     gains.iter().map(|gain| resolve(store, &plan, group.as_deref(), gain, *start)).collect()
                 };
                 plan.resolve.iter().map(resolve).collect::<rusqlite::Result<Vec<Vec<Resolved>>>>()
@@ -206,10 +228,13 @@ impl Writer {
         match written {
             Ok(resolved) => {
                 let wrote = !plan.growth.is_empty() || !plan.offsets.is_empty();
+                let rows = plan.growth.iter().flat_map(|growth| &growth.rows);
+                let logged: usize = rows.map(|new| new.row.data.len() + ROW_OVERHEAD).sum();
+                let logged = logged + (plan.offsets.len() + plan.resolve.len()) * ROW_OVERHEAD;
                 for growth in std::mem::take(&mut plan.growth) {
                     self.publish(growth);
                 }
-                for ((_, _, _, inbox), resolved) in plan.resolve.into_iter().zip(resolved) {
+                for (Resolve { inbox, .. }, resolved) in plan.resolve.into_iter().zip(resolved) {
                     inbox.push(Notice::Resolved(Ok(resolved)));
                 }
                 // Whoever dropped its receiver does not want to know.
@@ -218,6 +243,8 @@ impl Writer {
                 if wrote && self.shared.is_failing() {
                     self.shared.recovered();
                 }
+                // Last, so that nobody who was acknowledged waits for it.
+                self.log_size.grew(logged, &self.store, &self.shared.checkpoints);
             }
             Err(failure) => {
                 self.shared.failed(&failure.error);
@@ -433,7 +460,7 @@ fn fail(plan: Plan, failure: &WriteError) {
     for (reply, result) in plan.committed {
         drop(reply.send(result.and(Err(failure.error.clone()))));
     }
-    for (_, gains, _, inbox) in plan.resolve {
+    for Resolve { gains, inbox, .. } in plan.resolve {
         inbox.push(Notice::Resolved(Err((failure.error.clone(), gains))));
     }
 }
