@@ -11,7 +11,7 @@ use mesh_sidecar::{
     },
     record::{Batch, Header, Record, TopicPartition},
 };
-use mesh_tests::kafka::{KafkaHandle, kafka, own_kafka};
+use mesh_tests::kafka::{KafkaHandle, kafka, own_kafka, own_kafka_with};
 use tokio::time::timeout;
 
 const LONG: Duration = Duration::from_secs(60);
@@ -697,5 +697,54 @@ async fn an_idle_consumer_wakes_at_once_for_a_record() {
     times.sort_unstable();
     assert!(times[25] < Duration::from_millis(40), "median {:?}, most {:?}", times[25], times[48]);
     println!("produce to consume: median {:?}, p90 {:?}", times[25], times[44]);
+    consumer.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_freezes_takes_the_partitions_and_gives_them_back() {
+    let Some(kafka) = own_kafka().await else { return };
+    let broker = open_with(&kafka, &[("session.timeout.ms", "2000"), ("heartbeat.interval.ms", "300")]);
+    let topic = topic(&broker, "freeze", 1).await;
+    let group = unique("group");
+    let mut consumer = broker.consumer(config(Some(&group), std::slice::from_ref(&topic))).unwrap();
+    assigned(&mut consumer).await;
+    produce(&broker, &topic, 0, 0..10).await;
+    read(&mut consumer, 10).await;
+    consumer.commit(vec![commit(&topic, 0, 5, "")]).await.unwrap();
+    kafka.freeze().unwrap();
+    let revoking = loop {
+        if let Event::Revoking(revoking) = next(&mut consumer).await {
+            break revoking;
+        }
+    };
+    assert!(revoking.lost, "the session is over");
+    kafka.thaw().unwrap();
+    let again = loop {
+        match next(&mut consumer).await {
+            Event::Assigned(assigned) => break assigned,
+            Event::Trouble(_) | Event::Recovered => {}
+            Event::Revoking(revoking) => assert!(revoking.lost),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(again[0].position, 5, "where the last commit was");
+    assert_eq!(read(&mut consumer, 5).await[0].1, 5);
+    consumer.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_advertised_address_that_leads_nowhere_is_named() {
+    let Some(kafka) = own_kafka_with("advertised.listeners=PLAINTEXT://kafka.invalid:{port}\n").await else { return };
+    let broker = open(&kafka);
+    let mut consumer = broker.consumer(config(Some("g"), &["t".into()])).unwrap();
+    let error = loop {
+        match next(&mut consumer).await {
+            Event::Trouble(error) if error.kind == BrokerErrorKind::Unreachable => break error,
+            Event::Trouble(_) | Event::Recovered => {}
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(error.detail.contains("kafka.invalid") && error.detail.contains("advertised.listeners"), "{error}");
+    assert!(broker.health().is_err());
     consumer.close().await;
 }
