@@ -1,5 +1,8 @@
 //! The Kafka broker of the sidecar against a real Kafka: what only Kafka does, and what it does when things go wrong.
 
+// The helpers of tests are tests too, which clippy cannot know.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;

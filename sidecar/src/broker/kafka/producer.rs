@@ -113,6 +113,12 @@ impl BatchState {
     }
 }
 
+impl Drop for BatchState {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
+
 fn gone(topic: &str) -> ProduceError {
     ProduceError {
         kind: ProduceErrorKind::Fatal,
@@ -281,8 +287,7 @@ impl Producer for KafkaProducer {
             return Box::pin(std::future::ready(Vec::new()));
         }
         let (done, answer) = oneshot::channel();
-        let topics: Vec<Arc<str>> = records.iter().map(|record| record.topic.clone()).collect();
-        let slots = topics.iter().cloned().map(Slot::Waiting).collect();
+        let slots = records.iter().map(|record| Slot::Waiting(record.topic.clone())).collect();
         let batch = Arc::new(Mutex::new(BatchState { slots, waiting: records.len(), done: Some(done) }));
         let client = self.shared.client.load();
         let bootstrap = self.shared.health.bootstrap();
@@ -308,7 +313,8 @@ impl Producer for KafkaProducer {
             }
         }
         drop(batch);
-        Box::pin(async move { answer.await.unwrap_or_else(|_| topics.iter().map(|topic| Err(gone(topic))).collect()) })
+        // The state answers even when it is dropped.
+        Box::pin(async move { answer.await.unwrap_or_default() })
     }
 
     fn known_partitions(&self, topic: &str) -> Option<i32> {
