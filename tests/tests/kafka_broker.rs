@@ -279,20 +279,29 @@ impl Member {
 #[tokio::test(flavor = "multi_thread")]
 async fn members_share_and_hand_over_without_a_duplicate() {
     let Some(kafka) = kafka().await else { return };
-    let broker = open(&kafka);
-    let topic = topic(&broker, "share", 4).await;
+    share_and_hand_over(&open(&kafka)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_newer_group_protocol_may_be_chosen() {
+    let Some(kafka) = kafka().await else { return };
+    share_and_hand_over(&open_with(&kafka, &[("group.protocol", "consumer")])).await;
+}
+
+async fn share_and_hand_over(broker: &KafkaBroker) {
+    let topic = topic(broker, "share", 4).await;
     let group = unique("group");
     for partition in 0..4 {
-        produce(&broker, &topic, partition, 0..50).await;
+        produce(broker, &topic, partition, 0..50).await;
     }
-    let mut first = Member::new(&broker, config(Some(&group), std::slice::from_ref(&topic)));
+    let mut first = Member::new(broker, config(Some(&group), std::slice::from_ref(&topic)));
     while first.seen.len() < 200 {
         let event = next(&mut first.consumer).await;
         first.handle(event);
     }
     assert_eq!(first.owned.len(), 4);
     // Nothing is committed but the starts: the hand-over must carry the rest.
-    let mut second = Member::new(&broker, config(Some(&group), std::slice::from_ref(&topic)));
+    let mut second = Member::new(broker, config(Some(&group), std::slice::from_ref(&topic)));
     while first.owned.len() + second.owned.len() != 4 || second.owned.is_empty() {
         let event = timeout(LONG, async {
             tokio::select! { event = first.consumer.next() => (true, event), event = second.consumer.next() => (false, event) }
@@ -302,7 +311,7 @@ async fn members_share_and_hand_over_without_a_duplicate() {
     }
     assert_eq!(first.owned.len(), 2, "cooperative: {:?} and {:?}", first.owned, second.owned);
     for partition in 0..4 {
-        produce(&broker, &topic, partition, 50..60).await;
+        produce(broker, &topic, partition, 50..60).await;
     }
     while first.seen.len() + second.seen.len() < 240 {
         let event = timeout(LONG, async {
@@ -323,7 +332,7 @@ async fn members_share_and_hand_over_without_a_duplicate() {
         let event = next(&mut first.consumer).await;
         first.handle(event);
     }
-    produce(&broker, &topic, theirs, 60..61).await;
+    produce(broker, &topic, theirs, 60..61).await;
     while first.seen.len() + second.seen.len() < 241 {
         let event = next(&mut first.consumer).await;
         first.handle(event);

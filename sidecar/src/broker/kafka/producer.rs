@@ -27,7 +27,13 @@ use rdkafka::{
 };
 use tokio::sync::oneshot;
 
-use super::{admin::Asker, error::produce_error, health::Health, settings::Settings, wakeup::lock};
+use super::{
+    admin::{AGAIN, Asker},
+    error::produce_error,
+    health::Health,
+    settings::Settings,
+    wakeup::lock,
+};
 use crate::{
     broker::{Acks, BrokerError, BrokerErrorKind, Outgoing, ProduceError, ProduceErrorKind, Producer},
     record::{Header, Position, TopicPartition},
@@ -325,7 +331,12 @@ impl Producer for KafkaProducer {
         let topic = topic.to_owned();
         Box::pin(async move {
             let last = self.shared.topics.last_seen(&topic).map(|(count, _)| count);
-            let asked = self.asker.partitions(topic.clone(), deadline).await;
+            let mut asked = self.asker.partitions(topic.clone(), deadline).await;
+            if matches!(asked, Ok(None)) {
+                // A topic that was created just now is not known to every broker at once.
+                tokio::time::sleep(AGAIN).await;
+                asked = self.asker.partitions(topic.clone(), deadline).await;
+            }
             match (asked, last) {
                 (Ok(Some(count)), _) => {
                     self.shared.topics.put(&topic, count);
