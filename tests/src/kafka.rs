@@ -90,11 +90,19 @@ pub fn kafka_blocking() -> Option<KafkaHandle> {
 /// # Panics
 /// As [`kafka`].
 pub async fn own_kafka() -> Option<KafkaHandle> {
-    blocking(own_kafka_blocking).await
+    own_kafka_with("").await
+}
+
+/// The same, with further lines of `server.properties`; `{port}` in them is the client's port.
+///
+/// # Panics
+/// As [`kafka`].
+pub async fn own_kafka_with(properties: &'static str) -> Option<KafkaHandle> {
+    blocking(move || own(properties)).await
 }
 
 /// Runs a start on a thread that may block; its panic is the caller's.
-async fn blocking(start: fn() -> Option<KafkaHandle>) -> Option<KafkaHandle> {
+async fn blocking(start: impl FnOnce() -> Option<KafkaHandle> + Send + 'static) -> Option<KafkaHandle> {
     match tokio::task::spawn_blocking(start).await {
         Ok(handle) => handle,
         Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
@@ -107,7 +115,11 @@ async fn blocking(start: fn() -> Option<KafkaHandle>) -> Option<KafkaHandle> {
 /// # Panics
 /// As [`kafka`].
 pub fn own_kafka_blocking() -> Option<KafkaHandle> {
-    match start_own() {
+    own("")
+}
+
+fn own(properties: &str) -> Option<KafkaHandle> {
+    match start_own(properties) {
         Ok(handle) => Some(handle),
         Err(error) => {
             let strict = std::env::var("CI").is_ok_and(|value| value == "true");
@@ -255,7 +267,7 @@ fn class_path() -> String {
     root().join(VERSION).join("libs").join("*").display().to_string()
 }
 
-fn start_own() -> anyhow::Result<KafkaHandle> {
+fn start_own(more: &str) -> anyhow::Result<KafkaHandle> {
     static NUMBER: AtomicU32 = AtomicU32::new(0);
     fetch()?;
     let [client, controller] = free_ports()?;
@@ -266,7 +278,7 @@ fn start_own() -> anyhow::Result<KafkaHandle> {
     fs::create_dir_all(&dir)?;
     let dir = dir.canonicalize()?;
     let bootstrap = format!("127.0.0.1:{client}");
-    fs::write(dir.join("server.properties"), properties(&dir, client, controller))?;
+    fs::write(dir.join("server.properties"), properties(&dir, client, controller) + &more.replace("{port}", &client.to_string()))?;
     let format = Command::new("java")
         .args(["-Xmx256m", "-XX:TieredStopAtLevel=1", "-cp"])
         .arg(class_path())

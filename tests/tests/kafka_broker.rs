@@ -1,5 +1,8 @@
 //! The Kafka broker of the sidecar against a real Kafka: what only Kafka does, and what it does when things go wrong.
 
+// The helpers of tests are tests too, which clippy cannot know.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
@@ -11,7 +14,7 @@ use mesh_sidecar::{
     },
     record::{Batch, Header, Record, TopicPartition},
 };
-use mesh_tests::kafka::{KafkaHandle, kafka, own_kafka};
+use mesh_tests::kafka::{KafkaHandle, kafka, own_kafka, own_kafka_with};
 use tokio::time::timeout;
 
 const LONG: Duration = Duration::from_secs(60);
@@ -276,20 +279,29 @@ impl Member {
 #[tokio::test(flavor = "multi_thread")]
 async fn members_share_and_hand_over_without_a_duplicate() {
     let Some(kafka) = kafka().await else { return };
-    let broker = open(&kafka);
-    let topic = topic(&broker, "share", 4).await;
+    share_and_hand_over(&open(&kafka)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_newer_group_protocol_may_be_chosen() {
+    let Some(kafka) = kafka().await else { return };
+    share_and_hand_over(&open_with(&kafka, &[("group.protocol", "consumer")])).await;
+}
+
+async fn share_and_hand_over(broker: &KafkaBroker) {
+    let topic = topic(broker, "share", 4).await;
     let group = unique("group");
     for partition in 0..4 {
-        produce(&broker, &topic, partition, 0..50).await;
+        produce(broker, &topic, partition, 0..50).await;
     }
-    let mut first = Member::new(&broker, config(Some(&group), std::slice::from_ref(&topic)));
+    let mut first = Member::new(broker, config(Some(&group), std::slice::from_ref(&topic)));
     while first.seen.len() < 200 {
         let event = next(&mut first.consumer).await;
         first.handle(event);
     }
     assert_eq!(first.owned.len(), 4);
     // Nothing is committed but the starts: the hand-over must carry the rest.
-    let mut second = Member::new(&broker, config(Some(&group), std::slice::from_ref(&topic)));
+    let mut second = Member::new(broker, config(Some(&group), std::slice::from_ref(&topic)));
     while first.owned.len() + second.owned.len() != 4 || second.owned.is_empty() {
         let event = timeout(LONG, async {
             tokio::select! { event = first.consumer.next() => (true, event), event = second.consumer.next() => (false, event) }
@@ -299,7 +311,7 @@ async fn members_share_and_hand_over_without_a_duplicate() {
     }
     assert_eq!(first.owned.len(), 2, "cooperative: {:?} and {:?}", first.owned, second.owned);
     for partition in 0..4 {
-        produce(&broker, &topic, partition, 50..60).await;
+        produce(broker, &topic, partition, 50..60).await;
     }
     while first.seen.len() + second.seen.len() < 240 {
         let event = timeout(LONG, async {
@@ -320,7 +332,7 @@ async fn members_share_and_hand_over_without_a_duplicate() {
         let event = next(&mut first.consumer).await;
         first.handle(event);
     }
-    produce(&broker, &topic, theirs, 60..61).await;
+    produce(broker, &topic, theirs, 60..61).await;
     while first.seen.len() + second.seen.len() < 241 {
         let event = next(&mut first.consumer).await;
         first.handle(event);
@@ -697,5 +709,54 @@ async fn an_idle_consumer_wakes_at_once_for_a_record() {
     times.sort_unstable();
     assert!(times[25] < Duration::from_millis(40), "median {:?}, most {:?}", times[25], times[48]);
     println!("produce to consume: median {:?}, p90 {:?}", times[25], times[44]);
+    consumer.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_freezes_takes_the_partitions_and_gives_them_back() {
+    let Some(kafka) = own_kafka().await else { return };
+    let broker = open_with(&kafka, &[("session.timeout.ms", "2000"), ("heartbeat.interval.ms", "300")]);
+    let topic = topic(&broker, "freeze", 1).await;
+    let group = unique("group");
+    let mut consumer = broker.consumer(config(Some(&group), std::slice::from_ref(&topic))).unwrap();
+    assigned(&mut consumer).await;
+    produce(&broker, &topic, 0, 0..10).await;
+    read(&mut consumer, 10).await;
+    consumer.commit(vec![commit(&topic, 0, 5, "")]).await.unwrap();
+    kafka.freeze().unwrap();
+    let revoking = loop {
+        if let Event::Revoking(revoking) = next(&mut consumer).await {
+            break revoking;
+        }
+    };
+    assert!(revoking.lost, "the session is over");
+    kafka.thaw().unwrap();
+    let again = loop {
+        match next(&mut consumer).await {
+            Event::Assigned(assigned) => break assigned,
+            Event::Trouble(_) | Event::Recovered => {}
+            Event::Revoking(revoking) => assert!(revoking.lost),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(again[0].position, 5, "where the last commit was");
+    assert_eq!(read(&mut consumer, 5).await[0].1, 5);
+    consumer.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_advertised_address_that_leads_nowhere_is_named() {
+    let Some(kafka) = own_kafka_with("advertised.listeners=PLAINTEXT://kafka.invalid:{port}\n").await else { return };
+    let broker = open(&kafka);
+    let mut consumer = broker.consumer(config(Some("g"), &["t".into()])).unwrap();
+    let error = loop {
+        match next(&mut consumer).await {
+            Event::Trouble(error) if error.kind == BrokerErrorKind::Unreachable => break error,
+            Event::Trouble(_) | Event::Recovered => {}
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(error.detail.contains("kafka.invalid") && error.detail.contains("advertised.listeners"), "{error}");
+    assert!(broker.health().is_err());
     consumer.close().await;
 }

@@ -34,6 +34,10 @@ use crate::{
 
 /// How long a question may take.
 const TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a topic may take from its creation until the brokers know it.
+const VISIBLE: Duration = Duration::from_secs(10);
+/// After how long a topic that is unknown is asked for again.
+pub(super) const AGAIN: Duration = Duration::from_millis(50);
 /// How many questions run at a time.
 const AT_ONCE: usize = 4;
 
@@ -83,6 +87,38 @@ impl Asker {
             let detail = format!("Kafka {} did not say within {deadline:?} whether the topic exists", self.health.bootstrap());
             Err(BrokerError::new(BrokerErrorKind::Unreachable, detail))
         })
+    }
+
+    async fn create(&self, topics: Vec<NewTopic>) -> Result<(), BrokerError> {
+        let _slot = self.slots.acquire().await;
+        let (config, health) = (self.settings.admin(None), self.health.clone());
+        let runtime = tokio::runtime::Handle::current();
+        // The client has a thread of its own, and its drop waits for it.
+        let created = tokio::task::spawn_blocking(move || {
+            let admin =
+                AdminClient::from_config_and_context(&config, Reporter(health)).map_err(|error| broker_error("create topics", &error))?;
+            runtime.block_on(create(&admin, &topics))
+        });
+        created.await.unwrap_or_else(|error| Err(BrokerError::new(BrokerErrorKind::Other, format!("create topics: {error}"))))
+    }
+
+    /// Waits until topics that the controller created are known to the broker that is asked: it learns of them a moment later.
+    async fn wait_visible(&self, topics: Vec<String>) -> Result<(), BrokerError> {
+        let until = Instant::now() + VISIBLE;
+        for topic in topics {
+            loop {
+                if let Some(count) = self.partitions(topic.clone(), TIMEOUT).await? {
+                    self.topics.put(&topic, count);
+                    break;
+                }
+                if Instant::now() > until {
+                    let detail = format!("topic `{topic}` was created, but is not visible after {VISIBLE:?}: try again");
+                    return Err(BrokerError::new(BrokerErrorKind::Other, detail));
+                }
+                tokio::time::sleep(AGAIN).await;
+            }
+        }
+        Ok(())
     }
 
     /// Serves log lines and errors of the shared client. Called now and then by the keeper.
@@ -236,16 +272,9 @@ impl Admin for Asker {
             for topic in &topics {
                 check_name(&topic.name)?;
             }
-            let _slot = self.slots.acquire().await;
-            let (config, health) = (self.settings.admin(None), self.health.clone());
-            let runtime = tokio::runtime::Handle::current();
-            // The client has a thread of its own, and its drop waits for it.
-            let created = tokio::task::spawn_blocking(move || {
-                let admin = AdminClient::from_config_and_context(&config, Reporter(health))
-                    .map_err(|error| broker_error("create topics", &error))?;
-                runtime.block_on(create(&admin, &topics))
-            });
-            created.await.unwrap_or_else(|error| Err(BrokerError::new(BrokerErrorKind::Other, format!("create topics: {error}"))))
+            let names: Vec<String> = topics.iter().map(|topic| topic.name.clone()).collect();
+            self.create(topics).await?;
+            self.wait_visible(names).await
         })
     }
 

@@ -37,6 +37,8 @@ struct State {
     reason: String,
     /// Whether the broker ever answered.
     reached: bool,
+    /// All connections are gone, which an idle client sees too: the keeper finds out.
+    suspect: bool,
 }
 
 /// What is wrong.
@@ -52,7 +54,7 @@ impl Health {
     pub(super) fn new(bootstrap: &str) -> Self {
         Self {
             bootstrap: bootstrap.to_owned(),
-            state: Mutex::new(State { trouble: None, reason: String::new(), reached: false }),
+            state: Mutex::new(State { trouble: None, reason: String::new(), reached: false, suspect: false }),
             version: AtomicU64::new(0),
             keeper: Wakeup::default(),
             logs: LogGate::default(),
@@ -87,13 +89,14 @@ impl Health {
     /// Whether the keeper has to ask.
     pub(super) fn wants_probe(&self) -> bool {
         let state = lock(&self.state);
-        !state.reached || state.trouble.is_some()
+        !state.reached || state.suspect || state.trouble.is_some()
     }
 
     /// The broker answered.
     pub(super) fn recovered(&self) {
         let mut state = lock(&self.state);
         state.reached = true;
+        state.suspect = false;
         state.reason.clear();
         if state.trouble.take().is_some() {
             self.version.fetch_add(1, Ordering::Release);
@@ -104,6 +107,7 @@ impl Health {
     /// The keeper got no answer.
     pub(super) fn unanswered(&self, error: BrokerError) {
         let mut state = lock(&self.state);
+        state.suspect = false;
         if state.trouble.is_none() {
             let error = match (&state.reason, error.kind) {
                 (reason, BrokerErrorKind::Unreachable) if !reason.is_empty() => self.down(reason),
@@ -118,8 +122,11 @@ impl Health {
         match code {
             Code::AllBrokersDown => {
                 let mut state = lock(&self.state);
-                let text = if state.reason.is_empty() { reason.to_owned() } else { state.reason.clone() };
-                self.set(&mut state, Trouble { error: self.down(&text), broker: None });
+                if state.reason.is_empty() {
+                    reason.clone_into(&mut state.reason);
+                }
+                state.suspect = true;
+                self.keeper.set();
             }
             Code::BrokerTransportFailure | Code::Resolve => {
                 let mut state = lock(&self.state);
@@ -278,6 +285,8 @@ mod tests {
             "boot:9092/bootstrap: Connect to ipv4#1.2.3.4:9092 failed: Connection refused (after 0ms in state CONNECT)",
         );
         health.report(Code::AllBrokersDown, "1/1 brokers are down");
+        assert!(health.trouble().is_none() && health.wants_probe(), "a broker closes idle connections: the keeper asks first");
+        health.unanswered(BrokerError::new(BrokerErrorKind::Unreachable, "timed out"));
         let error = health.check().unwrap_err();
         assert!(error.detail.contains("Connection refused") && !error.detail.contains("after 0ms"), "{error}");
     }

@@ -3,7 +3,7 @@
 //! Threads of our own: one polls the producer, one keeps watch while a broker is away, and each consumer has one. None of librdkafka's
 //! blocking calls runs on an async worker.
 //!
-//! Invariant: topics are created only by [`Admin::create_topics`](super::Admin::create_topics), never by producing or reading.
+//! Invariant: topics are created only by [`Admin::create_topics`], never by producing or reading.
 
 use std::{
     collections::BTreeMap,

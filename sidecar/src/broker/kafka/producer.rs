@@ -16,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use arc_swap::ArcSwap;
+use arc_swap::ArcSwapOption;
 use futures_util::future::BoxFuture;
 use rdkafka::{
     ClientContext,
@@ -24,11 +24,16 @@ use rdkafka::{
     error::KafkaError,
     message::{Header as KafkaHeader, Message, OwnedHeaders},
     producer::{BaseProducer, BaseRecord, DeliveryResult, Producer as _, ProducerContext},
-    types::RDKafkaErrorCode as Code,
 };
 use tokio::sync::oneshot;
 
-use super::{admin::Asker, error::produce_error, health::Health, settings::Settings, wakeup::lock};
+use super::{
+    admin::{AGAIN, Asker},
+    error::produce_error,
+    health::Health,
+    settings::Settings,
+    wakeup::lock,
+};
 use crate::{
     broker::{Acks, BrokerError, BrokerErrorKind, Outgoing, ProduceError, ProduceErrorKind, Producer},
     record::{Header, Position, TopicPartition},
@@ -51,7 +56,8 @@ pub(super) struct KafkaProducer {
 }
 
 struct Shared {
-    client: ArcSwap<Client>,
+    /// `None` once it is closed.
+    client: ArcSwapOption<Client>,
     settings: Settings,
     health: Arc<Health>,
     topics: Arc<Topics>,
@@ -113,10 +119,23 @@ impl BatchState {
     }
 }
 
+impl Drop for BatchState {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
+
 fn gone(topic: &str) -> ProduceError {
     ProduceError {
         kind: ProduceErrorKind::Fatal,
         detail: format!("topic `{topic}`: the producer was closed before the acknowledgement came"),
+    }
+}
+
+fn closed(topic: &str) -> ProduceError {
+    ProduceError {
+        kind: ProduceErrorKind::Unavailable,
+        detail: format!("topic `{topic}`: the producer is closed: this sidecar is shutting down"),
     }
 }
 
@@ -130,7 +149,8 @@ pub(super) struct Ticket {
 struct Context {
     health: Arc<Health>,
     topics: Arc<Topics>,
-    fatal: AtomicBool,
+    /// An error came. Its code does not say whether it is fatal; the client does.
+    failed: AtomicBool,
 }
 
 impl ClientContext for Context {
@@ -141,13 +161,9 @@ impl ClientContext for Context {
     fn stats_raw(&self, _: &[u8]) {}
 
     fn error(&self, error: KafkaError, reason: &str) {
-        match error.rdkafka_error_code() {
-            Some(Code::Fatal) => {
-                self.fatal.store(true, Ordering::Release);
-                tracing::error!(reason, "kafka: the producer failed for good and is rebuilt");
-            }
-            Some(code) => self.health.report(code, reason),
-            None => tracing::debug!(%error, reason, "kafka: producer error"),
+        self.failed.store(true, Ordering::Release);
+        if let Some(code) = error.rdkafka_error_code() {
+            self.health.report(code, reason);
         }
     }
 }
@@ -183,7 +199,8 @@ impl ProducerContext for Context {
 impl KafkaProducer {
     pub(super) fn open(settings: Settings, health: Arc<Health>, asker: Arc<Asker>, topics: Arc<Topics>) -> Result<Self, BrokerError> {
         let client = create(&settings, &health, &topics)?;
-        let shared = Arc::new(Shared { client: ArcSwap::from_pointee(client), settings, health, topics, stop: AtomicBool::new(false) });
+        let shared =
+            Arc::new(Shared { client: ArcSwapOption::from_pointee(client), settings, health, topics, stop: AtomicBool::new(false) });
         let thread = std::thread::Builder::new()
             .name("kafka-producer".to_owned())
             .spawn({
@@ -196,7 +213,7 @@ impl KafkaProducer {
 
     /// Waits for what was sent, then stops the thread. Blocks.
     pub(super) fn close(&self, deadline: Duration) -> Result<(), BrokerError> {
-        let client = self.shared.client.load_full();
+        let Some(client) = self.shared.client.load_full() else { return Ok(()) };
         let flushed = client.flush(deadline);
         let left = client.in_flight_count();
         drop(client);
@@ -219,7 +236,7 @@ impl Drop for KafkaProducer {
 }
 
 fn create(settings: &Settings, health: &Arc<Health>, topics: &Arc<Topics>) -> Result<Client, BrokerError> {
-    let context = Context { health: health.clone(), topics: topics.clone(), fatal: AtomicBool::new(false) };
+    let context = Context { health: health.clone(), topics: topics.clone(), failed: AtomicBool::new(false) };
     BaseProducer::from_config_and_context(&settings.producer(), context)
         .map_err(|error| super::error::broker_error("kafka: producer", &error))
 }
@@ -228,11 +245,17 @@ impl Shared {
     /// The polling thread.
     fn serve(&self) {
         while !self.stop.load(Ordering::Acquire) {
-            let client = self.client.load_full();
+            let Some(client) = self.client.load_full() else { break };
             client.poll(POLL);
-            if client.context().fatal.load(Ordering::Acquire) {
+            if client.context().failed.swap(false, Ordering::AcqRel)
+                && let Some((code, reason)) = client.client().fatal_error()
+            {
+                tracing::error!(%code, reason, "kafka: the producer failed for good and is rebuilt");
                 self.rebuild(client);
             }
+        }
+        if let Some(client) = self.client.swap(None) {
+            retire(client);
         }
     }
 
@@ -240,12 +263,13 @@ impl Shared {
     fn rebuild(&self, old: Arc<Client>) {
         match create(&self.settings, &self.health, &self.topics) {
             Ok(client) => {
-                self.client.store(Arc::new(client));
+                self.client.store(Some(Arc::new(client)));
                 retire(old);
             }
             Err(error) => {
                 // The old producer refuses every record, so nothing is lost by waiting.
                 tracing::error!("kafka: the producer could not be rebuilt, trying again: {error}");
+                old.context().failed.store(true, Ordering::Release);
                 old.poll(Duration::from_secs(1));
             }
         }
@@ -269,8 +293,7 @@ impl Producer for KafkaProducer {
             return Box::pin(std::future::ready(Vec::new()));
         }
         let (done, answer) = oneshot::channel();
-        let topics: Vec<Arc<str>> = records.iter().map(|record| record.topic.clone()).collect();
-        let slots = topics.iter().cloned().map(Slot::Waiting).collect();
+        let slots = records.iter().map(|record| Slot::Waiting(record.topic.clone())).collect();
         let batch = Arc::new(Mutex::new(BatchState { slots, waiting: records.len(), done: Some(done) }));
         let client = self.shared.client.load();
         let bootstrap = self.shared.health.bootstrap();
@@ -278,7 +301,10 @@ impl Producer for KafkaProducer {
         for (index, outgoing) in records.iter().enumerate() {
             let result = match &full {
                 Some(error) => Err(error.clone()),
-                None => enqueue(&client, outgoing, Ticket { batch: batch.clone(), index }, bootstrap),
+                None => match client.as_deref() {
+                    Some(client) => enqueue(client, outgoing, Ticket { batch: batch.clone(), index }, bootstrap),
+                    None => Err(closed(&outgoing.topic)),
+                },
             };
             if let Err(error) = result {
                 if error.kind == ProduceErrorKind::QueueFull {
@@ -293,7 +319,8 @@ impl Producer for KafkaProducer {
             }
         }
         drop(batch);
-        Box::pin(async move { answer.await.unwrap_or_else(|_| topics.iter().map(|topic| Err(gone(topic))).collect()) })
+        // The state answers even when it is dropped.
+        Box::pin(async move { answer.await.unwrap_or_default() })
     }
 
     fn known_partitions(&self, topic: &str) -> Option<i32> {
@@ -304,7 +331,12 @@ impl Producer for KafkaProducer {
         let topic = topic.to_owned();
         Box::pin(async move {
             let last = self.shared.topics.last_seen(&topic).map(|(count, _)| count);
-            let asked = self.asker.partitions(topic.clone(), deadline).await;
+            let mut asked = self.asker.partitions(topic.clone(), deadline).await;
+            if matches!(asked, Ok(None)) {
+                // A topic that was created just now is not known to every broker at once.
+                tokio::time::sleep(AGAIN).await;
+                asked = self.asker.partitions(topic.clone(), deadline).await;
+            }
             match (asked, last) {
                 (Ok(Some(count)), _) => {
                     self.shared.topics.put(&topic, count);
@@ -359,4 +391,57 @@ fn headers(headers: &[Header]) -> OwnedHeaders {
     headers.iter().fold(OwnedHeaders::new_with_capacity(headers.len()), |all, header| {
         all.insert(KafkaHeader { key: &header.name, value: header.value.as_deref() })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use rdkafka::{
+        mocking::MockCluster,
+        types::{RDKafkaApiKey, RDKafkaRespErr},
+    };
+
+    use super::*;
+    use crate::{
+        broker::{
+            Broker as _,
+            kafka::{KafkaBroker, KafkaOptions},
+        },
+        record::Record,
+    };
+
+    fn one(topic: &Arc<str>) -> Vec<Outgoing> {
+        vec![Outgoing { topic: topic.clone(), partition: Some(0), record: Record { value: Some("v".into()), ..Record::default() } }]
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_fatal_error_fails_what_was_sent_and_a_new_producer_goes_on() {
+        let cluster = MockCluster::new(1).unwrap();
+        cluster.create_topic("t", 1, 1).unwrap();
+        let keys = BTreeMap::from([("bootstrap.servers".to_owned(), cluster.bootstrap_servers())]);
+        let broker = KafkaBroker::open(keys, KafkaOptions::default()).unwrap();
+        let (producer, topic): (_, Arc<str>) = (broker.producer(), "t".into());
+        assert!(producer.send(one(&topic)).await[0].is_ok());
+        let first = Arc::downgrade(&broker.producer.shared.client.load_full().unwrap());
+        cluster.request_errors(RDKafkaApiKey::Produce, &[RDKafkaRespErr::RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER]);
+        let error = producer.send(one(&topic)).await.remove(0).unwrap_err();
+        assert_eq!(error.kind, ProduceErrorKind::Fatal, "{error}");
+        // Until the new producer stands, the old one refuses.
+        let recovered = tokio::time::timeout(Duration::from_secs(20), async {
+            loop {
+                match producer.send(one(&topic)).await.remove(0) {
+                    Ok(position) => return position,
+                    Err(error) => assert_eq!(error.kind, ProduceErrorKind::Fatal, "{error}"),
+                }
+            }
+        });
+        assert!(recovered.await.is_ok());
+        let second = broker.producer.shared.client.load_full().unwrap();
+        assert!(!std::ptr::eq(first.as_ptr(), Arc::as_ptr(&second)), "there is a new producer");
+        drop(second);
+        broker.close(Duration::from_secs(5)).await.unwrap();
+        let error = producer.send(one(&topic)).await.remove(0).unwrap_err();
+        assert_eq!(error.kind, ProduceErrorKind::Unavailable, "{error}");
+    }
 }

@@ -9,18 +9,19 @@ use rdkafka::{ClientConfig, config::RDKafkaLogLevel};
 use super::KafkaOptions;
 use crate::broker::{BrokerError, BrokerErrorKind, ConsumerConfig};
 
-/// Keys that the mesh sets itself, with the reason.
-const RESERVED: [(&str, &str); 10] = [
-    ("group.id", "a route's group is named by the routing table (`group`)"),
-    ("group.instance.id", "static membership is asked for by `instance`"),
-    ("transactional.id", "it is made of mesh, route and instance"),
-    ("enable.auto.commit", "the mesh commits what is complete, never what was read"),
-    ("enable.auto.offset.store", "the mesh commits what is complete, never what was read"),
-    ("auto.offset.reset", "where a group begins is a route's `start`; what was deleted unread is reported as `expired`"),
-    ("enable.idempotence", "without it records repeat and change their order"),
-    ("acks", "an acknowledged record is on all in-sync replicas"),
-    ("partition.assignment.strategy", "only cooperative-sticky leaves the other partitions running in a rebalance"),
-    ("enable.partition.eof", "the mesh asks for watermarks where it needs them"),
+/// Keys that the mesh sets itself: the values that it sets anyhow, and the reason.
+const RESERVED: [(&str, &[&str], &str); 11] = [
+    ("group.id", &[], "a route's group is named by the routing table (`group`)"),
+    ("group.instance.id", &[], "static membership is asked for by `instance`"),
+    ("transactional.id", &[], "it is made of mesh, route and instance"),
+    ("enable.auto.commit", &["false"], "the mesh commits what is complete, never what was read"),
+    ("enable.auto.offset.store", &["false"], "the mesh commits what is complete, never what was read"),
+    ("auto.offset.reset", &["error"], "where a group begins is a route's `start`; what was deleted unread is reported as `expired`"),
+    ("enable.idempotence", &["true"], "without it records repeat and change their order"),
+    ("acks", &["all", "-1"], "an acknowledged record is on all in-sync replicas"),
+    ("request.required.acks", &["all", "-1"], "an acknowledged record is on all in-sync replicas"),
+    ("partition.assignment.strategy", &["cooperative-sticky"], "only this one leaves the other partitions running in a rebalance"),
+    ("enable.partition.eof", &["false"], "the mesh asks for watermarks where it needs them"),
 ];
 
 /// The operator's settings, checked.
@@ -39,8 +40,8 @@ impl Settings {
                 "kafka: `bootstrap.servers` is missing: name one or more brokers as `host:port,host:port`",
             ));
         }
-        for (key, why) in RESERVED {
-            if let Some(value) = keys.get(key) {
+        for (key, same, why) in RESERVED {
+            if let Some(value) = keys.get(key).filter(|value| !same.contains(&value.as_str())) {
                 return Err(BrokerError::new(BrokerErrorKind::Config, format!("kafka: `{key}: {value}` cannot be set: {why}")));
             }
         }
@@ -54,7 +55,8 @@ impl Settings {
 
     fn base(&self) -> ClientConfig {
         let mut config = ClientConfig::new();
-        config.set_log_level(RDKafkaLogLevel::Info);
+        let debug = self.keys.contains_key("debug");
+        config.set_log_level(if debug { RDKafkaLogLevel::Debug } else { RDKafkaLogLevel::Info });
         config.set("client.id", &self.options.client_id);
         // A broker that returns is found within a second instead of ten.
         config.set("reconnect.backoff.ms", "50").set("reconnect.backoff.max.ms", "1000");
@@ -109,16 +111,24 @@ impl Settings {
             .set("queued.max.messages.kbytes", (ahead / 1024).to_string())
             .set("queued.min.messages", "100000")
             .set("fetch.max.bytes", ahead.max(self.options.record_bytes + 64 * 1024).to_string())
-            .set("session.timeout.ms", "10000")
             .set("socket.timeout.ms", "15000")
             .set("topic.metadata.refresh.interval.ms", "30000");
+        // With `group.protocol: consumer` the broker decides on both, and librdkafka refuses them.
+        let classic = self.keys.get("group.protocol").is_none_or(|protocol| protocol == "classic");
+        if classic {
+            config.set("session.timeout.ms", "10000");
+        }
         self.overlay(&mut config);
         config
             .set("allow.auto.create.topics", "false")
             .set("enable.auto.commit", "false")
             .set("enable.auto.offset.store", "false")
-            .set("auto.offset.reset", "error")
-            .set("partition.assignment.strategy", "cooperative-sticky");
+            .set("auto.offset.reset", "error");
+        if classic {
+            config.set("partition.assignment.strategy", "cooperative-sticky");
+        } else {
+            config.remove("partition.assignment.strategy");
+        }
         match &consumer.group {
             Some(group) => {
                 config.set("group.id", group);
@@ -150,6 +160,8 @@ mod tests {
         let error = Settings::new(keys(&[("bootstrap.servers", "a:1"), ("acks", "1")]), KafkaOptions::default()).unwrap_err();
         assert_eq!(error.kind, BrokerErrorKind::Config);
         assert!(error.detail.contains("acks: 1"), "{error}");
+        let same = keys(&[("bootstrap.servers", "a:1"), ("acks", "all"), ("enable.idempotence", "true")]);
+        assert!(Settings::new(same, KafkaOptions::default()).is_ok(), "what is set anyhow may be said");
     }
 
     #[test]

@@ -38,7 +38,7 @@ mod queue;
 mod session;
 mod start;
 
-/// The most characters in a commit's metadata.
+/// The most characters in a commit's metadata, counted as Java does.
 const METADATA: usize = 4096;
 
 type Client = BaseConsumer<Context>;
@@ -207,8 +207,9 @@ fn commit_list(offsets: &[Commit]) -> Result<TopicPartitionList, BrokerError> {
     let mut list = TopicPartitionList::with_capacity(offsets.len());
     for commit in offsets {
         let what = || format!("commit of {} at {}", commit.partition, commit.offset);
-        if commit.metadata.len() > METADATA {
-            let detail = format!("{}: {} bytes of metadata, {METADATA} are allowed", what(), commit.metadata.len());
+        let length = commit.metadata.encode_utf16().count();
+        if length > METADATA {
+            let detail = format!("{}: {length} characters of metadata, {METADATA} are allowed", what());
             return Err(BrokerError::new(BrokerErrorKind::Config, detail));
         }
         if commit.offset < 0 {
