@@ -25,6 +25,8 @@ use crate::{
 
 /// How long each question to the broker may take.
 const BROKER: Duration = Duration::from_secs(15);
+/// How long the creation of all topics may take.
+const CREATION: Duration = Duration::from_secs(45);
 /// How long the counting of backlogs may take: it is a courtesy.
 const COUNTING: Duration = Duration::from_secs(10);
 /// How long the proposal may take to come back from the log.
@@ -180,9 +182,7 @@ impl Control {
 
         let mut generation = in_force.generation;
         if !options.dry_run {
-            if !plan.create.is_empty() {
-                within(BROKER, "the creation of topics", admin.create_topics(plan.create)).await?;
-            }
+            within(CREATION, "the creation of topics", topics::create(&*admin, &plan.create)).await?;
             if changed {
                 generation = in_force.generation.checked_add(1).ok_or_else(|| ApplyError::Internal("no generation is left".into()))?;
                 self.propose(generation, candidate.json).await?;

@@ -23,6 +23,8 @@ pub(crate) const STATUS_TOPIC: &str = "__mesh.status";
 
 /// How many questions for watermarks are asked at once.
 const QUESTIONS: usize = 16;
+/// How many topics are created with one request: a table of thousands of routes has as many dead letter topics.
+const CREATED_AT_ONCE: usize = 100;
 
 /// A declared topic that exists with another partition count.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,10 +82,19 @@ pub(crate) fn plan(table: &CompiledTable, existing: &BTreeMap<String, i32>) -> P
 /// What the broker says; [`BrokerErrorKind::Unreachable`] and the like may pass.
 pub(crate) async fn ensure(admin: &dyn Admin, table: &CompiledTable) -> Result<Plan, BrokerError> {
     let plan = plan(table, &admin.topics().await?);
-    if !plan.create.is_empty() {
-        admin.create_topics(plan.create.clone()).await?;
-    }
+    create(admin, &plan.create).await?;
     Ok(plan)
+}
+
+/// Creates topics, in portions.
+///
+/// # Errors
+/// What the broker says. Those of earlier portions exist then.
+pub(crate) async fn create(admin: &dyn Admin, topics: &[NewTopic]) -> Result<(), BrokerError> {
+    for portion in topics.chunks(CREATED_AT_ONCE) {
+        admin.create_topics(portion.to_vec()).await?;
+    }
+    Ok(())
 }
 
 /// Creates the control plane's own topics where they do not exist, and checks that the control topic has one partition.
