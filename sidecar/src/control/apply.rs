@@ -23,6 +23,8 @@ use crate::{
     record::{Record, TopicPartition},
 };
 
+/// How long an apply waits for the control topic to be read to its end.
+const CATCH_UP: Duration = Duration::from_secs(8);
 /// How long each question to the broker may take.
 const BROKER: Duration = Duration::from_secs(15);
 /// How long the creation of all topics may take.
@@ -225,13 +227,13 @@ impl Control {
             ApplyError::NotReady(if reasons.is_empty() { format!("{CONTROL_TOPIC} was not read to its end in time") } else { reasons })
         };
         let mut progress = self.0.progress.subscribe();
-        let wait = timeout(BROKER, progress.wait_for(|progress| progress.caught_up)).await;
+        let wait = timeout(CATCH_UP, progress.wait_for(|progress| progress.caught_up)).await;
         if !wait.is_ok_and(|progress| progress.is_ok()) {
             return Err(not_ready());
         }
         let partition = TopicPartition::new(CONTROL_TOPIC, 0);
         let (_, end) = within(BROKER, "the end of the control topic", self.0.broker.admin().watermarks(&partition)).await?;
-        let wait = timeout(BROKER, progress.wait_for(|progress| progress.next_offset >= end)).await;
+        let wait = timeout(CATCH_UP, progress.wait_for(|progress| progress.next_offset >= end)).await;
         if wait.is_ok_and(|progress| progress.is_ok()) { Ok(()) } else { Err(not_ready()) }
     }
 

@@ -266,6 +266,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
         #[test]
         fn readers_agree_wherever_they_start(steps in steps(), until in 0usize..400, tombstones: bool, pause in 0usize..400) {
             let records = written(&steps);
