@@ -231,6 +231,8 @@ impl Control {
         if !wait.is_ok_and(|progress| progress.is_ok()) {
             return Err(not_ready());
         }
+        // Somebody may have deleted it since.
+        within(BROKER, "the control topic", topics::ensure_own(&*self.0.broker.admin())).await?;
         let partition = TopicPartition::new(CONTROL_TOPIC, 0);
         let (_, end) = within(BROKER, "the end of the control topic", self.0.broker.admin().watermarks(&partition)).await?;
         let wait = timeout(CATCH_UP, progress.wait_for(|progress| progress.next_offset >= end)).await;
