@@ -4,12 +4,15 @@
 //! `record`, `outcome`, `watermark`, `lanes`, `status`, `table`. A module imports only from floors below its own (a test reads the imports).
 
 pub mod api;
+pub mod app;
 pub mod broker;
 pub mod config;
+pub mod consume;
 pub mod control;
 pub mod deliver;
 pub mod lanes;
 pub mod outcome;
+pub mod publish;
 pub mod record;
 pub mod status;
 pub mod table;

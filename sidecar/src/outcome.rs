@@ -5,9 +5,9 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use mesh_routing::Route;
+use mesh_routing::{HeaderSource, Route};
 
-use crate::record::{Header, Position, Record};
+use crate::record::{Header, Position, Record, each_header};
 
 /// One attempt to hand a record to a handler.
 #[derive(Clone, Debug)]
@@ -80,6 +80,17 @@ pub struct ReplyRecord {
     pub content_type: Option<Bytes>,
     /// Further headers; one overrides the source's of the same name.
     pub headers: Vec<Header>,
+}
+
+/// As expressions see an answer's headers.
+impl HeaderSource for ReplyRecord {
+    fn get(&self, name: &str) -> Option<&[u8]> {
+        self.headers.iter().rev().find(|header| header.name == *name).and_then(|header| header.value.as_deref())
+    }
+
+    fn for_each(&self, each: &mut dyn FnMut(&str, &[u8])) {
+        each_header(&self.headers, each);
+    }
 }
 
 /// The answer to a delivery, on its way back to the route's loop.

@@ -6,6 +6,7 @@ use std::{fmt, sync::Arc};
 
 use bytes::Bytes;
 use bytestring::ByteString;
+use mesh_routing::HeaderSource;
 
 /// The names of the headers that the mesh itself writes into records.
 pub mod header {
@@ -78,6 +79,24 @@ impl Record {
             + self.key.as_ref().map_or(0, Bytes::len)
             + self.value.as_ref().map_or(0, Bytes::len)
             + self.headers.iter().map(|h| h.name.len() + h.value.as_ref().map_or(0, Bytes::len) + 32).sum::<usize>()
+    }
+}
+
+/// As expressions see a record's headers.
+impl HeaderSource for Record {
+    fn get(&self, name: &str) -> Option<&[u8]> {
+        self.header(name).map(|value| &**value)
+    }
+
+    fn for_each(&self, each: &mut dyn FnMut(&str, &[u8])) {
+        each_header(&self.headers, each);
+    }
+}
+
+/// Calls `each` with every header, in order; a null value is empty.
+pub(crate) fn each_header(headers: &[Header], each: &mut dyn FnMut(&str, &[u8])) {
+    for header in headers {
+        each(&header.name, header.value.as_deref().unwrap_or_default());
     }
 }
 

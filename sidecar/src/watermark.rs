@@ -97,6 +97,11 @@ impl Watermark {
         self.entries.front().map_or(self.next, |entry| entry.offset)
     }
 
+    /// Where reading goes on.
+    pub fn next(&self) -> i64 {
+        self.next
+    }
+
     /// Records that are entered and not complete.
     pub fn incomplete(&self) -> usize {
         self.incomplete

@@ -21,7 +21,7 @@ use crate::record::{HeaderSource, RecordView, ReplyView};
 /// The function that `matches` becomes: its second argument is a compiled expression.
 pub(super) const MATCHES: &str = "@matches";
 
-/// How much an evaluation may look up, in units of about one JSON value or 16 bytes; four more for
+/// How much an evaluation may look up, in units of about one JSON value or 16 bytes; two more for
 /// every byte of the record and the reply.
 const FUEL: i64 = 4 << 20;
 
@@ -83,7 +83,7 @@ pub(super) fn evaluate(program: &Program, record: &RecordView<'_>, reply: Option
         record,
         reply,
         json: [OnceLock::new(), OnceLock::new()],
-        fuel: AtomicI64::new(bytes.saturating_mul(4).saturating_add(FUEL)),
+        fuel: AtomicI64::new(bytes.saturating_mul(2).saturating_add(FUEL)),
     };
     let mut context = Context::with_env(Arc::clone(environment()));
     context.set_variable_resolver(&slots);

@@ -127,9 +127,11 @@ fn token(rest: &str, first: char) -> Result<usize, Refusal> {
         let length = bytes.iter().take_while(|b| b.is_ascii_alphanumeric() || **b == b'_').count();
         let prefix = &rest[..length];
         let quoted = matches!(bytes.get(length), Some(b'\'' | b'"'));
-        if quoted && length <= 2 && prefix.chars().all(|c| "rRbB".contains(c)) {
-            let raw = prefix.contains(['r', 'R']);
-            return string(&rest[length..], raw).map(|n| n + length);
+        let prefix = prefix.to_ascii_lowercase();
+        match prefix.as_str() {
+            "r" | "b" | "br" if quoted => return string(&rest[length..], prefix != "b").map(|n| n + length),
+            _ if quoted => return Err(Refusal::new(format!("`{prefix}` stands before a text"), "a text begins with ', \", r', b' or br'")),
+            _ => {}
         }
         return Ok(length);
     }
@@ -163,15 +165,37 @@ fn string(rest: &str, raw: bool) -> Result<usize, Refusal> {
         if tail.starts_with(end) {
             return Ok(at + end.len());
         }
-        let mut chars = tail.chars();
-        let char = chars.next().unwrap_or('\0');
-        at += char.len_utf8();
+        let char = tail.chars().next().unwrap_or('\0');
         if char == '\\' && !raw {
-            at += chars.next().map_or(0, char::len_utf8);
-        }
-        if char == '\n' && end.len() == 1 {
+            at += escape(tail)?;
+        } else if matches!(char, '\n' | '\r') && end.len() == 1 {
             break;
+        } else {
+            at += char.len_utf8();
         }
     }
     Err(Refusal::new("a string is not closed", ""))
+}
+
+/// The length of an escape. The lexer would skip what it does not know and read the rest of the
+/// text as code, so unknown ones are refused here.
+fn escape(tail: &str) -> Result<usize, Refusal> {
+    let bytes = tail.as_bytes();
+    let digits = |from: usize, count: usize, base: u32| {
+        let digits = bytes.get(from..from + count);
+        digits.is_some_and(|digits| digits.iter().all(|b| char::from(*b).is_digit(base)))
+    };
+    let length = match bytes.get(1) {
+        Some(b'\\' | b'\'' | b'"' | b'`' | b'?' | b'a' | b'b' | b'f' | b'n' | b'r' | b't' | b'v') => 2,
+        Some(b'x' | b'X') if digits(2, 2, 16) => 4,
+        Some(b'u') if digits(2, 4, 16) => 6,
+        Some(b'U') if digits(2, 8, 16) => 10,
+        Some(b'0'..=b'3') if digits(1, 3, 8) => 4,
+        _ => {
+            let shown: String = tail.chars().take(2).collect();
+            let hint = "write the backslash twice, or put r before the text: r'\\d+'";
+            return Err(Refusal::new(format!("`{shown}` is no escape"), hint));
+        }
+    };
+    Ok(length)
 }

@@ -55,6 +55,11 @@ impl Refusal {
 
 /// A compiled CEL expression over a record, and over its reply. Cheap to clone; two are equal
 /// when their sources are.
+///
+/// It sees `record.topic`, `.partition`, `.offset`, `.timestamp`, `.key` (text, or bytes when it
+/// is not UTF-8, or null), `.text`, `.json`, `.headers` and `.size` (bytes of the value), and in a
+/// case `reply.status`, `.text`, `.json`, `.headers` and `.size`. `has(record.json.a.b)` is false
+/// when any part of the path is missing.
 #[derive(Clone)]
 pub struct Expression(Arc<walk::Program>);
 

@@ -116,6 +116,39 @@ fn the_last_of_repeated_members_counts() {
 }
 
 #[test]
+fn a_dot_in_a_key_is_no_path() {
+    assert_eq!(eval("record.json['a.b'] == 1 && record.json.a.b == 2", r#"{"a.b":1,"a":{"b":2}}"#), Ok(true));
+    assert_eq!(eval("has(record.json.nothing.below)", "{}"), Ok(false));
+}
+
+#[test]
+fn no_code_hides_in_what_looks_like_text() {
+    let deep = "(".repeat(900);
+    for text in [
+        format!("'\\q{deep}' == 'a'"),
+        format!("rr'\\' '{deep}' == 'a'"),
+        format!("rb'\\' '{deep}' == 'a'"),
+        format!("'a\r{deep}' == 'a'"),
+        format!("'\\x4{deep}' == 'a'"),
+        format!("'\\400{deep}' == 'a'"),
+        format!("b'\\u12{deep}' == b'a'"),
+        format!("\"\"\"\\q{deep}\"\"\" == 'a'"),
+    ] {
+        refused(&text);
+    }
+    for text in [
+        "r'\\d' == '\\\\d'",
+        "'\\x41\\u0042\\103' == 'ABC'",
+        "\"\"\"a\nb'\"\"\" == 'a\\nb\\''",
+        "br'\\' == b'\\\\'",
+        "'((((((((((((((((' != ''",
+    ] {
+        assert_eq!(eval(text, ""), Ok(true), "{text}");
+    }
+    refused(&format!("{} == ''", ["record.text"; 8].join(" + ")));
+}
+
+#[test]
 fn json_is_read_only_when_it_is_needed() {
     assert_eq!(eval("record.topic == 'other' && record.json.x == 1", "no json"), Ok(false));
 }

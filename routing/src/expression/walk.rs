@@ -10,12 +10,14 @@ use regex::{Regex, RegexBuilder};
 
 use super::json::Paths;
 use super::{Refusal, Roots};
+use crate::node::join;
 use crate::value::nearest;
 
 /// The deepest syntax tree. Evaluation recurses, on a thread with an ordinary stack: a level takes
 /// up to 40 KiB without optimisation.
 const MAX_DEPTH: usize = 20;
 const MAX_SLOTS: usize = 64;
+const MAX_JOINS: usize = 4;
 const MAX_REGEX_BYTES: usize = 256 << 10;
 
 /// Allowed functions: the name, and how many arguments it has, a target included.
@@ -111,7 +113,7 @@ pub(super) struct Program {
 
 /// Checks a tree and makes it a program.
 pub(super) fn walk(source: &str, tree: IdedExpr, roots: Roots) -> Result<Program, Refusal> {
-    let mut walk = Walk { roots, slots: Vec::new(), json: Default::default(), scope: Vec::new(), in_body: false };
+    let mut walk = Walk { roots, slots: Vec::new(), json: Default::default(), scope: Vec::new(), in_body: false, joins: 0 };
     let mut tree = tree;
     if never_a_truth_value(&tree.expr) {
         let hint = "compare it, as in `record.size > 0`";
@@ -153,6 +155,8 @@ struct Walk {
     scope: Vec<String>,
     /// Within the body of a macro.
     in_body: bool,
+    /// How many `+` may join texts or lists.
+    joins: usize,
 }
 
 fn refuse<T>(message: impl Into<String>, hint: impl Into<String>) -> Result<T, Refusal> {
@@ -274,7 +278,7 @@ impl Walk {
             };
             return refuse(format!("`{root}.{field}` is not known"), hint);
         }
-        let text = format!("{root}.{}", path.join("."));
+        let text = path.iter().fold(root.to_owned(), |text, key| join(&text, key));
         let shown = if test { format!("has({text})") } else { text.clone() };
         if let Some(known) = self.slots.iter().position(|(name, _)| *name == shown) {
             return Ok(known);
@@ -338,6 +342,12 @@ impl Walk {
         if name == op::ADD && self.in_body && !call.args.iter().any(|arg| is_number(&arg.expr)) {
             let hint = "only numbers are added inside a macro: one side must be a number";
             return refuse("`+` inside a macro may join texts or lists", hint);
+        }
+        if name == op::ADD && !call.args.iter().any(|arg| is_number(&arg.expr)) {
+            self.joins += 1;
+            if self.joins > MAX_JOINS {
+                return refuse(format!("more than {MAX_JOINS} `+` that may join texts or lists"), "compare the parts");
+            }
         }
         if name == "matches" {
             self.regex(call)?;

@@ -8,11 +8,13 @@ use mesh_proto::{
     v1::{self, control_server::ControlServer},
 };
 use mesh_routing::Fault;
+use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use crate::{
     broker::BrokerErrorKind,
     control::{ApplyError, ApplyOptions, Control},
+    status::Board,
 };
 
 /// The largest request, in bytes: a table of 10,000 routes is 3 MB.
@@ -22,12 +24,14 @@ const MAX_REQUEST: usize = 16 << 20;
 #[derive(Clone, Debug)]
 pub struct AdminService {
     control: Control,
+    board: Board,
+    drain: CancellationToken,
 }
 
 impl AdminService {
-    /// The service.
-    pub fn new(control: Control) -> Self {
-        Self { control }
+    /// The service. `drain` is cancelled when a drain is asked for.
+    pub fn new(control: Control, board: Board, drain: CancellationToken) -> Self {
+        Self { control, board, drain }
     }
 
     /// The service, with limits that fit tables.
@@ -40,7 +44,7 @@ impl AdminService {
 ///
 /// # Errors
 /// Only if the descriptors of this build cannot be read.
-pub async fn router(control: Control) -> Result<Router, tonic_reflection::server::Error> {
+pub async fn router(service: AdminService) -> Result<Router, tonic_reflection::server::Error> {
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_serving::<ControlServer<AdminService>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
@@ -48,7 +52,7 @@ pub async fn router(control: Control) -> Result<Router, tonic_reflection::server
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()?;
     let mut routes = tonic::service::Routes::builder();
-    routes.add_service(AdminService::new(control).into_server()).add_service(health).add_service(reflection);
+    routes.add_service(service.into_server()).add_service(health).add_service(reflection);
     Ok(routes.routes().into_axum_router())
 }
 
@@ -103,6 +107,13 @@ impl v1::control_server::Control for AdminService {
 
     async fn get_status(&self, _: Request<v1::GetStatusRequest>) -> Result<Response<v1::GetStatusResponse>, Status> {
         Ok(Response::new(self.control.status()))
+    }
+
+    async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
+        let in_flight = self.board.routes().iter().map(|route| route.in_flight).sum();
+        tracing::info!(in_flight, "a drain was asked for");
+        self.drain.cancel();
+        Ok(Response::new(v1::DrainResponse { in_flight }))
     }
 }
 

@@ -1,11 +1,59 @@
 //! The sidecar's own configuration: what is local to one process. Floor 1.
 //!
-//! Raw text becomes [`Config`] at the edge, with all faults at once; nothing behind it checks again.
+//! A file (YAML or JSON), then the environment (`MESH_…`). Raw text becomes [`Config`] at the edge, with all faults at once; nothing behind it
+//! checks again.
+//!
+//! Invariant: what [`print()`] prints, [`load`] reads, secrets aside.
+//! Invariant: no secret is printed, nor named in a fault.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    env, fmt, fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+mod fault;
+mod print;
+mod read;
+mod source;
+mod values;
+
+pub use fault::{ConfigErrors, Fault, Place};
+pub use print::print;
+
+/// Reads the configuration: the file, if there is one, and over it the variables `MESH_…` of the environment. Variables that are empty, and
+/// those with other names, are passed over.
+///
+/// # Errors
+/// All faults, each with its place, value and hint.
+pub fn load(path: Option<&Path>, env: impl Iterator<Item = (String, String)>) -> Result<Config, ConfigErrors> {
+    let Some(path) = path else { return read::read(None, env) };
+    let file = path.display().to_string();
+    match fs::read_to_string(path) {
+        Ok(text) => read::read(Some((&file, &text)), env),
+        Err(error) => Err(ConfigErrors {
+            faults: vec![Fault {
+                place: Place::File { file, line: 0, column: 0 },
+                field: String::new(),
+                value: None,
+                problem: format!("cannot be read: {error}"),
+                hint: "give the path of a readable file".into(),
+            }],
+        }),
+    }
+}
+
+/// The variables `MESH_…` of this process's environment, for [`load`]. What is not UTF-8 is replaced, so that it shows up as a fault.
+pub fn environment() -> impl Iterator<Item = (String, String)> {
+    let text = |text: std::ffi::OsString| text.to_string_lossy().into_owned();
+    env::vars_os().map(move |(name, value)| (text(name), text(value))).filter(|(name, _)| name.starts_with(source::PREFIX))
+}
 
 /// The validated configuration.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// The mesh's name.
     pub mesh: Arc<str>,
@@ -35,7 +83,7 @@ impl Config {
 }
 
 /// One service.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServiceConfig {
     /// Its name in the routing table.
     pub name: Arc<str>,
@@ -52,18 +100,27 @@ pub struct ServiceConfig {
 /// How a service is reached. Comes from local configuration only, never from a table, a header or a record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AppAddress {
-    /// `http://host:port`: HTTP/1.1.
+    /// `http://host:port`: HTTP/1.1. The whole of it, with its scheme, and with a port only if one was given.
     Http(String),
-    /// `h2c://host:port`: HTTP/2 with prior knowledge.
+    /// `h2c://host:port`: HTTP/2 with prior knowledge. With its scheme, as above.
     H2c(String),
-    /// `grpc://host:port`: `mesh.v1.Handler`.
+    /// `grpc://host:port`: `mesh.v1.Handler`. With its scheme, as above.
     Grpc(String),
     /// `unix:/path`: HTTP/1.1 on a Unix socket.
     Unix(PathBuf),
 }
 
+impl fmt::Display for AppAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Http(address) | Self::H2c(address) | Self::Grpc(address) => f.write_str(address),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
 /// Which broker.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub enum BrokerConfig {
     /// The embedded broker, with its data in this folder.
     Embedded {
@@ -72,6 +129,16 @@ pub enum BrokerConfig {
     },
     /// Kafka; the keys are librdkafka's, as they are.
     Kafka(BTreeMap<String, String>),
+}
+
+impl fmt::Debug for BrokerConfig {
+    /// Secrets are redacted here too: a configuration ends up in logs easily.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Embedded { path } => f.debug_struct("Embedded").field("path", path).finish(),
+            Self::Kafka(settings) => f.debug_tuple("Kafka").field(&print::redacted(settings)).finish(),
+        }
+    }
 }
 
 /// The listeners.
@@ -117,3 +184,17 @@ pub struct Limits {
     /// Records fetched ahead, per route, in bytes.
     pub buffer_bytes: usize,
 }
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            record_bytes: 1 << 20,
+            publish_timeout: Duration::from_secs(30),
+            drain_timeout: Duration::from_secs(25),
+            buffer_bytes: 4 << 20,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -22,11 +22,18 @@ pub struct Breaker {
 
 #[derive(Debug)]
 enum State {
-    Closed { failed: u32 },
+    Closed {
+        failed: u32,
+    },
     /// Failures: closed again after the first probe that succeeds.
-    Open { until: Instant },
+    Open {
+        until: Instant,
+    },
     /// No service there.
-    Away { backoff: Duration, until: Instant },
+    Away {
+        backoff: Duration,
+        until: Instant,
+    },
 }
 
 /// What may be delivered now.

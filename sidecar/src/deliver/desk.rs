@@ -31,13 +31,7 @@ impl Desks {
     /// Opens the desk of a route, in place of one of its name. `answers` must hold as many answers as deliveries are ever out.
     pub(crate) fn open(&self, route: Arc<Route>, answers: mpsc::Sender<Answer>) -> Arc<Desk> {
         let name = route.name.clone();
-        let desk = Arc::new(Desk {
-            route,
-            answers,
-            state: Mutex::default(),
-            arrived: Notify::new(),
-            leased: Notify::new(),
-        });
+        let desk = Arc::new(Desk { route, answers, state: Mutex::default(), arrived: Notify::new(), leased: Notify::new() });
         lock(&self.0).insert(name, desk.clone());
         desk
     }

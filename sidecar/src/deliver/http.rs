@@ -162,9 +162,10 @@ pub(crate) fn outcome(status: StatusCode, headers: &HeaderMap, body: Bytes) -> O
     let body = Some(body).filter(|body| !body.is_empty());
     let records = if body.is_some() || tombstone {
         vec![ReplyRecord {
-            key: headers.get(MESH_KEY).map(|key| percent_decode(key.as_bytes()).collect::<Vec<u8>>().into()).or_else(|| {
-                headers.get(MESH_KEY_BASE64).and_then(|key| STANDARD.decode(key.as_bytes()).ok()).map(Bytes::from)
-            }),
+            key: headers
+                .get(MESH_KEY)
+                .map(|key| percent_decode(key.as_bytes()).collect::<Vec<u8>>().into())
+                .or_else(|| headers.get(MESH_KEY_BASE64).and_then(|key| STANDARD.decode(key.as_bytes()).ok()).map(Bytes::from)),
             value: if tombstone { None } else { body.clone() },
             content_type: headers.get(header::CONTENT_TYPE).map(|value| Bytes::copy_from_slice(value.as_bytes())),
             headers: headers

@@ -1,5 +1,139 @@
 //! Hands deliveries to handlers and brings their outcomes back. Floor 3.
 //!
-//! Invariant: every delivery that goes in comes back as exactly one [`crate::outcome::Answer`].
+//! A route's loop owns one [`Leaf`]: `dispatch` hands a delivery over and returns at once, `answers` brings what came back. What the loop
+//! needs to decide about calling at all is pure and beside it: the [`breaker`] and the [`retry`] pause. Retries wait in the loop, in their
+//! lane, not here: a record that waits takes no place from another.
+//!
+//! Invariant: every delivery that goes in comes back as exactly one [`Answer`], within its route's timeout once it was taken.
+//! Invariant: the loop has at most [`Leaf::room`] deliveries out, so no queue here can overflow.
 
+use tokio::sync::mpsc;
+use tokio_util::task::TaskTracker;
+
+use crate::{
+    config::AppAddress,
+    outcome::{Answer, Delivery, Outcome},
+};
+
+pub mod breaker;
+mod connect;
 pub mod desk;
+pub mod grpc;
+mod http;
+mod push;
+pub mod retry;
+mod stream;
+
+use desk::{Desk, Desks};
+use push::PushPool;
+use stream::HandlerStream;
+
+/// The way to one route's handler.
+pub struct Leaf {
+    way: Way,
+    room: usize,
+    answers: mpsc::Receiver<Answer>,
+    sender: mpsc::Sender<Answer>,
+}
+
+enum Way {
+    Push(PushPool),
+    Stream(HandlerStream),
+    Desk(std::sync::Arc<Desk>, Desks),
+}
+
+impl std::fmt::Debug for Leaf {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Leaf").field("room", &self.room).finish_non_exhaustive()
+    }
+}
+
+/// The most deliveries of one route that are out at the same time, whatever its concurrency says: the bound of the queues here. It is the
+/// largest concurrency that a table may name.
+const ROOM: usize = 10_000;
+
+impl Leaf {
+    /// The way to a service that is called. `limit` is the largest answer that is taken, in bytes.
+    ///
+    /// # Errors
+    /// If the address cannot be an address.
+    pub fn push(app: &AppAddress, limit: usize, tasks: &TaskTracker) -> Result<Self, String> {
+        let (sender, answers) = mpsc::channel(ROOM);
+        let pool = PushPool::new(app, limit, sender.clone(), tasks.clone())?;
+        let way = match app {
+            AppAddress::Grpc(address) => {
+                let client = grpc::client(push::channel(address)?, limit);
+                Way::Stream(HandlerStream::new(client, pool, ROOM, sender.clone(), tasks))
+            }
+            _ => Way::Push(pool),
+        };
+        Ok(Self { way, room: ROOM, answers, sender })
+    }
+
+    /// The way to a service that fetches its deliveries itself.
+    pub fn desk(desks: &Desks, route: std::sync::Arc<mesh_routing::Route>) -> Self {
+        let (sender, answers) = mpsc::channel(ROOM);
+        let desk = desks.open(route, sender.clone());
+        Self { way: Way::Desk(desk, desks.clone()), room: ROOM, answers, sender }
+    }
+
+    /// How many deliveries may be out.
+    pub fn room(&self) -> usize {
+        self.room
+    }
+
+    /// Hands a delivery over.
+    pub fn dispatch(&mut self, delivery: Delivery) {
+        match &mut self.way {
+            Way::Push(pool) => pool.dispatch(delivery),
+            Way::Stream(stream) => {
+                if let Err(delivery) = stream.dispatch(delivery) {
+                    let outcome = Outcome::NoService { reason: "the stream's task is gone".to_owned() };
+                    // There is room: the delivery that is answered was let in.
+                    let _ = self.sender.try_send(Answer { id: delivery.id, outcome });
+                }
+            }
+            Way::Desk(desk, _) => desk.put([delivery]),
+        }
+    }
+
+    /// Waits for answers, and adds all that are there to `into`. Cancel-safe.
+    pub async fn answers(&mut self, into: &mut Vec<Answer>) {
+        const AT_ONCE: usize = 512;
+        match &self.way {
+            Way::Desk(desk, _) => {
+                tokio::select! {
+                    _ = self.answers.recv_many(into, AT_ONCE) => {}
+                    () = desk.end_leases() => {}
+                }
+            }
+            _ => {
+                self.answers.recv_many(into, AT_ONCE).await;
+            }
+        }
+    }
+
+    /// Takes back the deliveries that no one has begun to handle.
+    pub fn withdraw(&mut self) -> Vec<u64> {
+        match &self.way {
+            Way::Desk(desk, _) => desk.withdraw(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Why nobody takes deliveries, for a leaf that waits to be asked.
+    pub fn unattended(&self) -> Option<String> {
+        match &self.way {
+            Way::Desk(desk, _) => desk.unattended(),
+            _ => None,
+        }
+    }
+}
+
+impl Drop for Leaf {
+    fn drop(&mut self) {
+        if let Way::Desk(desk, desks) = &self.way {
+            desks.close(desk);
+        }
+    }
+}

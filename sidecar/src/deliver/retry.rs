@@ -10,12 +10,8 @@ const LONGEST_WISH: Duration = Duration::from_secs(3600);
 /// The pause before the attempt after `attempt` (from 1): exponential, spread by ±10 % so that records that failed together do not come back
 /// together, and never shorter than what the service asked for. `spread` is any number that differs between records.
 pub fn pause(retry: &Retry, attempt: u32, wish: Option<Duration>, spread: u64) -> Duration {
-    let exponent = i32::try_from(attempt.saturating_sub(1)).unwrap_or(i32::MAX);
-    let factor = retry.multiplier.powi(exponent);
-    let seconds = (retry.initial.as_secs_f64() * factor).min(retry.max.as_secs_f64());
     let jitter = 0.9 + 0.2 * ((spread.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40) as f64 / (1u64 << 24) as f64);
-    let pause = Duration::try_from_secs_f64(seconds * jitter).unwrap_or(retry.max);
-    pause.max(wish.unwrap_or_default().min(LONGEST_WISH))
+    retry.pause(attempt).mul_f64(jitter).max(wish.unwrap_or_default().min(LONGEST_WISH))
 }
 
 #[cfg(test)]

@@ -37,16 +37,8 @@ impl HandlerStream {
         tasks: &TaskTracker,
     ) -> Self {
         let (deliveries, receiver) = mpsc::channel(room);
-        let owner = Owner {
-            client,
-            fallback,
-            room,
-            answers,
-            deliveries: receiver,
-            out: HashMap::new(),
-            deadlines: VecDeque::new(),
-            unary: false,
-        };
+        let owner =
+            Owner { client, fallback, room, answers, deliveries: receiver, out: HashMap::new(), deadlines: VecDeque::new(), unary: false };
         tasks.spawn(owner.run());
         Self { deliveries }
     }

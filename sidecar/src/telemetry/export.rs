@@ -338,6 +338,32 @@ pub(super) mod tests {
         assert_eq!(dropped.get(), 5_000);
     }
 
+    /// Counts warnings.
+    #[derive(Clone, Default)]
+    struct Warnings(Arc<AtomicU64>);
+
+    impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Warnings {
+        fn on_event(&self, event: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, S>) {
+            if *event.metadata().level() == tracing::Level::WARN && event.metadata().target().starts_with("mesh_sidecar") {
+                self.0.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn failures_are_logged_once_a_minute() {
+        use tracing_subscriber::layer::SubscriberExt;
+        let warnings = Warnings::default();
+        let _guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(warnings.clone()));
+        let collected = Collected { fails: true, ..Collected::default() };
+        let (tracer, dropped) = tracer(&collected, 4);
+        for _ in 0..150 {
+            spans(&tracer, 9);
+            sleep(Duration::from_secs(1)).await;
+        }
+        assert_eq!((warnings.0.load(Ordering::Relaxed), dropped.get()), (3, 150 * 9));
+    }
+
     #[tokio::test]
     async fn an_address_that_cannot_work_is_refused() {
         for bad in ["https://127.0.0.1:4317", "not an address", "http://"] {

@@ -5,4 +5,7 @@
 
 mod context;
 mod export;
+pub mod health;
+pub mod logs;
+pub mod metrics;
 pub mod trace;

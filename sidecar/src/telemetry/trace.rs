@@ -1,6 +1,6 @@
 //! Spans of the mesh: `send`, `process`, `commit`, by OpenTelemetry's messaging conventions.
 //!
-//! The span is built here and handed, finished, to the exporter's queue ([`super::export`]): the tracer of the OpenTelemetry SDK would cost a
+//! The span is built here and handed, finished, to the exporter's queue: the tracer of the OpenTelemetry SDK would cost a
 //! thread-local context, two copies and a lookup for what is three ids and a list of attributes.
 //!
 //! Invariant: with tracing off a span costs a copy of its parent's context, and no closure is called.
@@ -244,6 +244,30 @@ pub enum SpanValue {
     Word(&'static str),
     /// Yes or no.
     Bool(bool),
+}
+
+impl From<&'static str> for SpanValue {
+    fn from(word: &'static str) -> Self {
+        Self::Word(word)
+    }
+}
+
+impl From<Arc<str>> for SpanValue {
+    fn from(text: Arc<str>) -> Self {
+        Self::Shared(text)
+    }
+}
+
+impl From<String> for SpanValue {
+    fn from(text: String) -> Self {
+        Self::Text(text)
+    }
+}
+
+impl From<i64> for SpanValue {
+    fn from(number: i64) -> Self {
+        Self::Int(number)
+    }
 }
 
 impl From<SpanValue> for Value {

@@ -1,0 +1,99 @@
+//! The API over real sockets, on a broker in memory.
+
+use std::net::SocketAddr;
+
+use bytes::Bytes;
+use http::{Request, Response, StatusCode};
+use http_body_util::{BodyExt, Full};
+use hyper_util::rt::TokioIo;
+use mesh_proto::v1::{self, mesh_client::MeshClient};
+use tokio::net::TcpStream;
+use tonic::transport::Channel;
+
+use super::*;
+use crate::{
+    broker::ProduceErrorKind,
+    config::Config,
+    publish::{
+        Metrics,
+        fake::{Fake, Mode, config},
+    },
+    telemetry::trace::{TraceContext, Tracer},
+};
+
+mod publish_grpc;
+mod publish_http;
+
+struct World {
+    fake: Fake,
+    address: SocketAddr,
+    draining: CancellationToken,
+    shutdown: CancellationToken,
+    serving: tokio::task::JoinHandle<usize>,
+}
+
+impl World {
+    async fn new() -> Self {
+        Self::with(config(&["a"]), Fake::new(&["orders"])).await
+    }
+
+    async fn with(config: Config, fake: Fake) -> Self {
+        let broker: Arc<dyn Broker> = Arc::new(fake.clone());
+        let publisher = Publisher::new(broker.clone(), Arc::new(config), Tracer::disabled(), Metrics::default());
+        let (draining, shutdown) = (CancellationToken::new(), CancellationToken::new());
+        let api = Api::new(publisher, broker, Desks::default(), draining.clone()).unwrap();
+        let listener = listen::bind("api", "127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let serving = tokio::spawn(api.serve(listener, shutdown.clone()));
+        Self { fake, address, draining, shutdown, serving }
+    }
+
+    async fn client(&self) -> MeshClient<Channel> {
+        MeshClient::connect(format!("http://{}", self.address)).await.unwrap()
+    }
+
+    /// Sends one request on a connection of its own, and answers the head with a body that still streams.
+    async fn open(&self, request: Request<Full<Bytes>>) -> Response<Incoming> {
+        let stream = TcpStream::connect(self.address).await.unwrap();
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+        let driver = tokio::spawn(connection);
+        let response = sender.send_request(request).await.unwrap();
+        drop(driver);
+        response
+    }
+
+    async fn send(&self, request: Request<Full<Bytes>>) -> Answer {
+        let (parts, body) = self.open(request).await.into_parts();
+        let body = body.collect().await.unwrap().to_bytes();
+        let json = serde_json::from_slice(&body).unwrap_or(serde_json::Value::Null);
+        Answer { status: parts.status, headers: parts.headers, body, json }
+    }
+
+    async fn post(&self, path: &str, headers: &[(&str, &str)], body: impl Into<Bytes>) -> Answer {
+        let mut request = Request::post(path).header("host", "sidecar");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        self.send(request.body(Full::new(body.into())).unwrap()).await
+    }
+}
+
+struct Answer {
+    status: StatusCode,
+    headers: http::HeaderMap,
+    body: Bytes,
+    json: serde_json::Value,
+}
+
+impl Answer {
+    /// Checks that it is a problem of this status and code.
+    fn problem(&self, status: u16, code: &str) -> &serde_json::Value {
+        assert_eq!((self.status.as_u16(), self.json["code"].as_str()), (status, Some(code)), "{:?}", self.body);
+        assert_eq!(self.headers["content-type"], "application/problem+json");
+        assert_eq!(self.json["status"], status);
+        for field in ["type", "title", "detail", "persisted"] {
+            assert!(self.json[field].is_string(), "{field}");
+        }
+        &self.json
+    }
+}

@@ -1,0 +1,261 @@
+//! The whole sidecar, assembled once from its configuration. Floor 6: the only module that knows all the others.
+//!
+//! `Config → App::start → App::run`: data, wiring, life. The order of the end: readiness goes, routes drain (the publish API stays up, so that a
+//! service can publish to the last), the API drains, the control plane says goodbye, the broker flushes, spans are sent.
+//!
+//! Invariant: every task has an owner here, and is awaited.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use tokio::{net::TcpListener, task::JoinHandle, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    api::{Api, admin, listen, probe},
+    broker::{Broker, embedded, kafka},
+    config::{BrokerConfig, Config, Listen},
+    consume::{self, Supervisor},
+    control::{Control, ControlHandle},
+    deliver::desk::Desks,
+    publish::Publisher,
+    status::Board,
+    telemetry::{
+        health::{Condition, Health},
+        metrics::Metrics,
+        trace::{Identity, Tracer},
+    },
+};
+
+pub mod demo;
+pub mod remote;
+
+/// Why the sidecar cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The broker's configuration can never work, or its store cannot be opened.
+    #[error("broker: {0}")]
+    Broker(#[from] crate::broker::BrokerError),
+    /// A listener, or a token file.
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
+    /// The pinned table.
+    #[error("{0}")]
+    Table(#[from] crate::control::StartError),
+    /// The collector's address.
+    #[error("{0}")]
+    Trace(#[from] crate::telemetry::trace::TraceError),
+    /// The build's own descriptors.
+    #[error("reflection: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
+}
+
+/// A sidecar that runs.
+pub struct App {
+    config: Arc<Config>,
+    broker: Arc<dyn Broker>,
+    tracer: Tracer,
+    health: Health,
+    board: Board,
+    control: ControlHandle,
+    listen: Listen,
+    routes: JoinHandle<()>,
+    stop_routes: CancellationToken,
+    /// Requests to drain, from the admin port.
+    drain: CancellationToken,
+    listeners: Vec<JoinHandle<usize>>,
+    stop_listeners: CancellationToken,
+    stop_probe: CancellationToken,
+    probe: JoinHandle<usize>,
+    watcher: JoinHandle<()>,
+}
+
+impl std::fmt::Debug for App {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("App").field("listen", &self.listen).finish_non_exhaustive()
+    }
+}
+
+impl App {
+    /// Wires everything and starts it. A broker or a service that is away is no error: it is waited for, visibly.
+    ///
+    /// # Errors
+    /// What can never work: see [`StartError`].
+    pub async fn start(config: Config) -> Result<Self, StartError> {
+        let config = Arc::new(config);
+        let (health, board, desks, metrics) = (Health::new(), Board::default(), Desks::default(), Metrics::new());
+
+        // The probe first: a start that takes long is visible.
+        let probe_listener = listen::bind("probe", config.listen.probe).await?;
+        let (api_listener, admin_listener) =
+            (listen::bind("api", config.listen.api).await?, listen::bind("admin", config.listen.admin).await?);
+        let listen = Listen { api: address(&api_listener)?, admin: address(&admin_listener)?, probe: address(&probe_listener)? };
+        let stop_probe = CancellationToken::new();
+        let probe_router = probe::router(health.clone(), metrics.clone());
+        let probe = serve("probe", probe_listener, probe_router, &stop_probe);
+
+        let broker = open_broker(&config)?;
+        let stop_control = CancellationToken::new();
+        let control = Control::start(broker.clone(), config.clone(), board.clone(), stop_control).await?;
+        let tracer = match &config.telemetry.otlp {
+            None => Tracer::disabled(),
+            Some(endpoint) => {
+                let identity = Identity {
+                    mesh: config.mesh.to_string(),
+                    services: config.services.iter().map(|service| service.name.to_string()).collect(),
+                    instance: control.control().instance().to_owned(),
+                };
+                Tracer::otlp(endpoint, &identity, metrics.process().dropped_spans.clone())?
+            }
+        };
+
+        let stop_routes = CancellationToken::new();
+        let context = consume::Context {
+            config: config.clone(),
+            broker: broker.clone(),
+            board: board.clone(),
+            desks: desks.clone(),
+            metrics: metrics.clone(),
+            tracer: tracer.clone(),
+        };
+        let routes = tokio::spawn(Supervisor::new(context, control.table()).run(stop_routes.clone()));
+
+        let (stop_listeners, drain) = (CancellationToken::new(), CancellationToken::new());
+        let publisher = Publisher::new(broker.clone(), config.clone(), tracer.clone(), crate::publish::Metrics::default());
+        let api = Api::new(publisher, broker.clone(), desks, stop_routes.clone())?;
+        let admin_router = admin::router(admin::AdminService::new(control.control().clone(), board.clone(), drain.clone())).await?;
+        let listeners = vec![
+            tokio::spawn(api.serve(api_listener, stop_listeners.clone())),
+            serve("admin", admin_listener, admin_router, &stop_listeners),
+        ];
+        let watcher = tokio::spawn(watch(health.clone(), metrics, broker.clone(), control.control().clone(), stop_listeners.clone()));
+        tracing::info!(api = %listen.api, admin = %listen.admin, probe = %listen.probe, broker = broker.system(), mesh = %config.mesh, "listening");
+        Ok(Self {
+            config,
+            broker,
+            tracer,
+            health,
+            board,
+            control,
+            listen,
+            routes,
+            stop_routes,
+            drain,
+            listeners,
+            stop_listeners,
+            stop_probe,
+            probe,
+            watcher,
+        })
+    }
+
+    /// The addresses that were bound (a port 0 is resolved).
+    pub fn listen(&self) -> Listen {
+        self.listen
+    }
+
+    /// The control plane of this process.
+    pub fn control(&self) -> &Control {
+        self.control.control()
+    }
+
+    /// Where routes post their state.
+    pub fn board(&self) -> &Board {
+        &self.board
+    }
+
+    /// What the probes tell.
+    pub fn health(&self) -> &Health {
+        &self.health
+    }
+
+    /// Runs until `shutdown`, or until a drain is asked for, then drains and ends everything. Not cancel-safe.
+    pub async fn run(self, shutdown: CancellationToken) {
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            () = self.drain.cancelled() => {}
+        }
+        tracing::info!("shutting down: routes drain first, the API stays up meanwhile");
+        self.health.set(Condition::Serving, Err("the sidecar drains".to_owned()));
+        self.stop_routes.cancel();
+        let deadline = self.config.limits.drain_timeout + Duration::from_secs(5);
+        if tokio::time::timeout(deadline, self.routes).await.is_err() {
+            tracing::error!(?deadline, "routes did not drain in time: their records are delivered again");
+        }
+        self.stop_listeners.cancel();
+        for listener in self.listeners {
+            match listener.await {
+                Ok(0) => {}
+                Ok(cut) => tracing::warn!(cut, "connections were cut at the end of the drain"),
+                Err(error) => tracing::error!(%error, "a listener failed"),
+            }
+        }
+        if let Err(error) = self.watcher.await {
+            tracing::error!(%error, "the health watcher failed");
+        }
+        self.control.close().await;
+        if let Err(error) = self.broker.close(self.config.limits.drain_timeout).await {
+            tracing::error!(%error, "the broker did not close cleanly");
+        }
+        self.tracer.shutdown(Instant::now() + Duration::from_secs(3)).await;
+        self.stop_probe.cancel();
+        if let Err(error) = self.probe.await {
+            tracing::error!(%error, "the probe listener failed");
+        }
+        tracing::info!("stopped");
+    }
+}
+
+fn address(listener: &TcpListener) -> std::io::Result<SocketAddr> {
+    listener.local_addr()
+}
+
+fn serve(name: &'static str, listener: TcpListener, router: axum::Router, stop: &CancellationToken) -> JoinHandle<usize> {
+    tokio::spawn(listen::serve_router(listener, router, listen::Options::new(name), stop.clone()))
+}
+
+fn open_broker(config: &Config) -> Result<Arc<dyn Broker>, StartError> {
+    Ok(match &config.broker {
+        BrokerConfig::Embedded { path } => embedded::EmbeddedBroker::open(embedded::EmbeddedConfig {
+            max_record_bytes: config.limits.record_bytes,
+            ..embedded::EmbeddedConfig::new(path)
+        })?,
+        BrokerConfig::Kafka(keys) => kafka::KafkaBroker::open(
+            keys.clone(),
+            kafka::KafkaOptions { record_bytes: config.limits.record_bytes, ..kafka::KafkaOptions::default() },
+        )?,
+    })
+}
+
+/// Keeps the probes and the gauges of the process true.
+async fn watch(health: Health, metrics: Metrics, broker: Arc<dyn Broker>, control: Control, stop: CancellationToken) {
+    const PERIOD: Duration = Duration::from_millis(250);
+    let heartbeat = health.watch("runtime", Duration::from_secs(20));
+    let mut table = control.table();
+    let mut ready = control.ready();
+    let mut ticks = tokio::time::interval(PERIOD);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        heartbeat.beat();
+        let broker_state = broker.health().map_err(|error| error.to_string());
+        metrics.process().broker_up.set(u64::from(broker_state.is_ok()));
+        health.set(Condition::Broker, broker_state);
+        let generation = table.borrow_and_update().as_ref().map(|table| table.generation);
+        metrics.process().table_generation.set(generation.unwrap_or_default());
+        let settled = *ready.borrow_and_update();
+        // A mesh without a table is ready: it can publish, and waits for its first `apply`.
+        let state = match (settled, control.waiting()) {
+            (true, _) => Ok(()),
+            (false, reason) => Err(reason.unwrap_or_else(|| "the routing table is being read".to_owned())),
+        };
+        if state.is_ok() {
+            health.set(Condition::Started, Ok(()));
+        }
+        health.set(Condition::Table, state);
+        tokio::select! {
+            _ = ticks.tick() => {}
+            Ok(()) = table.changed() => {}
+            Ok(()) = ready.changed() => {}
+            () = stop.cancelled() => return,
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! What librdkafka calls while a consumer is polled: errors, log lines, rebalances. Nothing is handled here, only noted; the session
+//! handles it between polls.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
+
+use rdkafka::{
+    ClientContext,
+    config::RDKafkaLogLevel,
+    consumer::{BaseConsumer, Consumer as _, ConsumerContext},
+    error::KafkaError,
+    topic_partition_list::TopicPartitionList,
+    types::{RDKafkaErrorCode as Code, RDKafkaRespErr},
+};
+
+use super::super::{health::Health, wakeup::lock};
+
+/// A rebalance that waits for its answer.
+#[derive(Debug)]
+pub(super) enum Rebalance {
+    /// Partitions are given.
+    Assign(TopicPartitionList),
+    /// Partitions are taken.
+    Revoke {
+        /// Which.
+        list: TopicPartitionList,
+        /// They are another member's already.
+        lost: bool,
+    },
+}
+
+/// The context of a consumer.
+pub(super) struct Context {
+    pub(super) health: Arc<Health>,
+    rebalances: Mutex<VecDeque<Rebalance>>,
+    /// Errors of the group or of topics.
+    errors: Mutex<Vec<(Code, String)>>,
+    served: AtomicU64,
+    closing: AtomicBool,
+}
+
+impl Context {
+    pub(super) fn new(health: Arc<Health>) -> Self {
+        Self { health, rebalances: Mutex::default(), errors: Mutex::default(), served: AtomicU64::new(0), closing: AtomicBool::new(false) }
+    }
+
+    /// Grows with everything that was served: a poll that returns nothing and serves nothing found the queue empty.
+    pub(super) fn served(&self) -> u64 {
+        self.served.load(Ordering::Relaxed)
+    }
+
+    fn count(&self) {
+        self.served.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The next rebalance that waits.
+    pub(super) fn take_rebalance(&self) -> Option<Rebalance> {
+        lock(&self.rebalances).pop_front()
+    }
+
+    /// Whether a rebalance waits.
+    pub(super) fn rebalance_waits(&self) -> bool {
+        !lock(&self.rebalances).is_empty()
+    }
+
+    /// The errors since the last call.
+    pub(super) fn take_errors(&self) -> Vec<(Code, String)> {
+        std::mem::take(&mut *lock(&self.errors))
+    }
+
+    /// From now on a revocation is answered at once: nobody listens any more, and the drop waits for it.
+    pub(super) fn close(&self) {
+        self.closing.store(true, Ordering::Release);
+    }
+}
+
+impl ClientContext for Context {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
+        self.count();
+        self.health.log(level, facility, text);
+    }
+
+    fn stats_raw(&self, _: &[u8]) {
+        self.count();
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        self.count();
+        let Some(code) = error.rdkafka_error_code() else { return };
+        self.health.report(code, reason);
+        let mut errors = lock(&self.errors);
+        if errors.len() < 100 {
+            errors.push((code, reason.to_owned()));
+        }
+    }
+}
+
+impl ConsumerContext for Context {
+    fn rebalance(&self, consumer: &BaseConsumer<Self>, error: RDKafkaRespErr, list: &mut TopicPartitionList) {
+        self.count();
+        let assign = error == RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS;
+        if self.closing.load(Ordering::Acquire) {
+            if !assign && let Err(error) = consumer.incremental_unassign(list) {
+                tracing::debug!(%error, "kafka: unassign at close");
+            }
+            return;
+        }
+        let rebalance = if assign {
+            Rebalance::Assign(list.clone())
+        } else {
+            Rebalance::Revoke { list: list.clone(), lost: consumer.assignment_lost() }
+        };
+        lock(&self.rebalances).push_back(rebalance);
+    }
+}

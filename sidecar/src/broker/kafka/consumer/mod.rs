@@ -1,0 +1,224 @@
+//! A consumer: one OS thread that polls librdkafka, and a handle for the async side.
+//!
+//! The thread puts events and batches into a [`queue::Queue`] and never blocks on it; the handle takes them out. librdkafka says nothing of
+//! asynchronous commits through this binding (its event interface has no reply for them), so commits are synchronous, on a blocking
+//! thread, while polling goes on.
+//!
+//! Invariant: a commit of a partition that was revoked is refused here: the broker would accept it from any live member.
+//! Invariant: when the final commits of a revocation are made, no earlier commit of this consumer is under way.
+
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex},
+    thread::JoinHandle,
+};
+
+use futures_util::future::BoxFuture;
+use rdkafka::{
+    consumer::{BaseConsumer, CommitMode, Consumer as _},
+    topic_partition_list::{Offset, TopicPartitionList},
+};
+use tokio::sync::Notify;
+
+use self::{context::Context, queue::Queue, session::Session};
+use super::{
+    error::broker_error,
+    health::Health,
+    settings::Settings,
+    wakeup::{Wakeup, lock},
+};
+use crate::{
+    broker::{BrokerError, BrokerErrorKind, Commit, Consumer, ConsumerConfig, Event},
+    record::TopicPartition,
+};
+
+mod arena;
+mod context;
+mod queue;
+mod session;
+mod start;
+
+/// The most characters in a commit's metadata.
+const METADATA: usize = 4096;
+
+type Client = BaseConsumer<Context>;
+
+/// What the thread and the handle share.
+struct Shared {
+    queue: Mutex<Queue>,
+    ready: Notify,
+    wakeup: Arc<Wakeup>,
+    /// The client, for commits. The session holds the other reference.
+    client: Mutex<Option<Arc<Client>>>,
+    config: ConsumerConfig,
+    topics: HashSet<Arc<str>>,
+}
+
+impl Shared {
+    /// Puts an event in front of all records.
+    fn event(&self, event: Event) {
+        lock(&self.queue).event(event);
+        self.ready.notify_one();
+    }
+
+    fn closing(&self) -> bool {
+        lock(&self.queue).closing
+    }
+
+    /// Opens a commit: refused if a partition is no longer ours, counted otherwise.
+    fn begin_commit(&self, offsets: &[Commit]) -> Result<(), BrokerError> {
+        let mut queue = lock(&self.queue);
+        // A member may commit partitions of topics that it reads by other means (retry topics); of its own topics only what it owns.
+        if let Some(gone) = offsets.iter().find(|commit| self.topics.contains(&commit.partition.topic) && !queue.owns(&commit.partition)) {
+            let detail = format!("commit of {} at {}: the partition was given to another member", gone.partition, gone.offset);
+            return Err(BrokerError::new(BrokerErrorKind::Fenced, detail));
+        }
+        queue.committing += 1;
+        Ok(())
+    }
+
+    fn end_commit(&self) {
+        let mut queue = lock(&self.queue);
+        queue.committing -= 1;
+        if queue.committing == 0 {
+            self.wakeup.set();
+        }
+    }
+}
+
+/// The handle.
+pub(super) struct KafkaConsumer {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl KafkaConsumer {
+    pub(super) fn open(settings: &Settings, config: ConsumerConfig, health: Arc<Health>) -> Result<Self, BrokerError> {
+        if config.topics.is_empty() {
+            return Err(BrokerError::new(BrokerErrorKind::Config, "a consumer needs at least one topic"));
+        }
+        for topic in &config.topics {
+            super::admin::check_name(topic)?;
+        }
+        if config.group.as_ref().is_some_and(String::is_empty) {
+            return Err(BrokerError::new(BrokerErrorKind::Config, "a consumer group's name is empty"));
+        }
+        let kafka = settings.consumer(&config);
+        let shared = Arc::new(Shared {
+            queue: Mutex::default(),
+            ready: Notify::new(),
+            wakeup: Arc::default(),
+            client: Mutex::default(),
+            topics: config.topics.iter().cloned().collect(),
+            config,
+        });
+        // A setting that librdkafka refuses is found here, before there is a thread.
+        let mut session = Session::new(kafka, shared.clone(), health)?;
+        let name = format!("kafka-{}", shared.config.group.as_deref().unwrap_or("reader"));
+        let thread = std::thread::Builder::new()
+            .name(name)
+            .spawn(move || session.run())
+            .map_err(|error| BrokerError::new(BrokerErrorKind::Other, format!("kafka: no thread for a consumer: {error}")))?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    fn begin_close(&self) {
+        lock(&self.shared.queue).closing = true;
+        self.shared.wakeup.set();
+    }
+}
+
+impl Drop for KafkaConsumer {
+    fn drop(&mut self) {
+        // The thread ends by itself; waiting for it could block an async worker.
+        self.begin_close();
+    }
+}
+
+impl Consumer for KafkaConsumer {
+    fn next(&mut self) -> BoxFuture<'_, Event> {
+        Box::pin(async move {
+            loop {
+                // A notification between the look and the wait is kept as a permit.
+                let popped = lock(&self.shared.queue).pop();
+                if let Some(popped) = popped {
+                    if popped.resume {
+                        self.shared.wakeup.set();
+                    }
+                    return popped.event;
+                }
+                self.shared.ready.notified().await;
+            }
+        })
+    }
+
+    fn hold(&mut self, partition: &TopicPartition) {
+        lock(&self.shared.queue).hold(partition, true);
+    }
+
+    fn release(&mut self, partition: &TopicPartition) {
+        lock(&self.shared.queue).hold(partition, false);
+        self.shared.ready.notify_one();
+    }
+
+    fn commit(&self, offsets: Vec<Commit>) -> BoxFuture<'static, Result<(), BrokerError>> {
+        let shared = self.shared.clone();
+        Box::pin(async move {
+            if offsets.is_empty() {
+                return Ok(());
+            }
+            let list = commit_list(&offsets)?;
+            let Some(group) = shared.config.group.clone() else {
+                return Err(BrokerError::new(BrokerErrorKind::Config, "a consumer without a group keeps no offsets"));
+            };
+            let committed = tokio::task::spawn_blocking(move || {
+                shared.begin_commit(&offsets)?;
+                let client = lock(&shared.client).clone();
+                let result = match &client {
+                    Some(client) => {
+                        client.commit(&list, CommitMode::Sync).map_err(|error| broker_error(format!("commit of group `{group}`"), &error))
+                    }
+                    None => Err(BrokerError::new(BrokerErrorKind::Fenced, format!("commit of group `{group}`: the consumer is rejoining"))),
+                };
+                drop(client);
+                shared.end_commit();
+                result
+            });
+            committed
+                .await
+                .unwrap_or_else(|error| Err(BrokerError::new(BrokerErrorKind::Other, format!("kafka: a commit was cut short: {error}"))))
+        })
+    }
+
+    fn close(mut self: Box<Self>) -> BoxFuture<'static, ()> {
+        self.begin_close();
+        let thread = self.thread.take();
+        Box::pin(async move {
+            let joined = tokio::task::spawn_blocking(move || thread.is_none_or(|thread| thread.join().is_ok())).await;
+            if !matches!(joined, Ok(true)) {
+                tracing::error!("kafka: a consumer's thread did not end well");
+            }
+        })
+    }
+}
+
+/// Offsets in librdkafka's form.
+fn commit_list(offsets: &[Commit]) -> Result<TopicPartitionList, BrokerError> {
+    let mut list = TopicPartitionList::with_capacity(offsets.len());
+    for commit in offsets {
+        let what = || format!("commit of {} at {}", commit.partition, commit.offset);
+        if commit.metadata.len() > METADATA {
+            let detail = format!("{}: {} bytes of metadata, {METADATA} are allowed", what(), commit.metadata.len());
+            return Err(BrokerError::new(BrokerErrorKind::Config, detail));
+        }
+        if commit.offset < 0 {
+            return Err(BrokerError::new(BrokerErrorKind::Config, format!("{}: the offset is negative", what())));
+        }
+        let mut element = list.add_partition(&commit.partition.topic, commit.partition.partition);
+        element.set_offset(Offset::Offset(commit.offset)).map_err(|error| broker_error(what(), &error))?;
+        if !commit.metadata.is_empty() {
+            element.set_metadata(&commit.metadata);
+        }
+    }
+    Ok(list)
+}

@@ -1,0 +1,318 @@
+//! What lies between the polling thread and the async side: events first, then batches by partition, in turn.
+//!
+//! Pure: no I/O, no clock. One lock around it, taken per batch.
+//!
+//! Invariant: events that are not about records come before all records, so an assignment is seen before its first record.
+//! Invariant: while the barrier is up (a revocation is unanswered), no record leaves.
+//! Invariant: a partition that reaches its high mark is paused until half of it is drained; nothing ever blocks.
+
+use std::collections::{HashMap, VecDeque};
+
+use crate::{
+    broker::Event,
+    record::{Batch, Record, TopicPartition},
+};
+
+/// The most records in a batch.
+pub(super) const BATCH_RECORDS: usize = 512;
+/// The most bytes in a batch, a larger single record aside.
+pub(super) const BATCH_BYTES: usize = 256 * 1024;
+
+/// Something of one partition, in the order of its offsets.
+enum Item {
+    Records { records: Vec<(i64, Record)>, bytes: usize },
+    Expired { from: i64, to: i64 },
+}
+
+#[derive(Default)]
+struct Buffer {
+    items: VecDeque<Item>,
+    bytes: usize,
+    /// The async side wants nothing now.
+    held: bool,
+    /// The high mark was reached: the partition is paused at the broker's client.
+    paused: bool,
+    /// In `turn`.
+    queued: bool,
+    /// Being revoked: nothing is taken in, commits still are.
+    leaving: bool,
+}
+
+/// The queue of a consumer.
+#[derive(Default)]
+pub(super) struct Queue {
+    events: VecDeque<Event>,
+    barrier: bool,
+    buffers: HashMap<TopicPartition, Buffer>,
+    turn: VecDeque<TopicPartition>,
+    resume: Vec<TopicPartition>,
+    high: usize,
+    /// How many commits run now.
+    pub(super) committing: usize,
+    /// The consumer is to be closed.
+    pub(super) closing: bool,
+}
+
+/// What [`Queue::pop`] found.
+pub(super) struct Popped {
+    pub(super) event: Event,
+    /// The polling thread has a partition to resume.
+    pub(super) resume: bool,
+}
+
+impl Queue {
+    /// Sets the high mark of a partition, in bytes.
+    pub(super) fn set_high(&mut self, high: usize) {
+        self.high = high;
+    }
+
+    /// The next event, if one may leave.
+    pub(super) fn pop(&mut self) -> Option<Popped> {
+        if let Some(event) = self.events.pop_front() {
+            return Some(Popped { event, resume: false });
+        }
+        if self.barrier {
+            return None;
+        }
+        while let Some(partition) = self.turn.pop_front() {
+            let Some(buffer) = self.buffers.get_mut(&partition) else { continue };
+            buffer.queued = false;
+            if buffer.held {
+                continue;
+            }
+            let Some(item) = buffer.items.pop_front() else { continue };
+            let mut resume = false;
+            if let Item::Records { bytes, .. } = &item {
+                buffer.bytes = buffer.bytes.saturating_sub(*bytes);
+                if buffer.paused && buffer.bytes <= self.high / 2 {
+                    buffer.paused = false;
+                    self.resume.push(partition.clone());
+                    resume = true;
+                }
+            }
+            if !buffer.items.is_empty() {
+                buffer.queued = true;
+                self.turn.push_back(partition.clone());
+            }
+            let event = match item {
+                Item::Records { records, .. } => Event::Records(Batch { partition, records }),
+                Item::Expired { from, to } => Event::Expired { partition, from, to },
+            };
+            return Some(Popped { event, resume });
+        }
+        None
+    }
+
+    /// An event that comes before all records.
+    pub(super) fn event(&mut self, event: Event) {
+        if matches!(event, Event::Trouble(_) | Event::Recovered) {
+            // Only the newest state of things is news.
+            self.events.retain(|event| !matches!(event, Event::Trouble(_) | Event::Recovered));
+        }
+        self.events.push_back(event);
+    }
+
+    /// Takes in records of a partition; says whether it must be paused now.
+    pub(super) fn records(&mut self, partition: &TopicPartition, mut records: Vec<(i64, Record)>, bytes: usize) -> bool {
+        let Some(buffer) = self.buffers.get_mut(partition).filter(|buffer| !buffer.leaving) else { return false };
+        buffer.bytes += bytes;
+        match buffer.items.back_mut() {
+            Some(Item::Records { records: last, bytes: size })
+                if last.len() + records.len() <= BATCH_RECORDS && *size + bytes <= BATCH_BYTES =>
+            {
+                last.append(&mut records);
+                *size += bytes;
+            }
+            _ => buffer.items.push_back(Item::Records { records, bytes }),
+        }
+        let pause = !buffer.paused && buffer.bytes >= self.high;
+        buffer.paused |= pause;
+        self.enqueue(partition);
+        pause
+    }
+
+    /// Offsets of a partition were deleted unread, behind the records taken in so far.
+    pub(super) fn expired(&mut self, partition: &TopicPartition, from: i64, to: i64) {
+        if let Some(buffer) = self.buffers.get_mut(partition).filter(|buffer| !buffer.leaving) {
+            buffer.items.push_back(Item::Expired { from, to });
+            self.enqueue(partition);
+        }
+    }
+
+    fn enqueue(&mut self, partition: &TopicPartition) {
+        if let Some(buffer) = self.buffers.get_mut(partition)
+            && !buffer.queued
+            && !buffer.held
+            && !buffer.items.is_empty()
+        {
+            buffer.queued = true;
+            self.turn.push_back(partition.clone());
+        }
+    }
+
+    /// A partition is ours.
+    pub(super) fn add(&mut self, partition: TopicPartition) {
+        self.buffers.insert(partition, Buffer::default());
+    }
+
+    /// A partition is about to go: what is buffered of it is dropped.
+    pub(super) fn leaving(&mut self, partition: &TopicPartition) {
+        if let Some(buffer) = self.buffers.get_mut(partition) {
+            *buffer = Buffer { leaving: true, ..Buffer::default() };
+        }
+        self.turn.retain(|queued| queued != partition);
+    }
+
+    /// A partition is gone: commits of it are refused from now on.
+    pub(super) fn remove(&mut self, partition: &TopicPartition) {
+        self.buffers.remove(partition);
+        self.turn.retain(|queued| queued != partition);
+    }
+
+    /// Whether a partition is ours, leaving or not.
+    pub(super) fn owns(&self, partition: &TopicPartition) -> bool {
+        self.buffers.contains_key(partition)
+    }
+
+    /// How many partitions are ours.
+    pub(super) fn len(&self) -> usize {
+        self.buffers.len()
+    }
+
+    /// Whether a partition is paused at the client.
+    pub(super) fn paused(&self, partition: &TopicPartition) -> bool {
+        self.buffers.get(partition).is_some_and(|buffer| buffer.paused)
+    }
+
+    /// Stops or lets pass what is buffered of a partition.
+    pub(super) fn hold(&mut self, partition: &TopicPartition, held: bool) {
+        if let Some(buffer) = self.buffers.get_mut(partition) {
+            buffer.held = held;
+            if !held {
+                self.enqueue(partition);
+            }
+        }
+    }
+
+    /// Raises or lowers the barrier.
+    pub(super) fn set_barrier(&mut self, barrier: bool) {
+        self.barrier = barrier;
+    }
+
+    /// A revocation that nobody has read yet is over: there is nothing to commit for it any more.
+    pub(super) fn revocation_over(&mut self) {
+        for event in &mut self.events {
+            if let Event::Revoking(revoking) = event {
+                revoking.lost = true;
+            }
+        }
+    }
+
+    /// The partitions to resume at the client.
+    pub(super) fn take_resume(&mut self) -> Vec<TopicPartition> {
+        let Self { resume, buffers, .. } = self;
+        resume.drain(..).filter(|partition| buffers.get(partition).is_some_and(|buffer| !buffer.paused && !buffer.leaving)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::broker::{BrokerError, BrokerErrorKind};
+
+    fn partition(number: i32) -> TopicPartition {
+        TopicPartition::new("t", number)
+    }
+
+    fn some(from: i64, count: i64) -> Vec<(i64, Record)> {
+        (from..from + count).map(|offset| (offset, Record::default())).collect()
+    }
+
+    fn offsets(event: Option<Popped>) -> Vec<i64> {
+        match event.map(|popped| popped.event) {
+            Some(Event::Records(batch)) => batch.records.iter().map(|(offset, _)| *offset).collect(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn partitions_take_turns_and_small_batches_merge() {
+        let mut queue = Queue::default();
+        queue.set_high(1_000_000);
+        queue.add(partition(0));
+        queue.add(partition(1));
+        queue.records(&partition(0), some(0, 2), 10);
+        queue.records(&partition(0), some(2, 2), 10);
+        queue.records(&partition(1), some(0, 1), 10);
+        queue.records(&partition(0), some(4, 511), 10);
+        assert_eq!(offsets(queue.pop()), [0, 1, 2, 3]);
+        assert_eq!(offsets(queue.pop()), [0]);
+        assert_eq!(offsets(queue.pop()).len(), 511);
+        assert!(queue.pop().is_none());
+    }
+
+    #[test]
+    fn pauses_at_the_mark_and_resumes_at_half() {
+        let mut queue = Queue::default();
+        queue.set_high(100);
+        queue.add(partition(0));
+        assert!(!queue.records(&partition(0), some(0, 512), 60));
+        assert!(queue.records(&partition(0), some(512, 512), 60));
+        assert!(!queue.records(&partition(0), some(1024, 1), 60), "paused only once");
+        assert!(!queue.pop().unwrap().resume);
+        assert!(queue.take_resume().is_empty());
+        assert!(!queue.pop().unwrap().resume, "60 of 100 are left");
+        assert!(queue.pop().unwrap().resume);
+        assert_eq!(queue.take_resume(), [partition(0)]);
+        assert!(queue.take_resume().is_empty());
+    }
+
+    #[test]
+    fn held_partitions_keep_what_they_have() {
+        let mut queue = Queue::default();
+        queue.set_high(100);
+        queue.add(partition(0));
+        queue.records(&partition(0), some(0, 1), 1);
+        queue.hold(&partition(0), true);
+        queue.records(&partition(0), some(1, 1), 1);
+        assert!(queue.pop().is_none());
+        queue.hold(&partition(0), false);
+        queue.hold(&partition(0), false);
+        assert_eq!(offsets(queue.pop()), [0, 1]);
+        assert!(queue.pop().is_none());
+    }
+
+    #[test]
+    fn the_barrier_stops_records_but_not_events() {
+        let mut queue = Queue::default();
+        queue.set_high(100);
+        queue.add(partition(0));
+        queue.add(partition(1));
+        queue.records(&partition(0), some(0, 1), 1);
+        queue.records(&partition(1), some(0, 1), 1);
+        queue.set_barrier(true);
+        queue.leaving(&partition(1));
+        queue.records(&partition(1), some(1, 1), 1);
+        queue.event(Event::Trouble(BrokerError::new(BrokerErrorKind::Other, "x")));
+        queue.event(Event::Recovered);
+        assert!(matches!(queue.pop().unwrap().event, Event::Recovered));
+        assert!(queue.pop().is_none());
+        queue.remove(&partition(1));
+        queue.set_barrier(false);
+        assert_eq!(offsets(queue.pop()), [0]);
+        assert!(queue.pop().is_none() && !queue.owns(&partition(1)));
+    }
+
+    #[test]
+    fn what_expired_comes_behind_the_records_before_it() {
+        let mut queue = Queue::default();
+        queue.set_high(100);
+        queue.add(partition(0));
+        queue.records(&partition(0), some(0, 1), 1);
+        queue.expired(&partition(0), 1, 5);
+        queue.records(&partition(0), some(5, 1), 1);
+        assert_eq!(offsets(queue.pop()), [0]);
+        assert!(matches!(queue.pop().unwrap().event, Event::Expired { from: 1, to: 5, .. }));
+        assert_eq!(offsets(queue.pop()), [5]);
+    }
+}

@@ -1,0 +1,292 @@
+//! What is known of the brokers' reachability, and the clients' errors and log lines.
+//!
+//! Every client reports its errors here. One keeper thread asks the broker while something is wrong, and clears it: librdkafka says when
+//! brokers went away, but not when they came back.
+//!
+//! Invariant: reading the state is one lock and no I/O.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use rdkafka::{config::RDKafkaLogLevel, types::RDKafkaErrorCode as Code};
+
+use super::wakeup::{Wakeup, lock};
+use crate::broker::{BrokerError, BrokerErrorKind};
+
+/// The state of the brokers, shared by all clients.
+#[derive(Debug)]
+pub(super) struct Health {
+    bootstrap: String,
+    state: Mutex<State>,
+    version: AtomicU64,
+    /// Wakes the keeper.
+    pub(super) keeper: Wakeup,
+    logs: LogGate,
+}
+
+#[derive(Debug)]
+struct State {
+    trouble: Option<Trouble>,
+    /// The last connection failure's text: the reason behind "all brokers are down".
+    reason: String,
+    /// Whether the broker ever answered.
+    reached: bool,
+}
+
+/// What is wrong.
+#[derive(Clone, Debug)]
+pub(super) struct Trouble {
+    /// The error, for people.
+    pub(super) error: BrokerError,
+    /// The broker that cannot be reached while others can.
+    pub(super) broker: Option<i32>,
+}
+
+impl Health {
+    pub(super) fn new(bootstrap: &str) -> Self {
+        Self {
+            bootstrap: bootstrap.to_owned(),
+            state: Mutex::new(State { trouble: None, reason: String::new(), reached: false }),
+            version: AtomicU64::new(0),
+            keeper: Wakeup::default(),
+            logs: LogGate::default(),
+        }
+    }
+
+    /// The brokers to begin with, for messages.
+    pub(super) fn bootstrap(&self) -> &str {
+        &self.bootstrap
+    }
+
+    /// Changes whenever [`Health::trouble`] does.
+    pub(super) fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    /// What is wrong, if something is.
+    pub(super) fn trouble(&self) -> Option<Trouble> {
+        lock(&self.state).trouble.clone()
+    }
+
+    /// `Ok` if the broker answered, and nothing is known to be wrong since.
+    pub(super) fn check(&self) -> Result<(), BrokerError> {
+        let state = lock(&self.state);
+        match &state.trouble {
+            Some(trouble) => Err(trouble.error.clone()),
+            None if state.reached => Ok(()),
+            None => Err(BrokerError::new(BrokerErrorKind::Unreachable, format!("Kafka {} has not answered yet", self.bootstrap))),
+        }
+    }
+
+    /// Whether the keeper has to ask.
+    pub(super) fn wants_probe(&self) -> bool {
+        let state = lock(&self.state);
+        !state.reached || state.trouble.is_some()
+    }
+
+    /// The broker answered.
+    pub(super) fn recovered(&self) {
+        let mut state = lock(&self.state);
+        state.reached = true;
+        state.reason.clear();
+        if state.trouble.take().is_some() {
+            self.version.fetch_add(1, Ordering::Release);
+            tracing::info!(bootstrap = %self.bootstrap, "kafka: the broker answers again");
+        }
+    }
+
+    /// The keeper got no answer.
+    pub(super) fn unanswered(&self, error: BrokerError) {
+        let mut state = lock(&self.state);
+        if state.trouble.is_none() {
+            let error = match (&state.reason, error.kind) {
+                (reason, BrokerErrorKind::Unreachable) if !reason.is_empty() => self.down(reason),
+                _ => error,
+            };
+            self.set(&mut state, Trouble { error, broker: None });
+        }
+    }
+
+    /// Takes a client's error.
+    pub(super) fn report(&self, code: Code, reason: &str) {
+        match code {
+            Code::AllBrokersDown => {
+                let mut state = lock(&self.state);
+                let text = if state.reason.is_empty() { reason.to_owned() } else { state.reason.clone() };
+                self.set(&mut state, Trouble { error: self.down(&text), broker: None });
+            }
+            Code::BrokerTransportFailure | Code::Resolve => {
+                let mut state = lock(&self.state);
+                state.reason = shorten(reason).to_owned();
+                // A connection that is lost is no news: the next attempt shows whether the broker is there.
+                let cannot = code == Code::Resolve || reason.contains("Connect to") || reason.contains("setup timed out");
+                if let (true, true, Some((broker, address))) = (cannot, state.trouble.is_none(), named_broker(reason)) {
+                    let detail = format!(
+                        "Kafka {} answers, but broker {broker} advertises `{address}`, which cannot be reached from here ({}): if the \
+                         broker is up, check its `advertised.listeners`",
+                        self.bootstrap,
+                        shorten(reason)
+                    );
+                    self.set(&mut state, Trouble { error: BrokerError::new(BrokerErrorKind::Unreachable, detail), broker: Some(broker) });
+                }
+            }
+            Code::Authentication | Code::SaslAuthenticationFailed | Code::SSL | Code::UnsupportedSASLMechanism => {
+                let kind = if code == Code::SSL { BrokerErrorKind::Unreachable } else { BrokerErrorKind::Unauthorized };
+                let detail =
+                    format!("Kafka {}: {code}: {}: check `security.protocol`, `sasl.*` and `ssl.*`", self.bootstrap, shorten(reason));
+                let mut state = lock(&self.state);
+                state.reason = shorten(reason).to_owned();
+                self.set(&mut state, Trouble { error: BrokerError::new(kind, detail), broker: None });
+            }
+            _ => tracing::debug!(%code, reason, "kafka: client error"),
+        }
+    }
+
+    fn down(&self, reason: &str) -> BrokerError {
+        BrokerError::new(BrokerErrorKind::Unreachable, format!("no broker of Kafka {} can be reached: {reason}", self.bootstrap))
+    }
+
+    fn set(&self, state: &mut State, trouble: Trouble) {
+        let changed =
+            state.trouble.as_ref().is_none_or(|before| before.error.kind != trouble.error.kind || before.broker != trouble.broker);
+        if changed {
+            tracing::warn!(bootstrap = %self.bootstrap, "kafka: {}", trouble.error);
+            state.trouble = Some(trouble);
+            self.version.fetch_add(1, Ordering::Release);
+            self.keeper.set();
+        }
+    }
+
+    /// Takes a log line of librdkafka.
+    pub(super) fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
+        // Connection failures are reported, once, by `set`.
+        let level = if matches!(facility, "FAIL" | "ERROR") { RDKafkaLogLevel::Debug } else { level };
+        match level {
+            RDKafkaLogLevel::Debug => tracing::debug!(target: "librdkafka", "{facility} {text}"),
+            RDKafkaLogLevel::Info | RDKafkaLogLevel::Notice => {
+                if let Some(more) = self.logs.admit(facility) {
+                    tracing::info!(target: "librdkafka", suppressed = more, "{facility} {text}");
+                }
+            }
+            _ => {
+                if let Some(more) = self.logs.admit(facility) {
+                    tracing::warn!(target: "librdkafka", suppressed = more, "{facility} {text}");
+                }
+            }
+        }
+    }
+}
+
+/// librdkafka's text without the suffix that changes each time.
+fn shorten(reason: &str) -> &str {
+    reason.find(" (after ").map_or(reason, |end| &reason[..end])
+}
+
+/// The id and the address of a broker that was learned from metadata, in `[protocol://]host:port/id: text`.
+fn named_broker(reason: &str) -> Option<(i32, &str)> {
+    let name = reason.split(": ").next()?;
+    let name = name.split_once("://").map_or(name, |(_, rest)| rest);
+    let (address, id) = name.rsplit_once('/')?;
+    Some((id.parse().ok()?, address))
+}
+
+/// Lets one line of a facility pass in ten seconds.
+#[derive(Debug, Default)]
+struct LogGate(Mutex<HashMap<String, (Instant, u64)>>);
+
+impl LogGate {
+    const INTERVAL: Duration = Duration::from_secs(10);
+
+    /// The number of lines that were suppressed before this one, if it may pass.
+    fn admit(&self, facility: &str) -> Option<u64> {
+        let mut seen = lock(&self.0);
+        let now = Instant::now();
+        if let Some((last, suppressed)) = seen.get_mut(facility) {
+            if now.duration_since(*last) < Self::INTERVAL {
+                *suppressed += 1;
+                return None;
+            }
+            *last = now;
+            return Some(std::mem::take(suppressed));
+        }
+        seen.insert(facility.to_owned(), (now, 0));
+        Some(0)
+    }
+}
+
+/// The context of clients that only report.
+#[derive(Clone, Debug)]
+pub(super) struct Reporter(pub(super) Arc<Health>);
+
+impl rdkafka::ClientContext for Reporter {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
+        self.0.log(level, facility, text);
+    }
+
+    fn stats_raw(&self, _: &[u8]) {}
+
+    fn error(&self, error: rdkafka::error::KafkaError, reason: &str) {
+        if let Some(code) = error.rdkafka_error_code() {
+            self.0.report(code, reason);
+        }
+    }
+}
+
+impl rdkafka::consumer::ConsumerContext for Reporter {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn broker_names() {
+        assert_eq!(named_broker("kafka-0:9092/1: Failed to resolve 'kafka-0:9092': no name"), Some((1, "kafka-0:9092")));
+        assert_eq!(named_broker("sasl_ssl://kafka-0:9092/12: Connect to x failed"), Some((12, "kafka-0:9092")));
+        assert_eq!(named_broker("kafka-0:9092/bootstrap: Connect to x failed"), None);
+        assert_eq!(named_broker("GroupCoordinator: kafka-0:9092: Connect to x failed"), None);
+    }
+
+    #[test]
+    fn trouble_names_the_advertised_address_and_ends() {
+        let health = Health::new("boot:9092");
+        health.recovered();
+        assert!(health.check().is_ok());
+        health
+            .report(Code::Resolve, "inner:9092/3: Failed to resolve 'inner:9092': Name or service not known (after 2ms in state CONNECT)");
+        let error = health.check().unwrap_err();
+        assert!(
+            error.detail.contains("broker 3") && error.detail.contains("inner:9092") && error.detail.contains("advertised.listeners"),
+            "{error}"
+        );
+        let version = health.version();
+        health.recovered();
+        assert!(health.check().is_ok());
+        assert_ne!(version, health.version());
+    }
+
+    #[test]
+    fn all_brokers_down_says_why() {
+        let health = Health::new("boot:9092");
+        health.report(
+            Code::BrokerTransportFailure,
+            "boot:9092/bootstrap: Connect to ipv4#1.2.3.4:9092 failed: Connection refused (after 0ms in state CONNECT)",
+        );
+        health.report(Code::AllBrokersDown, "1/1 brokers are down");
+        let error = health.check().unwrap_err();
+        assert!(error.detail.contains("Connection refused") && !error.detail.contains("after 0ms"), "{error}");
+    }
+
+    #[test]
+    fn log_lines_are_limited() {
+        let gate = LogGate::default();
+        assert_eq!(gate.admit("X"), Some(0));
+        assert_eq!(gate.admit("X"), None);
+        assert_eq!(gate.admit("Y"), Some(0));
+    }
+}

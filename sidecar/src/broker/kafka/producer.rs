@@ -1,0 +1,362 @@
+//! The shared idempotent producer.
+//!
+//! `send` hands each record to librdkafka before it returns; one thread serves the delivery reports. A batch has one shared state, and
+//! wakes its future once, when its last record is answered.
+//!
+//! Invariant: records are never sent a second time from here. A fatal error fails what was sent and begins with a new producer.
+//! Invariant: when the queue is full, the rest of the batch fails too, so that no record overtakes another.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use arc_swap::ArcSwap;
+use futures_util::future::BoxFuture;
+use rdkafka::{
+    ClientContext,
+    config::{FromClientConfigAndContext, RDKafkaLogLevel},
+    error::KafkaError,
+    message::{Header as KafkaHeader, Message, OwnedHeaders},
+    producer::{BaseProducer, BaseRecord, DeliveryResult, Producer as _, ProducerContext},
+    types::RDKafkaErrorCode as Code,
+};
+use tokio::sync::oneshot;
+
+use super::{admin::Asker, error::produce_error, health::Health, settings::Settings, wakeup::lock};
+use crate::{
+    broker::{Acks, BrokerError, BrokerErrorKind, Outgoing, ProduceError, ProduceErrorKind, Producer},
+    record::{Header, Position, TopicPartition},
+};
+
+/// How long the polling thread waits for delivery reports before it looks whether it should end.
+const POLL: Duration = Duration::from_millis(250);
+/// How long a topic's partition count is believed.
+const TOPIC_AGE: Duration = Duration::from_secs(300);
+
+type AckResult = Result<Position, ProduceError>;
+type Client = BaseProducer<Context>;
+
+/// The producer behind the trait.
+#[derive(Debug)]
+pub(super) struct KafkaProducer {
+    shared: Arc<Shared>,
+    asker: Arc<Asker>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+struct Shared {
+    client: ArcSwap<Client>,
+    settings: Settings,
+    health: Arc<Health>,
+    topics: Arc<Topics>,
+    stop: AtomicBool,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("settings", &self.settings).finish_non_exhaustive()
+    }
+}
+
+/// The topics that are known to exist.
+#[derive(Debug, Default)]
+pub(super) struct Topics(RwLock<HashMap<Arc<str>, (i32, Instant)>>);
+
+impl Topics {
+    /// The partition count, if the topic was seen not long ago.
+    pub(super) fn get(&self, topic: &str) -> Option<i32> {
+        self.last_seen(topic).filter(|(_, seen)| seen.elapsed() < TOPIC_AGE).map(|(count, _)| count)
+    }
+
+    fn last_seen(&self, topic: &str) -> Option<(i32, Instant)> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).get(topic).copied()
+    }
+
+    /// The topic exists, with this many partitions.
+    pub(super) fn put(&self, topic: &str, partitions: i32) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).insert(topic.into(), (partitions, Instant::now()));
+    }
+
+    fn forget(&self, topic: &str) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).remove(topic);
+    }
+}
+
+/// The state of a batch that was sent.
+struct BatchState {
+    slots: Vec<Slot>,
+    waiting: usize,
+    done: Option<oneshot::Sender<Vec<AckResult>>>,
+}
+
+enum Slot {
+    Waiting(Arc<str>),
+    Done(AckResult),
+}
+
+impl BatchState {
+    fn finish(&mut self) {
+        if let Some(done) = self.done.take() {
+            let results = std::mem::take(&mut self.slots).into_iter().map(|slot| match slot {
+                Slot::Done(result) => result,
+                Slot::Waiting(topic) => Err(gone(&topic)),
+            });
+            // The caller may have dropped the future: nobody wants to know.
+            drop(done.send(results.collect()));
+        }
+    }
+}
+
+fn gone(topic: &str) -> ProduceError {
+    ProduceError {
+        kind: ProduceErrorKind::Fatal,
+        detail: format!("topic `{topic}`: the producer was closed before the acknowledgement came"),
+    }
+}
+
+/// What librdkafka carries along with a record.
+pub(super) struct Ticket {
+    batch: Arc<Mutex<BatchState>>,
+    index: usize,
+}
+
+/// The context of a producer: delivery reports and errors.
+struct Context {
+    health: Arc<Health>,
+    topics: Arc<Topics>,
+    fatal: AtomicBool,
+}
+
+impl ClientContext for Context {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
+        self.health.log(level, facility, text);
+    }
+
+    fn stats_raw(&self, _: &[u8]) {}
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        match error.rdkafka_error_code() {
+            Some(Code::Fatal) => {
+                self.fatal.store(true, Ordering::Release);
+                tracing::error!(reason, "kafka: the producer failed for good and is rebuilt");
+            }
+            Some(code) => self.health.report(code, reason),
+            None => tracing::debug!(%error, reason, "kafka: producer error"),
+        }
+    }
+}
+
+impl ProducerContext for Context {
+    type DeliveryOpaque = Box<Ticket>;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, ticket: Box<Ticket>) {
+        let mut batch = lock(&ticket.batch);
+        let Some(slot) = batch.slots.get_mut(ticket.index) else { return };
+        let Slot::Waiting(topic) = slot else { return };
+        let answer = match result {
+            Ok(message) => Ok(Position {
+                partition: TopicPartition { topic: topic.clone(), partition: message.partition() },
+                offset: message.offset(),
+            }),
+            Err((error, _)) => {
+                let error = produce_error(topic, self.health.bootstrap(), error);
+                if error.kind == ProduceErrorKind::UnknownTopic {
+                    self.topics.forget(topic);
+                }
+                Err(error)
+            }
+        };
+        *slot = Slot::Done(answer);
+        batch.waiting -= 1;
+        if batch.waiting == 0 {
+            batch.finish();
+        }
+    }
+}
+
+impl KafkaProducer {
+    pub(super) fn open(settings: Settings, health: Arc<Health>, asker: Arc<Asker>, topics: Arc<Topics>) -> Result<Self, BrokerError> {
+        let client = create(&settings, &health, &topics)?;
+        let shared = Arc::new(Shared { client: ArcSwap::from_pointee(client), settings, health, topics, stop: AtomicBool::new(false) });
+        let thread = std::thread::Builder::new()
+            .name("kafka-producer".to_owned())
+            .spawn({
+                let shared = shared.clone();
+                move || shared.serve()
+            })
+            .map_err(|error| BrokerError::new(BrokerErrorKind::Other, format!("kafka: no thread for the producer: {error}")))?;
+        Ok(Self { shared, asker, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Waits for what was sent, then stops the thread. Blocks.
+    pub(super) fn close(&self, deadline: Duration) -> Result<(), BrokerError> {
+        let client = self.shared.client.load_full();
+        let flushed = client.flush(deadline);
+        let left = client.in_flight_count();
+        drop(client);
+        self.shared.stop.store(true, Ordering::Release);
+        let thread = lock(&self.thread).take();
+        if thread.is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("kafka: the producer's thread panicked");
+        }
+        flushed.map_err(|error| {
+            let detail = format!("kafka: {left} records had no acknowledgement within {deadline:?} of closing and may be lost: {error}");
+            BrokerError::new(BrokerErrorKind::Unreachable, detail)
+        })
+    }
+}
+
+impl Drop for KafkaProducer {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Release);
+    }
+}
+
+fn create(settings: &Settings, health: &Arc<Health>, topics: &Arc<Topics>) -> Result<Client, BrokerError> {
+    let context = Context { health: health.clone(), topics: topics.clone(), fatal: AtomicBool::new(false) };
+    BaseProducer::from_config_and_context(&settings.producer(), context)
+        .map_err(|error| super::error::broker_error("kafka: producer", &error))
+}
+
+impl Shared {
+    /// The polling thread.
+    fn serve(&self) {
+        while !self.stop.load(Ordering::Acquire) {
+            let client = self.client.load_full();
+            client.poll(POLL);
+            if client.context().fatal.load(Ordering::Acquire) {
+                self.rebuild(client);
+            }
+        }
+    }
+
+    /// Puts a new producer in the place of one that failed for good. What the old one still holds fails there.
+    fn rebuild(&self, old: Arc<Client>) {
+        match create(&self.settings, &self.health, &self.topics) {
+            Ok(client) => {
+                self.client.store(Arc::new(client));
+                retire(old);
+            }
+            Err(error) => {
+                // The old producer refuses every record, so nothing is lost by waiting.
+                tracing::error!("kafka: the producer could not be rebuilt, trying again: {error}");
+                old.poll(Duration::from_secs(1));
+            }
+        }
+    }
+}
+
+/// Drops a producer here, on a thread that may block, once no `send` holds it any more.
+fn retire(mut client: Arc<Client>) {
+    for _ in 0..100 {
+        client.poll(Duration::from_millis(50));
+        match Arc::try_unwrap(client) {
+            Ok(client) => return drop(client),
+            Err(shared) => client = shared,
+        }
+    }
+}
+
+impl Producer for KafkaProducer {
+    fn send(&self, records: Vec<Outgoing>) -> Acks {
+        if records.is_empty() {
+            return Box::pin(std::future::ready(Vec::new()));
+        }
+        let (done, answer) = oneshot::channel();
+        let topics: Vec<Arc<str>> = records.iter().map(|record| record.topic.clone()).collect();
+        let slots = topics.iter().cloned().map(Slot::Waiting).collect();
+        let batch = Arc::new(Mutex::new(BatchState { slots, waiting: records.len(), done: Some(done) }));
+        let client = self.shared.client.load();
+        let bootstrap = self.shared.health.bootstrap();
+        let mut full: Option<ProduceError> = None;
+        for (index, outgoing) in records.iter().enumerate() {
+            let result = match &full {
+                Some(error) => Err(error.clone()),
+                None => enqueue(&client, outgoing, Ticket { batch: batch.clone(), index }, bootstrap),
+            };
+            if let Err(error) = result {
+                if error.kind == ProduceErrorKind::QueueFull {
+                    full.get_or_insert_with(|| error.clone());
+                }
+                let mut batch = lock(&batch);
+                batch.slots[index] = Slot::Done(Err(error));
+                batch.waiting -= 1;
+                if batch.waiting == 0 {
+                    batch.finish();
+                }
+            }
+        }
+        drop(batch);
+        Box::pin(async move { answer.await.unwrap_or_else(|_| topics.iter().map(|topic| Err(gone(topic))).collect()) })
+    }
+
+    fn known_partitions(&self, topic: &str) -> Option<i32> {
+        self.shared.topics.get(topic)
+    }
+
+    fn learn_topic(&self, topic: &str, deadline: Duration) -> BoxFuture<'_, Result<i32, ProduceError>> {
+        let topic = topic.to_owned();
+        Box::pin(async move {
+            let last = self.shared.topics.last_seen(&topic).map(|(count, _)| count);
+            let asked = self.asker.partitions(topic.clone(), deadline).await;
+            match (asked, last) {
+                (Ok(Some(count)), _) => {
+                    self.shared.topics.put(&topic, count);
+                    Ok(count)
+                }
+                (Ok(None), _) => {
+                    self.shared.topics.forget(&topic);
+                    let detail = format!("there is no topic `{topic}` in Kafka {}", self.shared.health.bootstrap());
+                    Err(ProduceError { kind: ProduceErrorKind::UnknownTopic, detail })
+                }
+                // The broker is away: what was true is believed.
+                (Err(error), Some(count)) if error.kind == BrokerErrorKind::Unreachable => Ok(count),
+                (Err(error), _) => {
+                    let kind = match error.kind {
+                        BrokerErrorKind::Unauthorized => ProduceErrorKind::Unauthorized,
+                        BrokerErrorKind::Config => ProduceErrorKind::UnknownTopic,
+                        _ => ProduceErrorKind::Unavailable,
+                    };
+                    Err(ProduceError { kind, detail: error.detail })
+                }
+            }
+        })
+    }
+}
+
+/// Hands a record to librdkafka, which copies it.
+fn enqueue(client: &Client, outgoing: &Outgoing, ticket: Ticket, bootstrap: &str) -> Result<(), ProduceError> {
+    let record = &outgoing.record;
+    let refused = |detail: String| ProduceError { kind: ProduceErrorKind::Refused, detail };
+    if record.headers.iter().any(|header| header.name.contains('\0')) {
+        return Err(refused(format!(
+            "topic `{}`: a header's name contains a NUL character, which Kafka's clients cannot read",
+            outgoing.topic
+        )));
+    }
+    if outgoing.partition.is_some_and(|partition| partition < 0) {
+        let detail = format!("topic `{}`: partition {} is negative", outgoing.topic, outgoing.partition.unwrap_or_default());
+        return Err(ProduceError { kind: ProduceErrorKind::UnknownPartition, detail });
+    }
+    let mut base = BaseRecord::<'_, [u8], [u8], Box<Ticket>>::with_opaque_to(&outgoing.topic, Box::new(ticket));
+    base.partition = outgoing.partition;
+    base.key = record.key.as_deref();
+    base.payload = record.value.as_deref();
+    base.timestamp = record.timestamp_ms;
+    if !record.headers.is_empty() {
+        base.headers = Some(headers(&record.headers));
+    }
+    client.send(base).map_err(|(error, _)| produce_error(&outgoing.topic, bootstrap, &error))
+}
+
+fn headers(headers: &[Header]) -> OwnedHeaders {
+    headers.iter().fold(OwnedHeaders::new_with_capacity(headers.len()), |all, header| {
+        all.insert(KafkaHeader { key: &header.name, value: header.value.as_deref() })
+    })
+}

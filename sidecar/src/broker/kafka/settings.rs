@@ -1,0 +1,163 @@
+//! The settings of librdkafka's clients: what the mesh needs, under what the operator configured.
+//!
+//! Invariant: an operator's key wins over a default; only the keys on which the promises of the seam rest are refused or overridden.
+
+use std::collections::BTreeMap;
+
+use rdkafka::{ClientConfig, config::RDKafkaLogLevel};
+
+use super::KafkaOptions;
+use crate::broker::{BrokerError, BrokerErrorKind, ConsumerConfig};
+
+/// Keys that the mesh sets itself, with the reason.
+const RESERVED: [(&str, &str); 10] = [
+    ("group.id", "a route's group is named by the routing table (`group`)"),
+    ("group.instance.id", "static membership is asked for by `instance`"),
+    ("transactional.id", "it is made of mesh, route and instance"),
+    ("enable.auto.commit", "the mesh commits what is complete, never what was read"),
+    ("enable.auto.offset.store", "the mesh commits what is complete, never what was read"),
+    ("auto.offset.reset", "where a group begins is a route's `start`; what was deleted unread is reported as `expired`"),
+    ("enable.idempotence", "without it records repeat and change their order"),
+    ("acks", "an acknowledged record is on all in-sync replicas"),
+    ("partition.assignment.strategy", "only cooperative-sticky leaves the other partitions running in a rebalance"),
+    ("enable.partition.eof", "the mesh asks for watermarks where it needs them"),
+];
+
+/// The operator's settings, checked.
+#[derive(Clone, Debug)]
+pub(super) struct Settings {
+    keys: BTreeMap<String, String>,
+    options: KafkaOptions,
+}
+
+impl Settings {
+    /// Checks the keys against the reserved ones; their values are checked by librdkafka when a client is made.
+    pub(super) fn new(keys: BTreeMap<String, String>, options: KafkaOptions) -> Result<Self, BrokerError> {
+        if !keys.contains_key("bootstrap.servers") && !keys.contains_key("metadata.broker.list") {
+            return Err(BrokerError::new(
+                BrokerErrorKind::Config,
+                "kafka: `bootstrap.servers` is missing: name one or more brokers as `host:port,host:port`",
+            ));
+        }
+        for (key, why) in RESERVED {
+            if let Some(value) = keys.get(key) {
+                return Err(BrokerError::new(BrokerErrorKind::Config, format!("kafka: `{key}: {value}` cannot be set: {why}")));
+            }
+        }
+        Ok(Self { keys, options })
+    }
+
+    /// The brokers to begin with, for messages.
+    pub(super) fn bootstrap(&self) -> &str {
+        self.keys.get("bootstrap.servers").or_else(|| self.keys.get("metadata.broker.list")).map_or("", String::as_str)
+    }
+
+    fn base(&self) -> ClientConfig {
+        let mut config = ClientConfig::new();
+        config.set_log_level(RDKafkaLogLevel::Info);
+        config.set("client.id", &self.options.client_id);
+        // A broker that returns is found within a second instead of ten.
+        config.set("reconnect.backoff.ms", "50").set("reconnect.backoff.max.ms", "1000");
+        // Closing an idle connection and opening it again is no news.
+        config.set("log.connection.close", "false");
+        config
+    }
+
+    fn overlay(&self, config: &mut ClientConfig) {
+        for (key, value) in &self.keys {
+            config.set(key, value);
+        }
+    }
+
+    /// For the shared producer.
+    pub(super) fn producer(&self) -> ClientConfig {
+        let mut config = self.base();
+        config
+            .set("linger.ms", "0")
+            .set("message.timeout.ms", "0")
+            .set("partitioner", "murmur2_random")
+            .set("queue.buffering.max.kbytes", (self.options.queue_bytes / 1024).max(1024).to_string())
+            .set("queue.buffering.max.messages", "500000")
+            .set("message.max.bytes", (self.options.record_bytes + 64 * 1024).to_string())
+            // A topic that was deleted under its producer fails within seconds.
+            .set("topic.metadata.propagation.max.ms", "5000")
+            .set("allow.auto.create.topics", "false");
+        self.overlay(&mut config);
+        config.set("enable.idempotence", "true").set("acks", "all");
+        config
+    }
+
+    /// For questions to the broker, of a group or of none. Never a member.
+    pub(super) fn admin(&self, group: Option<&str>) -> ClientConfig {
+        let mut config = self.base();
+        self.overlay(&mut config);
+        config.set("allow.auto.create.topics", "false").set("enable.auto.commit", "false");
+        if let Some(group) = group {
+            config.set("group.id", group);
+        }
+        config
+    }
+
+    /// For a consumer.
+    pub(super) fn consumer(&self, consumer: &ConsumerConfig) -> ClientConfig {
+        const MIB: usize = 1024 * 1024;
+        let ahead = (consumer.buffer_bytes / 2).clamp(MIB, 8 * MIB);
+        let mut config = self.base();
+        config
+            .set("fetch.wait.max.ms", "50")
+            .set("fetch.queue.backoff.ms", "10")
+            .set("queued.max.messages.kbytes", (ahead / 1024).to_string())
+            .set("queued.min.messages", "100000")
+            .set("fetch.max.bytes", ahead.max(self.options.record_bytes + 64 * 1024).to_string())
+            .set("session.timeout.ms", "10000")
+            .set("socket.timeout.ms", "15000")
+            .set("topic.metadata.refresh.interval.ms", "30000");
+        self.overlay(&mut config);
+        config
+            .set("allow.auto.create.topics", "false")
+            .set("enable.auto.commit", "false")
+            .set("enable.auto.offset.store", "false")
+            .set("auto.offset.reset", "error")
+            .set("partition.assignment.strategy", "cooperative-sticky");
+        match &consumer.group {
+            Some(group) => {
+                config.set("group.id", group);
+                if let Some(instance) = &consumer.instance {
+                    config.set("group.instance.id", instance);
+                }
+            }
+            // Assigning partitions by hand asks for a group's name too; nothing is ever committed or joined under it.
+            None => {
+                config.set("group.id", "mesh-reader");
+            }
+        }
+        config
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn keys(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+        pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+    }
+
+    #[test]
+    fn reserved_and_missing_keys_are_named() {
+        let error = Settings::new(keys(&[]), KafkaOptions::default()).unwrap_err();
+        assert!(error.detail.contains("bootstrap.servers"), "{error}");
+        let error = Settings::new(keys(&[("bootstrap.servers", "a:1"), ("acks", "1")]), KafkaOptions::default()).unwrap_err();
+        assert_eq!(error.kind, BrokerErrorKind::Config);
+        assert!(error.detail.contains("acks: 1"), "{error}");
+    }
+
+    #[test]
+    fn unknown_keys_pass_and_the_operator_wins() {
+        let settings =
+            Settings::new(keys(&[("bootstrap.servers", "a:1"), ("linger.ms", "5"), ("odd.key", "x")]), KafkaOptions::default()).unwrap();
+        assert_eq!(settings.producer().get("linger.ms"), Some("5"));
+        assert_eq!(settings.producer().get("odd.key"), Some("x"));
+        assert_eq!(settings.producer().get("acks"), Some("all"));
+    }
+}

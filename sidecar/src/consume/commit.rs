@@ -1,0 +1,239 @@
+//! How records end, and how that is committed: completion, commits back to back, revokes, and the drain.
+
+use std::time::{Duration, Instant};
+
+use futures_util::FutureExt as _;
+
+use super::{
+    outbox::Done,
+    route::{CommitResult, Revoke, RouteLoop},
+};
+use crate::{
+    broker::{BrokerErrorKind, Commit, Revoking},
+    outcome::Disposition,
+    telemetry::trace::{SpanKind, TraceContext},
+    watermark::Completion,
+};
+
+/// How long a revoke waits for what is at the service. The consumer's own deadline is longer.
+const REVOKE: Duration = Duration::from_millis(1_800);
+/// The pause before a commit that failed is tried again.
+const COMMIT_PAUSE: Duration = Duration::from_millis(200);
+/// How many spans a commit is linked to at most.
+const COMMIT_LINKS: usize = 16;
+
+impl RouteLoop {
+    pub(super) fn on_published(&mut self, done: Done) {
+        self.slot_busy(done.slot, done.epoch, -1);
+        self.keep_context(done.context);
+        self.complete(done.slot, done.epoch, done.offset, done.disposition, done.reason);
+    }
+
+    /// A record has its disposition.
+    pub(super) fn complete(&mut self, index: u32, epoch: u64, offset: i64, disposition: Disposition, reason: &'static str) {
+        let Some(slot) = self.slots.get_mut(index as usize) else { return };
+        match slot.watermark.complete(epoch, offset) {
+            Completion::Stale => {
+                // Its partition was given away meanwhile: the offset is not ours to complete.
+                self.parts.metrics.late_acknowledgements.inc();
+                return;
+            }
+            Completion::Advanced => slot.moved = Instant::now(),
+            Completion::Above => {}
+        }
+        self.count(disposition, reason, 1);
+        self.hold_or_release(index);
+    }
+
+    pub(super) fn count(&mut self, disposition: Disposition, reason: &'static str, records: u64) {
+        self.parts.metrics.ended(disposition, reason, records);
+        *self.dispositions.entry(disposition).or_default() += records;
+    }
+
+    /// Keeps a record's trace context for the link from its commit.
+    pub(super) fn keep_context(&mut self, context: Option<TraceContext>) {
+        if let Some(context) = context
+            && self.parts.tracer.enabled()
+            && self.commit_contexts.len() < COMMIT_LINKS
+        {
+            self.commit_contexts.push(context);
+        }
+    }
+
+    /// What has to be committed of these partitions.
+    fn commits(&self, slots: impl Iterator<Item = u32>) -> Vec<(u32, u64, Commit)> {
+        slots
+            .filter_map(|index| {
+                let slot = self.slots.get(index as usize)?;
+                let offset = slot.watermark.offset();
+                let commit = Commit { partition: slot.partition.clone(), offset, metadata: String::new() };
+                (offset > slot.committed).then(|| (index, slot.watermark.epoch(), commit))
+            })
+            .collect()
+    }
+
+    /// Starts the next commit, if there is something to commit and none is under way.
+    pub(super) fn start_commit(&mut self, now: Instant) {
+        if self.commit.is_some() || self.commit_again.is_some_and(|again| now < again) {
+            return;
+        }
+        self.commit_again = None;
+        let due = self.commits(self.slots.iter().enumerate().filter(|(_, s)| s.owned && !s.revoking).map(|(index, _)| index as u32));
+        if due.is_empty() {
+            return;
+        }
+        let offsets = due.iter().map(|(index, epoch, commit)| (*index, *epoch, commit.offset)).collect();
+        let contexts = std::mem::take(&mut self.commit_contexts);
+        let mut span = contexts
+            .first()
+            .map(|parent| self.parts.tracer.start(SpanKind::Client, || format!("commit {}", self.route.group), Some(parent)));
+        if let Some(span) = &mut span {
+            contexts.iter().for_each(|context| span.link(context));
+            let system = self.parts.broker.system();
+            span.set("messaging.system", || system.into());
+            span.set("messaging.operation.type", || "settle".into());
+            span.set("messaging.operation.name", || "commit".into());
+            span.set("messaging.consumer.group.name", || self.route.group.clone().into());
+            span.set("mesh.route", || self.route.name.clone().into());
+        }
+        let commit = self.consumer.commit(due.into_iter().map(|(_, _, commit)| commit).collect());
+        self.commit = Some(
+            commit
+                .map(move |result| {
+                    if let (Err(error), Some(span)) = (&result, &mut span) {
+                        span.fail("commit", || error.to_string());
+                    }
+                    drop(span);
+                    CommitResult { commits: offsets, began: now, result }
+                })
+                .boxed(),
+        );
+    }
+
+    pub(super) fn on_committed(&mut self, done: CommitResult) {
+        self.commit = None;
+        match done.result {
+            Ok(()) => {
+                self.parts.metrics.commits.inc();
+                self.parts.metrics.commit_duration.observe(done.began.elapsed());
+                for (index, epoch, offset) in done.commits {
+                    if let Some(slot) = self.slots.get_mut(index as usize).filter(|slot| slot.watermark.epoch() == epoch) {
+                        slot.committed = slot.committed.max(offset);
+                    }
+                }
+            }
+            Err(error) => {
+                self.parts.metrics.commit_failures.inc();
+                let fenced = error.kind == BrokerErrorKind::Fenced;
+                tracing::warn!(route = %self.route.name, %error, fenced, "a commit failed: the offsets are committed again with the next one");
+                self.commit_again = Some(Instant::now() + COMMIT_PAUSE);
+            }
+        }
+    }
+
+    pub(super) fn on_revoking(&mut self, revoking: Revoking) {
+        let slots: Vec<u32> = revoking.partitions.iter().filter_map(|partition| self.by_partition.get(partition).copied()).collect();
+        let names: Vec<String> = revoking.partitions.iter().map(ToString::to_string).collect();
+        tracing::info!(route = %self.route.name, partitions = names.join(" "), lost = revoking.lost, "partitions revoked");
+        for index in &slots {
+            if let Some(slot) = self.slots.get_mut(*index as usize) {
+                slot.revoking = true;
+            }
+        }
+        self.abandon_waiting();
+        let deadline = Instant::now() + if revoking.lost { Duration::ZERO } else { REVOKE };
+        self.revoke = Some(Revoke { slots, deadline, revoking });
+        self.parts.metrics.rebalances.inc();
+    }
+
+    /// Drops what waits of partitions that are given away: whoever owns them next reads it again.
+    fn abandon_waiting(&mut self) {
+        for id in self.parts.leaf.withdraw() {
+            self.withdraw(id);
+        }
+        let slots = &self.slots;
+        let draining = self.draining.is_some();
+        let given_away = |slot: u32| draining || slots.get(slot as usize).is_none_or(|slot| slot.revoking);
+        self.lanes.clear(|job| given_away(job.slot));
+        // A record that waits for its next attempt counts as handed out to the lanes.
+        let backoffs = std::mem::take(&mut self.backoffs);
+        for waiting in backoffs {
+            let id = waiting.0.1;
+            match self.lanes.get(id).map(|job| given_away(job.slot)) {
+                Some(true) => drop(self.lanes.finish(id)),
+                Some(false) => self.backoffs.push(waiting),
+                None => {}
+            }
+        }
+        // What was withdrawn or became ready behind a dropped record may belong to them, too.
+        let slots = &self.slots;
+        self.lanes.clear(|job| draining || slots.get(job.slot as usize).is_none_or(|slot| slot.revoking));
+    }
+
+    /// Gives partitions away once nothing of them is at the service or on its way to the broker, or when the time is over.
+    pub(super) fn answer_revoke(&mut self, now: Instant) {
+        let Some(revoke) = &self.revoke else { return };
+        let busy: usize = revoke.slots.iter().filter_map(|index| self.slots.get(*index as usize)).map(|slot| slot.busy).sum();
+        // A commit under way may hold older offsets of these partitions: it must not come after the last one.
+        if now < revoke.deadline && (busy > 0 || self.commit.is_some()) {
+            return;
+        }
+        let Some(revoke) = self.revoke.take() else { return };
+        let commits = match revoke.revoking.lost {
+            true => Vec::new(),
+            false => self.commits(revoke.slots.iter().copied()).into_iter().map(|(_, _, commit)| commit).collect(),
+        };
+        if busy > 0 {
+            tracing::info!(route = %self.route.name, busy, "partitions given away before all answers came: those records are delivered again");
+        }
+        for index in &revoke.slots {
+            self.epoch += 1;
+            let epoch = self.epoch;
+            if let Some(slot) = self.slots.get_mut(*index as usize) {
+                slot.give_away(epoch);
+            }
+        }
+        if revoke.revoking.done.send(commits).is_err() {
+            tracing::debug!(route = %self.route.name, "the consumer did not wait for the last commit");
+        }
+        self.post_now();
+    }
+
+    /// Begins the drain: nothing more is delivered, what is out is waited for.
+    pub(super) fn drain(&mut self) {
+        tracing::info!(route = %self.route.name, out = self.out, "draining");
+        self.draining = Some(Instant::now() + self.parts.drain_timeout);
+        self.hold_all();
+        self.abandon_waiting();
+        self.post_now();
+    }
+
+    /// Whether the drain is over.
+    pub(super) fn drained(&self, now: Instant) -> bool {
+        self.draining.is_some_and(|deadline| now >= deadline || (self.out == 0 && self.outbox.len() == 0))
+    }
+
+    /// Commits what is complete, and leaves the group.
+    pub(super) async fn leave(mut self) {
+        if let Some(commit) = self.commit.take() {
+            let done = commit.await;
+            self.on_committed(done);
+        }
+        self.answer_revoke(Instant::now() + REVOKE);
+        let last: Vec<Commit> = self
+            .commits(self.slots.iter().enumerate().filter(|(_, slot)| slot.owned).map(|(index, _)| index as u32))
+            .into_iter()
+            .map(|c| c.2)
+            .collect();
+        if !last.is_empty()
+            && let Err(error) = self.consumer.commit(last).await
+        {
+            tracing::warn!(route = %self.route.name, %error, "the last commit failed: what it held is delivered again");
+        }
+        if self.out > 0 || self.outbox.len() > 0 {
+            let (out, unacknowledged) = (self.out, self.outbox.len());
+            tracing::warn!(route = %self.route.name, out, unacknowledged, "drained before all answers came: those records are delivered again");
+        }
+        self.consumer.close().await;
+    }
+}

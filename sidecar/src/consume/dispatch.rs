@@ -1,0 +1,200 @@
+//! What goes to the handler, and what its answers do.
+
+use std::{cmp::Reverse, sync::Arc, time::Instant};
+
+use super::{
+    judge::{self, Reason, Verdict},
+    outbox::{Publication, What},
+    route::{RouteLoop, parent},
+};
+use crate::{
+    deliver::{
+        breaker::{self, Allowance, Change},
+        retry,
+    },
+    lanes::JobId,
+    outcome::{Answer, Delivery, Disposition},
+    telemetry::{
+        metrics::BreakerState,
+        trace::{Span, SpanKind, TraceContext, Tracer},
+    },
+};
+
+impl RouteLoop {
+    pub(super) fn dispatch(&mut self, now: Instant) {
+        let room = self.route.concurrency.min(self.parts.leaf.room());
+        while self.out < room {
+            match self.breaker.allowance(now) {
+                Allowance::Free => {}
+                Allowance::Probe if self.out == 0 => {}
+                Allowance::Probe | Allowance::Wait(_) => return,
+            }
+            let Some(id) = self.lanes.next_ready() else { return };
+            let Some(job) = self.lanes.get_mut(id) else { continue };
+            job.out = Some(now);
+            job.delivery.id = id.get();
+            if !Arc::ptr_eq(&job.delivery.route, &self.route) {
+                job.delivery.route = self.route.clone();
+            }
+            let parent = parent(&job.delivery.record);
+            if self.parts.tracer.enabled() {
+                let span = process_span(&self.parts.tracer, self.parts.broker.system(), &job.delivery, parent.as_ref());
+                job.delivery.traceparent = span.context().map(TraceContext::traceparent).unwrap_or_default();
+                job.span = Some(span);
+            } else if let Some(parent) = parent {
+                job.delivery.traceparent = parent.traceparent();
+            }
+            let (slot, epoch, delivery) = (job.slot, job.epoch, job.delivery.clone());
+            self.slot_busy(slot, epoch, 1);
+            self.out += 1;
+            self.parts.metrics.in_flight.inc();
+            self.parts.leaf.dispatch(delivery);
+        }
+    }
+
+    pub(super) fn on_answer(&mut self, answer: Answer) {
+        let id = JobId::from_raw(answer.id);
+        let Some(job) = self.lanes.get_mut(id) else { return };
+        let Some(since) = job.out.take() else { return };
+        let now = Instant::now();
+        self.out -= 1;
+        self.parts.metrics.in_flight.dec();
+        self.parts.metrics.delivered(&answer.outcome, now - since);
+        let (index, epoch, attempt) = (job.slot, job.epoch, job.delivery.attempt);
+        let verdict = judge::judge(&job.delivery, answer.outcome);
+        let mut span = job.span.take();
+        let context = match &span {
+            Some(span) => span.context().cloned(),
+            None => parent(&job.delivery.record),
+        };
+        if let Some(span) = &mut span {
+            note(span, &verdict);
+        }
+        self.slot_busy(index, epoch, -1);
+        self.note_service(&verdict, now);
+        let slot = &self.slots[index as usize];
+        if slot.watermark.epoch() != epoch || !slot.owned {
+            // The partition is somebody else's by now, who reads the record again.
+            self.parts.metrics.late_acknowledgements.inc();
+            self.lanes.finish(id);
+            return;
+        }
+        let what = match verdict {
+            Verdict::Away { .. } => {
+                if slot.revoking || self.draining.is_some() {
+                    self.lanes.finish(id);
+                } else {
+                    self.lanes.put_back(id);
+                }
+                return;
+            }
+            Verdict::Retry { reason, after } => {
+                if slot.revoking || self.draining.is_some() {
+                    // A wait is not worth holding up the others: whoever reads the record next tries again.
+                    self.lanes.finish(id);
+                    return;
+                }
+                let pause = retry::pause(&self.route.retry, attempt, after, id.get());
+                tracing::debug!(route = %self.route.name, attempt, reason, ?pause, "delivery failed");
+                if let Some(job) = self.lanes.get_mut(id) {
+                    job.delivery.attempt = attempt.saturating_add(1);
+                }
+                self.backoffs.push(Reverse((now + pause, id)));
+                return;
+            }
+            Verdict::Void => return self.finish_and_end(id, Disposition::Void, "", context),
+            Verdict::Ignored { empty } => {
+                let reason = if empty { "empty" } else { "status" };
+                return self.finish_and_end(id, Disposition::Ignored, reason, context);
+            }
+            Verdict::Forward(topics, reply) => What::Reply { topics, reply },
+            Verdict::DeadLetter { reason, detail } => What::DeadLetter { reason, detail },
+        };
+        // The lane is free at the outcome: the outbox keeps the order.
+        if let Some(job) = self.lanes.finish(id) {
+            self.slot_busy(index, epoch, 1);
+            self.outbox.put(Publication { slot: index, epoch, delivery: job.delivery, what, context });
+        }
+    }
+    /// Ends a record that publishes nothing.
+    fn finish_and_end(&mut self, id: JobId, disposition: Disposition, reason: &'static str, context: Option<TraceContext>) {
+        if let Some(job) = self.lanes.finish(id) {
+            self.keep_context(context);
+            self.complete(job.slot, job.epoch, job.delivery.position.offset, disposition, reason);
+        }
+    }
+
+    /// What an answer tells of the service: the breaker, and who is waited for.
+    fn note_service(&mut self, verdict: &Verdict, now: Instant) {
+        let (note, reason) = match verdict {
+            Verdict::Away { reason } => (breaker::Verdict::Away, Some(reason)),
+            Verdict::Retry { reason, .. } | Verdict::DeadLetter { reason: Reason::Attempts, detail: reason } => {
+                (breaker::Verdict::Failed, Some(reason))
+            }
+            _ => (breaker::Verdict::Good, None),
+        };
+        let (route, service) = (&self.route.name, &self.route.service);
+        match self.breaker.note(note, now) {
+            Change::None => return,
+            Change::Opened => {
+                let reason = reason.map_or("", String::as_str);
+                let trouble = match note {
+                    breaker::Verdict::Away => format!("service {service} is not there: {reason}"),
+                    _ => format!("service {service} keeps failing: {reason}"),
+                };
+                tracing::warn!(%route, %service, "{trouble}: waiting, no attempt is counted");
+                self.parts.metrics.breaker(BreakerState::Open);
+                self.service_trouble = Some(trouble);
+            }
+            Change::Closed => {
+                tracing::info!(%route, %service, "the service is back");
+                self.parts.metrics.breaker(BreakerState::Closed);
+                self.service_trouble = None;
+            }
+        }
+        self.post_now();
+    }
+}
+
+/// The span of one delivery, by OpenTelemetry's messaging conventions.
+fn process_span(tracer: &Tracer, system: &'static str, delivery: &Delivery, parent: Option<&TraceContext>) -> Span {
+    let (route, position) = (&delivery.route, &delivery.position);
+    let mut span = tracer.start(SpanKind::Consumer, || format!("process {}", position.partition.topic), parent);
+    if let Some(parent) = parent {
+        span.link(parent);
+    }
+    span.set("messaging.system", || system.into());
+    span.set("messaging.operation.type", || "process".into());
+    span.set("messaging.operation.name", || "process".into());
+    span.set("messaging.destination.name", || position.partition.topic.clone().into());
+    span.set("messaging.destination.partition.id", || position.partition.partition.to_string().into());
+    span.set("messaging.kafka.offset", || position.offset.into());
+    span.set("messaging.consumer.group.name", || route.group.clone().into());
+    span.set("messaging.message.id", || String::from_utf8_lossy(&delivery.mesh_id).into_owned().into());
+    span.set("mesh.route", || route.name.clone().into());
+    span.set("mesh.service", || route.service.clone().into());
+    span.set("mesh.attempt", || i64::from(delivery.attempt).into());
+    span
+}
+
+/// Writes down what became of a delivery.
+fn note(span: &mut Span, verdict: &Verdict) {
+    let disposition = match verdict {
+        Verdict::Forward(..) => Disposition::Forwarded.as_str(),
+        Verdict::Void => Disposition::Void.as_str(),
+        Verdict::Ignored { .. } => Disposition::Ignored.as_str(),
+        Verdict::Retry { reason, .. } => {
+            span.fail("retry", || reason.clone());
+            "retry"
+        }
+        Verdict::DeadLetter { reason, detail } => {
+            span.fail(reason.as_str(), || detail.clone());
+            Disposition::DeadLettered.as_str()
+        }
+        Verdict::Away { reason } => {
+            span.fail("no_service", || reason.clone());
+            "no_service"
+        }
+    };
+    span.set("mesh.outcome", || disposition.into());
+}

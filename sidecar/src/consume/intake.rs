@@ -1,0 +1,175 @@
+//! What comes from the broker: assignments, records, and their way into watermark and lanes.
+
+use std::{hash::BuildHasher as _, sync::Arc, time::Instant};
+
+use bytes::Bytes;
+use mesh_routing::Order;
+
+use super::{
+    judge::{self, Reason},
+    outbox::{Publication, What},
+    reply,
+    route::{Job, RouteLoop, Slot, parent},
+};
+use crate::{
+    broker::{Assigned, Event},
+    lanes::Lane,
+    outcome::{Delivery, Disposition},
+    record::{Batch, Position, Record, TopicPartition},
+    watermark::Watermark,
+};
+
+/// Records of a partition that wait or run at most; beyond, the partition is held. Twice the concurrency keeps every lane busy.
+const WAITING: usize = 512;
+/// Offsets that a partition's watermark tracks at most, complete ones above it included: one slow record does not make memory grow.
+const SPAN: usize = 10_000;
+/// Bytes of a partition's records that are read and not complete, at most.
+const BYTES: usize = 8 << 20;
+
+impl RouteLoop {
+    pub(super) fn on_event(&mut self, event: Event) {
+        match event {
+            Event::Records(batch) => self.on_batch(batch),
+            Event::Assigned(partitions) => self.on_assigned(partitions),
+            Event::Revoking(revoking) => self.on_revoking(revoking),
+            Event::Expired { partition, from, to } => self.on_expired(&partition, from, to),
+            Event::Trouble(error) => {
+                tracing::warn!(route = %self.route.name, %error, "waiting for the broker");
+                self.broker_trouble = Some(error);
+                self.post_now();
+            }
+            Event::Recovered => {
+                tracing::info!(route = %self.route.name, "the broker is back");
+                self.broker_trouble = None;
+                self.post_now();
+            }
+        }
+    }
+
+    fn on_assigned(&mut self, partitions: Vec<Assigned>) {
+        self.epoch += 1;
+        self.joined = true;
+        let names: Vec<String> = partitions.iter().map(|assigned| assigned.partition.to_string()).collect();
+        tracing::info!(route = %self.route.name, partitions = names.join(" "), "partitions assigned");
+        for Assigned { partition, position, metadata: _ } in partitions {
+            let slot = Slot {
+                partition: partition.clone(),
+                owned: true,
+                revoking: false,
+                watermark: Watermark::new(self.epoch, position),
+                committed: position,
+                busy: 0,
+                held: false,
+                high: position,
+                moved: Instant::now(),
+            };
+            match self.by_partition.get(&partition) {
+                Some(&index) => self.slots[index as usize] = slot,
+                None => {
+                    self.by_partition.insert(partition, self.slots.len() as u32);
+                    self.slots.push(slot);
+                }
+            }
+        }
+        self.parts.metrics.rebalances.inc();
+        self.lag_due = Instant::now();
+        self.post_now();
+        if self.draining.is_some() {
+            self.hold_all();
+        }
+    }
+
+    fn on_batch(&mut self, batch: Batch) {
+        let Some(&index) = self.by_partition.get(&batch.partition) else { return };
+        let slot = &self.slots[index as usize];
+        if !slot.owned || slot.revoking || self.draining.is_some() {
+            // It stays uncommitted: whoever owns the partition next reads it again.
+            return;
+        }
+        if slot.watermark.incomplete() == 0 {
+            self.slots[index as usize].moved = Instant::now();
+        }
+        for (offset, record) in batch.records {
+            self.take(index, offset, record);
+        }
+        self.hold_or_release(index);
+    }
+
+    /// Takes a record in: its offset enters the watermark, and it gets its lane, or its end.
+    fn take(&mut self, index: u32, offset: i64, record: Record) {
+        let slot = &mut self.slots[index as usize];
+        if !slot.watermark.enter(offset, record.timestamp_ms.unwrap_or_default(), record.size()) {
+            return;
+        }
+        let epoch = slot.watermark.epoch();
+        let position = Position { partition: slot.partition.clone(), offset };
+        let admitted = match &self.route.filter {
+            None => Ok(true),
+            Some(_) => self.route.admits(&judge::view(&record, &position.partition, offset)),
+        };
+        if let Ok(false) = admitted {
+            self.complete(index, epoch, offset, Disposition::Filtered, "");
+            return;
+        }
+        let hops = reply::hops(&record);
+        let delivery = Delivery {
+            id: 0,
+            mesh_id: reply::mesh_id(&record, &position),
+            route: self.route.clone(),
+            record: Arc::new(record),
+            position,
+            attempt: 1,
+            hops,
+            traceparent: Bytes::new(),
+        };
+        let refused = match admitted {
+            Err(error) => Some((Reason::Expression, error.to_string())),
+            Ok(_) if self.route.max_hops > 0 && hops >= self.route.max_hops => {
+                Some((Reason::Hops, format!("it went through {hops} routes; the route's max_hops is {}", self.route.max_hops)))
+            }
+            Ok(_) => None,
+        };
+        if let Some((reason, detail)) = refused {
+            self.slot_busy(index, epoch, 1);
+            let context = parent(&delivery.record);
+            self.outbox.put(Publication { slot: index, epoch, delivery, what: What::DeadLetter { reason, detail }, context });
+            return;
+        }
+        let lane = match self.route.order {
+            Order::None => None,
+            Order::Partition => Some(Lane { slot: index, key: 0 }),
+            Order::Key => Some(Lane { slot: index, key: self.hasher.hash_one(&delivery.record.key) }),
+        };
+        self.lanes.push(lane, Job { slot: index, epoch, delivery, out: None, span: None });
+    }
+
+    fn on_expired(&mut self, partition: &TopicPartition, from: i64, to: i64) {
+        let Some(&index) = self.by_partition.get(partition) else { return };
+        let expired = to.saturating_sub(from).max(0).unsigned_abs();
+        tracing::error!(route = %self.route.name, %partition, from, to, expired, "the broker deleted records before they were processed");
+        self.count(Disposition::Expired, "", expired);
+        self.slots[index as usize].watermark.skip_to(to);
+    }
+
+    pub(super) fn hold_or_release(&mut self, index: u32) {
+        let waiting_limit = WAITING.max(2 * self.route.concurrency);
+        let draining = self.draining.is_some();
+        let slot = &mut self.slots[index as usize];
+        let w = &slot.watermark;
+        let over = |part: usize| w.incomplete() * part > waiting_limit * 2 || w.span() * part > SPAN * 2 || w.bytes() * part > BYTES * 2;
+        if !slot.held && (over(2) || draining) {
+            slot.held = true;
+            self.consumer.hold(&slot.partition);
+        } else if slot.held && !over(4) && !draining {
+            slot.held = false;
+            self.consumer.release(&slot.partition);
+        }
+    }
+
+    pub(super) fn hold_all(&mut self) {
+        for slot in self.slots.iter_mut().filter(|slot| slot.owned && !slot.held) {
+            slot.held = true;
+            self.consumer.hold(&slot.partition);
+        }
+    }
+}

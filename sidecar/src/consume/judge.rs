@@ -1,0 +1,120 @@
+//! What an outcome means for a record: the table of design §6, the first row that fits decides. Pure.
+
+use std::{sync::Arc, time::Duration};
+
+use mesh_routing::{Decision, Destinations, HeaderSource, NoHeaders, RecordView, ReplyView, Route};
+
+use crate::{
+    outcome::{Delivery, Outcome, Reply},
+    record::{Record, TopicPartition},
+};
+
+/// What is to be done with a record after a delivery.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Verdict {
+    /// Publish the reply there.
+    Forward(Arc<[Arc<str>]>, Reply),
+    /// Done: the route forwards nothing.
+    Void,
+    /// Done: this answer forwards nothing; because it is empty, or by its status.
+    Ignored { empty: bool },
+    /// Try again; counts an attempt.
+    Retry { reason: String, after: Option<Duration> },
+    /// To the dead-letter topic.
+    DeadLetter { reason: Reason, detail: String },
+    /// Nobody was there: try again, and count nothing.
+    Away { reason: String },
+}
+
+/// The reason of a dead letter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reason {
+    /// The attempts are used up.
+    Attempts,
+    /// A permanent status, a rejection, or an answer beyond the size limit.
+    Status,
+    /// A `filter` or `when` failed on this record.
+    Expression,
+    /// It went through more routes than `max_hops`.
+    Hops,
+    /// The broker refuses its reply for good.
+    Reply,
+}
+
+impl Reason {
+    /// The word in `mesh-dlq-reason` and in metrics.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Attempts => "attempts",
+            Self::Status => "status",
+            Self::Expression => "expression",
+            Self::Hops => "hops",
+            Self::Reply => "reply",
+        }
+    }
+}
+
+/// Judges what a handler said to a delivery.
+pub(crate) fn judge(delivery: &Delivery, outcome: Outcome) -> Verdict {
+    let route = &*delivery.route;
+    match outcome {
+        Outcome::Reply(reply) => judge_reply(route, delivery, reply),
+        Outcome::Ignore => Verdict::Ignored { empty: false },
+        Outcome::Retry { reason, after } => retry(route, delivery.attempt, reason, after),
+        Outcome::Reject { reason } => Verdict::DeadLetter { reason: Reason::Status, detail: reason },
+        Outcome::NoService { reason } => Verdict::Away { reason },
+    }
+}
+
+fn judge_reply(route: &Route, delivery: &Delivery, reply: Reply) -> Verdict {
+    let position = &delivery.position;
+    let record = view(&delivery.record, &position.partition, position.offset);
+    let headers = reply.records.first().map_or(&NoHeaders as &dyn HeaderSource, |record| record);
+    let said = ReplyView { status: reply.status, body: reply.body.as_deref(), headers };
+    match route.decide(&record, &said) {
+        Ok(Decision::Ignored) => Verdict::Ignored { empty: false },
+        Ok(Decision::Forward(Destinations::Void)) => Verdict::Void,
+        Ok(Decision::Forward(Destinations::Topics(_))) if reply.records.is_empty() => Verdict::Ignored { empty: true },
+        Ok(Decision::Forward(Destinations::Topics(topics))) => Verdict::Forward(topics.clone(), reply),
+        Ok(Decision::NotAccepted) => not_accepted(route, delivery.attempt, &reply),
+        Err(error) => Verdict::DeadLetter { reason: Reason::Expression, detail: error.to_string() },
+    }
+}
+
+fn not_accepted(route: &Route, attempt: u32, reply: &Reply) -> Verdict {
+    let reason = format!("the service answered {}{}", reply.status, excerpt(reply));
+    match reply.status {
+        503 => Verdict::Away { reason },
+        404 | 408 | 425 | 429 | 500..=599 => retry(route, attempt, reason, reply.retry_after),
+        _ => Verdict::DeadLetter { reason: Reason::Status, detail: reason },
+    }
+}
+
+fn retry(route: &Route, attempt: u32, reason: String, after: Option<Duration>) -> Verdict {
+    if attempt >= route.retry.attempts {
+        return Verdict::DeadLetter { reason: Reason::Attempts, detail: reason };
+    }
+    Verdict::Retry { reason, after }
+}
+
+/// The beginning of the answer, for people.
+fn excerpt(reply: &Reply) -> String {
+    const LENGTH: usize = 200;
+    let body = reply.body.as_deref().unwrap_or_default();
+    let text = String::from_utf8_lossy(&body[..body.len().min(LENGTH)]);
+    let text = text.trim();
+    if text.is_empty() { String::new() } else { format!(": {text}") }
+}
+
+/// A record as expressions see it.
+pub(crate) fn view<'a>(record: &'a Record, partition: &'a TopicPartition, offset: i64) -> RecordView<'a> {
+    RecordView {
+        topic: &partition.topic,
+        partition: partition.partition,
+        offset,
+        timestamp_ms: record.timestamp_ms.unwrap_or_default(),
+        key: record.key.as_deref(),
+        value: record.value.as_deref(),
+        headers: record,
+    }
+}

@@ -1,0 +1,280 @@
+//! What a route publishes, in order, until it is acknowledged.
+//!
+//! Invariant: a record's publications are sent in the order in which they were put, and again in that order after a failure: while one is
+//! waiting to be sent again, nothing that was put later is sent.
+//! Invariant: nothing is dropped: a publication ends by acknowledgement, or as a dead letter if the broker refuses it for good.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
+
+use super::{judge::Reason, reply};
+use crate::{
+    broker::{Outgoing, ProduceError, ProduceErrorKind, Producer},
+    outcome::{Delivery, Disposition, Reply},
+    record::Position,
+    telemetry::trace::{Span, SpanKind, TraceContext, Tracer},
+};
+
+/// The pause before a publication is sent again.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// One record's way out of the route.
+#[derive(Debug)]
+pub(crate) struct Publication {
+    /// The partition's slot and epoch: where the offset completes.
+    pub(crate) slot: u32,
+    pub(crate) epoch: u64,
+    pub(crate) delivery: Delivery,
+    pub(crate) what: What,
+    /// The context of the span that processed the record.
+    pub(crate) context: Option<TraceContext>,
+}
+
+/// What is published.
+#[derive(Debug)]
+pub(crate) enum What {
+    Reply { topics: Arc<[Arc<str>]>, reply: Reply },
+    DeadLetter { reason: Reason, detail: String },
+}
+
+/// A publication that is acknowledged.
+#[derive(Debug)]
+pub(crate) struct Done {
+    pub(crate) slot: u32,
+    pub(crate) epoch: u64,
+    pub(crate) offset: i64,
+    pub(crate) disposition: Disposition,
+    pub(crate) reason: &'static str,
+    pub(crate) context: Option<TraceContext>,
+}
+
+struct Pending {
+    sequence: u64,
+    publication: Publication,
+    /// Which of its records are acknowledged; empty before the first failure.
+    acknowledged: Vec<bool>,
+    spans: Vec<Span>,
+    /// How many records it sent.
+    sent: usize,
+}
+
+/// See the module.
+pub(crate) struct Outbox {
+    producer: Arc<dyn Producer>,
+    tracer: Tracer,
+    system: &'static str,
+    queue: VecDeque<Pending>,
+    sending: FuturesUnordered<BoxFuture<'static, (Vec<Pending>, Vec<Result<Position, ProduceError>>)>>,
+    /// What has to be sent again, by sequence, and when.
+    again: BTreeMap<u64, Pending>,
+    pause_until: Option<Instant>,
+    trouble: Option<ProduceError>,
+    count: usize,
+    sequence: u64,
+}
+
+impl Outbox {
+    pub(crate) fn new(producer: Arc<dyn Producer>, tracer: Tracer, system: &'static str) -> Self {
+        Self {
+            producer,
+            tracer,
+            system,
+            queue: VecDeque::new(),
+            sending: FuturesUnordered::new(),
+            again: BTreeMap::new(),
+            pause_until: None,
+            trouble: None,
+            count: 0,
+            sequence: 0,
+        }
+    }
+
+    /// Publications that are not acknowledged.
+    pub(crate) fn len(&self) -> usize {
+        self.count
+    }
+
+    /// Why publications wait to be sent again.
+    pub(crate) fn trouble(&self) -> Option<&ProduceError> {
+        self.trouble.as_ref()
+    }
+
+    /// When [`Outbox::flush`] has something to do again.
+    pub(crate) fn wake(&self) -> Option<Instant> {
+        self.pause_until.filter(|_| self.sending.is_empty())
+    }
+
+    /// Adds a publication; it leaves with the next flush.
+    pub(crate) fn put(&mut self, publication: Publication) {
+        self.sequence += 1;
+        self.count += 1;
+        self.queue.push_back(Pending { sequence: self.sequence, publication, acknowledged: Vec::new(), spans: Vec::new(), sent: 0 });
+    }
+
+    /// Sends all that may be sent, as one batch.
+    pub(crate) fn flush(&mut self, now: Instant) {
+        if !self.again.is_empty() {
+            // What fails later must go in front of what was put later: first everything comes back.
+            if !self.sending.is_empty() || self.pause_until.is_some_and(|until| now < until) {
+                return;
+            }
+            self.pause_until = None;
+            let again = std::mem::take(&mut self.again);
+            for (_, pending) in again.into_iter().rev() {
+                self.queue.push_front(pending);
+            }
+        }
+        if self.queue.is_empty() {
+            return;
+        }
+        let mut batch: Vec<Pending> = self.queue.drain(..).collect();
+        let mut records = Vec::with_capacity(batch.len());
+        for pending in &mut batch {
+            self.prepare(pending, &mut records);
+        }
+        let acks = self.producer.send(records);
+        self.sending.push(acks.map(move |results| (batch, results)).boxed());
+    }
+
+    /// Makes the records of a publication that are not acknowledged yet.
+    fn prepare(&self, pending: &mut Pending, records: &mut Vec<Outgoing>) {
+        let publication = &pending.publication;
+        let (tracer, system, context) = (&self.tracer, self.system, publication.context.as_ref());
+        let spans = &mut pending.spans;
+        spans.clear();
+        let mut trace = |topic: &Arc<str>| {
+            if !tracer.enabled() {
+                return context.cloned();
+            }
+            let mut span = tracer.start(SpanKind::Producer, || format!("send {topic}"), context);
+            span.set("messaging.system", || system.into());
+            span.set("messaging.operation.type", || "send".into());
+            span.set("messaging.operation.name", || "send".into());
+            span.set("messaging.destination.name", || topic.clone().into());
+            span.set("mesh.route", || publication.delivery.route.name.clone().into());
+            let context = span.context().cloned();
+            spans.push(span);
+            context
+        };
+        let made = match &publication.what {
+            What::Reply { topics, reply } => reply::replies(&publication.delivery, topics, reply, &mut trace),
+            What::DeadLetter { reason, detail } => {
+                let letter = reply::dead_letter(&publication.delivery, *reason, detail, now_ms());
+                trace(&letter.topic);
+                vec![letter]
+            }
+        };
+        let before = records.len();
+        if pending.acknowledged.is_empty() {
+            records.extend(made);
+        } else {
+            let left = made.into_iter().zip(&pending.acknowledged).filter(|(_, acknowledged)| !**acknowledged);
+            records.extend(left.map(|(record, _)| record));
+        }
+        pending.sent = records.len() - before;
+    }
+
+    /// Waits for acknowledgements, and adds what is done to `into`. Pending for ever when nothing is sent. Cancel-safe.
+    pub(crate) async fn acknowledged(&mut self, into: &mut Vec<Done>) {
+        match self.sending.next().await {
+            Some((batch, results)) => {
+                self.take(batch, results, into);
+                while let Some(Some((batch, results))) = self.sending.next().now_or_never() {
+                    self.take(batch, results, into);
+                }
+            }
+            None => std::future::pending().await,
+        }
+    }
+
+    fn take(&mut self, batch: Vec<Pending>, results: Vec<Result<Position, ProduceError>>, into: &mut Vec<Done>) {
+        let mut results = results.into_iter();
+        for mut pending in batch {
+            let mut failure = None;
+            let mut outcome = Vec::new();
+            for index in 0..pending.sent {
+                // A producer that answers too few has lost records: they are sent again.
+                let result = results.next().unwrap_or_else(|| {
+                    let detail = "the producer did not answer for this record".to_owned();
+                    Err(ProduceError { kind: ProduceErrorKind::Fatal, detail })
+                });
+                if let Err(error) = &result
+                    && let Some(span) = pending.spans.get_mut(index)
+                {
+                    span.fail("produce", || error.to_string());
+                }
+                if result.is_err() && failure.is_none() {
+                    // The first one that failed: from here on it matters which.
+                    outcome = vec![true; index];
+                }
+                if let Err(error) = result {
+                    outcome.push(false);
+                    failure = Some(error);
+                } else if failure.is_some() {
+                    outcome.push(true);
+                }
+            }
+            pending.spans.clear();
+            match failure {
+                None => {
+                    self.count -= 1;
+                    if self.again.is_empty() {
+                        self.trouble = None;
+                    }
+                    into.push(done(pending.publication));
+                }
+                Some(error) => self.send_again(pending, outcome, error),
+            }
+        }
+    }
+
+    fn send_again(&mut self, mut pending: Pending, outcome: Vec<bool>, error: ProduceError) {
+        let refused = matches!(error.kind, ProduceErrorKind::TooLarge | ProduceErrorKind::Refused | ProduceErrorKind::UnknownPartition);
+        if refused && matches!(pending.publication.what, What::Reply { .. }) {
+            // A copy that is in another topic already stays there; the record itself is not lost.
+            pending.publication.what = What::DeadLetter { reason: Reason::Reply, detail: error.detail };
+            pending.acknowledged.clear();
+        } else {
+            if pending.acknowledged.is_empty() {
+                pending.acknowledged = outcome;
+            } else {
+                let mut outcome = outcome.into_iter();
+                for acknowledged in pending.acknowledged.iter_mut().filter(|acknowledged| !**acknowledged) {
+                    *acknowledged = outcome.next().unwrap_or(false);
+                }
+            }
+            if self.trouble.as_ref().is_none_or(|known| known.kind != error.kind) {
+                tracing::warn!(route = %pending.publication.delivery.route.name, %error, "publishing fails: trying again");
+            }
+            self.trouble = Some(error);
+            self.pause_until = Some(Instant::now() + PAUSE);
+        }
+        self.again.insert(pending.sequence, pending);
+    }
+}
+
+fn done(publication: Publication) -> Done {
+    let (disposition, reason) = match &publication.what {
+        What::Reply { .. } => (Disposition::Forwarded, ""),
+        What::DeadLetter { reason, .. } => (Disposition::DeadLettered, reason.as_str()),
+    };
+    Done {
+        slot: publication.slot,
+        epoch: publication.epoch,
+        offset: publication.delivery.position.offset,
+        disposition,
+        reason,
+        context: publication.context,
+    }
+}
+
+/// Milliseconds since 1970-01-01 UTC.
+pub(crate) fn now_ms() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,115 @@
+//! What a route tells of itself: the board, and its gauges.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures_util::{FutureExt as _, future::BoxFuture};
+
+use super::{outbox::now_ms, route::RouteLoop};
+use crate::{
+    broker::{Admin, BrokerErrorKind, ProduceErrorKind},
+    record::TopicPartition,
+    status::{RouteState, RouteStatus},
+};
+
+/// How often the board is posted.
+const POST: Duration = Duration::from_millis(500);
+
+/// Asks the broker for the newest offsets of partitions; one that it does not tell is left out.
+pub(super) fn watch_lag(admin: Arc<dyn Admin>, partitions: Vec<(u32, TopicPartition)>) -> BoxFuture<'static, Vec<(u32, i64)>> {
+    async move {
+        let mut highs = Vec::with_capacity(partitions.len());
+        for (slot, partition) in partitions {
+            match admin.watermarks(&partition).await {
+                Ok((_, high)) => highs.push((slot, high)),
+                Err(error) => tracing::debug!(%partition, %error, "no watermark for the lag"),
+            }
+        }
+        highs
+    }
+    .boxed()
+}
+
+impl RouteLoop {
+    pub(super) fn on_lag(&mut self, highs: Vec<(u32, i64)>) {
+        self.lag = None;
+        for (index, high) in highs {
+            if let Some(slot) = self.slots.get_mut(index as usize) {
+                slot.high = high;
+            }
+        }
+    }
+
+    /// Posts with the next turn.
+    pub(super) fn post_now(&mut self) {
+        self.post_due = Instant::now();
+    }
+
+    pub(super) fn post(&mut self, now: Instant) {
+        self.post_due = now + POST;
+        let (state, reason) = self.state();
+        let since = match state {
+            RouteState::Running | RouteState::Draining => 0,
+            _ if self.posted.state == state && self.posted.waiting_since_ms > 0 => self.posted.waiting_since_ms,
+            _ => now_ms(),
+        };
+        let owned = || self.slots.iter().filter(|slot| slot.owned);
+        let lag_records =
+            owned().map(|slot| slot.high.max(slot.watermark.next()).saturating_sub(slot.watermark.offset()).max(0).unsigned_abs()).sum();
+        let oldest = owned().filter_map(|slot| slot.watermark.oldest_timestamp_ms()).min();
+        let lag_seconds = oldest.map_or(0.0, |oldest| now_ms().saturating_sub(oldest).max(0) as f64 / 1e3);
+        let status = RouteStatus {
+            route: self.route.name.clone(),
+            service: self.route.service.clone(),
+            state,
+            reason,
+            waiting_since_ms: since,
+            partitions: owned().count() as u32,
+            lag_records,
+            lag_seconds,
+            in_flight: self.out as u64,
+            dispositions: self.dispositions.clone(),
+        };
+        let metrics = &self.parts.metrics;
+        metrics.state(state);
+        metrics.partitions.set(status.partitions.into());
+        metrics.lag_records.set(lag_records);
+        metrics.lag_seconds.set(lag_seconds);
+        metrics.queue_bytes.set(owned().map(|slot| slot.watermark.bytes() as u64).sum());
+        let stalled = owned().filter(|slot| slot.watermark.incomplete() > 0).map(|slot| now.saturating_duration_since(slot.moved)).max();
+        metrics.watermark_stall_seconds.set(stalled.unwrap_or_default().as_secs_f64());
+        if status != self.posted {
+            self.parts.board.post(status.clone());
+            self.posted = status;
+        }
+    }
+
+    /// What the route does, and whom it waits for.
+    fn state(&self) -> (RouteState, String) {
+        if self.draining.is_some() {
+            return (RouteState::Draining, String::new());
+        }
+        if let Some(error) = &self.broker_trouble {
+            let state = match error.kind {
+                BrokerErrorKind::UnknownTopic => RouteState::WaitingForTopic,
+                _ => RouteState::WaitingForBroker,
+            };
+            return (state, error.to_string());
+        }
+        if let Some(error) = self.outbox.trouble() {
+            let state = match error.kind {
+                ProduceErrorKind::UnknownTopic => RouteState::WaitingForTopic,
+                _ => RouteState::WaitingForBroker,
+            };
+            return (state, error.to_string());
+        }
+        let waits = self.service_trouble.clone().or_else(|| self.parts.leaf.unattended());
+        match waits {
+            Some(reason) => (RouteState::WaitingForService, reason),
+            None if self.joined => (RouteState::Running, String::new()),
+            None => (RouteState::Joining, format!("joining group {}", self.route.group)),
+        }
+    }
+}

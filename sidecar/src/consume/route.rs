@@ -1,0 +1,306 @@
+//! A route's loop: one task that owns everything of its route, so that nothing here is locked.
+//!
+//! Batches come in, each offset enters its partition's watermark, the lanes decide what may run, the leaf delivers, answers are judged,
+//! publications are acknowledged, offsets complete, watermarks are committed back to back.
+//!
+//! Invariant: an offset completes only when its record has its disposition: replies and dead letters are acknowledged before.
+//! Invariant: what belongs to an assignment that ended (another epoch) changes no offset.
+//! Invariant: records that are read and not complete are bounded per partition, by number and bytes; beyond that the partition is held.
+//! Invariant: before a partition is given away the loop stops delivering from it and waits for what is at the service, for a bounded time.
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BinaryHeap, HashMap},
+    hash::{BuildHasher as _, RandomState},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures_util::future::BoxFuture;
+use mesh_routing::{Route, Start};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::{outbox::Outbox, report::watch_lag};
+use crate::{
+    broker::{Broker, BrokerError, Consumer, ConsumerConfig, Revoking, StartOffset},
+    deliver::{
+        Leaf,
+        breaker::{Allowance, Breaker},
+    },
+    lanes::{JobId, Lanes},
+    outcome::{Delivery, Disposition},
+    record::{Record, TopicPartition, header},
+    status::{Board, RouteStatus},
+    telemetry::{
+        metrics::RouteMetrics,
+        trace::{Span, TraceContext, Tracer},
+    },
+    watermark::Watermark,
+};
+
+/// How often lag is measured.
+const LAG: Duration = Duration::from_secs(2);
+
+/// What a route's loop needs.
+pub(crate) struct Parts {
+    pub(crate) broker: Arc<dyn Broker>,
+    pub(crate) leaf: Leaf,
+    pub(crate) metrics: RouteMetrics,
+    pub(crate) tracer: Tracer,
+    pub(crate) board: Board,
+    /// The route; a changed one that can be swapped in place comes here.
+    pub(crate) route: watch::Receiver<Arc<Route>>,
+    /// When the table was applied, for `start: applied`.
+    pub(crate) applied_ms: i64,
+    pub(crate) instance: Option<String>,
+    pub(crate) buffer_bytes: usize,
+    pub(crate) drain_timeout: Duration,
+    /// Cancelled to drain.
+    pub(crate) stop: CancellationToken,
+}
+
+/// A record in a lane.
+pub(super) struct Job {
+    pub(super) slot: u32,
+    pub(super) epoch: u64,
+    pub(super) delivery: Delivery,
+    /// Since when it is at the service; `None` while it waits.
+    pub(super) out: Option<Instant>,
+    pub(super) span: Option<Span>,
+}
+
+/// A partition that was ever assigned here. The slot keeps its number, so that lanes outlive an assignment.
+pub(super) struct Slot {
+    pub(super) partition: TopicPartition,
+    pub(super) owned: bool,
+    pub(super) revoking: bool,
+    pub(super) watermark: Watermark,
+    pub(super) committed: i64,
+    /// Records at the service, or on their way to the broker.
+    pub(super) busy: usize,
+    pub(super) held: bool,
+    /// The newest offset + 1 at the broker, as last measured.
+    pub(super) high: i64,
+    /// When the watermark last moved, or there was nothing to do.
+    pub(super) moved: Instant,
+}
+
+/// A revoke that waits for what is at the service.
+pub(super) struct Revoke {
+    pub(super) slots: Vec<u32>,
+    pub(super) deadline: Instant,
+    pub(super) revoking: Revoking,
+}
+
+/// See the module.
+pub(crate) struct RouteLoop {
+    pub(super) parts: Parts,
+    pub(super) route: Arc<Route>,
+    pub(super) consumer: Box<dyn Consumer>,
+    pub(super) slots: Vec<Slot>,
+    pub(super) by_partition: HashMap<TopicPartition, u32>,
+    pub(super) lanes: Lanes<Job>,
+    pub(super) hasher: RandomState,
+    /// Deliveries that are out.
+    pub(super) out: usize,
+    pub(super) breaker: Breaker,
+    pub(super) backoffs: BinaryHeap<Reverse<(Instant, JobId)>>,
+    pub(super) outbox: Outbox,
+    pub(super) commit: Option<BoxFuture<'static, CommitResult>>,
+    pub(super) commit_again: Option<Instant>,
+    pub(super) commit_contexts: Vec<TraceContext>,
+    pub(super) lag: Option<BoxFuture<'static, Vec<(u32, i64)>>>,
+    pub(super) lag_due: Instant,
+    pub(super) revoke: Option<Revoke>,
+    /// Draining, until this time.
+    pub(super) draining: Option<Instant>,
+    pub(super) broker_trouble: Option<BrokerError>,
+    pub(super) service_trouble: Option<String>,
+    pub(super) joined: bool,
+    pub(super) dispositions: BTreeMap<Disposition, u64>,
+    pub(super) posted: RouteStatus,
+    pub(super) post_due: Instant,
+    pub(super) epoch: u64,
+}
+
+/// What a commit came to.
+pub(super) struct CommitResult {
+    pub(super) commits: Vec<(u32, u64, i64)>,
+    pub(super) began: Instant,
+    pub(super) result: Result<(), BrokerError>,
+}
+
+impl RouteLoop {
+    /// Makes the loop; its consumer joins at once.
+    ///
+    /// # Errors
+    /// If the consumer's configuration can never work.
+    pub(crate) fn new(parts: Parts) -> Result<Self, BrokerError> {
+        let route = parts.route.borrow().clone();
+        let consumer = parts.broker.consumer(ConsumerConfig {
+            group: Some(route.group.to_string()),
+            topics: route.from.clone(),
+            instance: parts.instance.as_ref().map(|instance| format!("{instance}.{}", route.name)),
+            start: match route.start {
+                Start::Earliest => StartOffset::Earliest,
+                Start::Latest => StartOffset::Latest,
+                Start::Applied => StartOffset::At(parts.applied_ms),
+                Start::At(time) => StartOffset::At(time),
+            },
+            buffer_bytes: parts.buffer_bytes,
+        })?;
+        let outbox = Outbox::new(parts.broker.producer(), parts.tracer.clone(), parts.broker.system());
+        let hasher = RandomState::new();
+        let now = Instant::now();
+        Ok(Self {
+            breaker: Breaker::new(route.breaker.failures, route.breaker.open),
+            lanes: Lanes::with_start(hasher.hash_one(0u8) as u32),
+            parts,
+            route,
+            consumer,
+            slots: Vec::new(),
+            by_partition: HashMap::new(),
+            hasher,
+            out: 0,
+            backoffs: BinaryHeap::new(),
+            outbox,
+            commit: None,
+            commit_again: None,
+            commit_contexts: Vec::new(),
+            lag: None,
+            lag_due: now,
+            revoke: None,
+            draining: None,
+            broker_trouble: None,
+            service_trouble: None,
+            joined: false,
+            dispositions: BTreeMap::new(),
+            posted: RouteStatus::default(),
+            post_due: now,
+            epoch: 0,
+        })
+    }
+
+    /// Runs until it is stopped and drained.
+    pub(crate) async fn run(mut self) {
+        let (mut answers, mut done) = (Vec::new(), Vec::new());
+        loop {
+            let now = Instant::now();
+            self.turn(now);
+            if self.drained(now) {
+                break;
+            }
+            let wake = self.wake(now);
+            tokio::select! {
+                event = self.consumer.next() => self.on_event(event),
+                () = self.parts.leaf.answers(&mut answers) => answers.drain(..).for_each(|answer| self.on_answer(answer)),
+                () = self.outbox.acknowledged(&mut done) => done.drain(..).for_each(|done| self.on_published(done)),
+                result = maybe(&mut self.commit) => self.on_committed(result),
+                lag = maybe(&mut self.lag) => self.on_lag(lag),
+                () = tokio::time::sleep_until(wake.into()) => {}
+                Ok(()) = self.parts.route.changed() => self.swap(),
+                () = self.parts.stop.cancelled(), if self.draining.is_none() => self.drain(),
+            }
+        }
+        self.leave().await;
+    }
+
+    /// What is done each time something happened.
+    fn turn(&mut self, now: Instant) {
+        while let Some(Reverse((due, id))) = self.backoffs.peek().copied()
+            && due <= now
+        {
+            self.backoffs.pop();
+            self.lanes.put_back(id);
+        }
+        self.dispatch(now);
+        self.outbox.flush(now);
+        self.start_commit(now);
+        self.answer_revoke(now);
+        if self.lag.is_none() && now >= self.lag_due {
+            self.lag_due = now + LAG;
+            let owned = self.owned().map(|(slot, s)| (slot, s.partition.clone())).collect();
+            self.lag = Some(watch_lag(self.parts.broker.admin(), owned));
+        }
+        if now >= self.post_due {
+            self.post(now);
+        }
+    }
+
+    fn owned(&self) -> impl Iterator<Item = (u32, &Slot)> {
+        self.slots.iter().enumerate().filter(|(_, slot)| slot.owned).map(|(index, slot)| (index as u32, slot))
+    }
+
+    /// When the loop has something to do though nothing happens.
+    fn wake(&self, now: Instant) -> Instant {
+        let mut wake = self.post_due;
+        let mut at = |time: Option<Instant>| wake = time.map_or(wake, |time| wake.min(time));
+        at(self.backoffs.peek().map(|Reverse((due, _))| *due));
+        at(self.outbox.wake());
+        at(self.commit_again);
+        at(self.revoke.as_ref().map(|revoke| revoke.deadline));
+        at(self.draining);
+        if let Allowance::Wait(until) = self.breaker.allowance(now)
+            && self.lanes.has_ready()
+        {
+            at(Some(until));
+        }
+        wake
+    }
+
+    /// Takes the changed route of a new table. What is out keeps the route under which it was delivered.
+    fn swap(&mut self) {
+        self.route = self.parts.route.borrow_and_update().clone();
+        self.breaker.configure(self.route.breaker.failures, self.route.breaker.open);
+        tracing::info!(route = %self.route.name, "the route changed");
+        for index in 0..self.slots.len() as u32 {
+            self.hold_or_release(index);
+        }
+    }
+
+    /// Counts records of a partition that are at the service or on their way to the broker.
+    pub(super) fn slot_busy(&mut self, index: u32, epoch: u64, change: isize) {
+        if let Some(slot) = self.slots.get_mut(index as usize).filter(|slot| slot.watermark.epoch() == epoch) {
+            slot.busy = slot.busy.saturating_add_signed(change);
+        }
+    }
+
+    /// Takes back a delivery that nobody has begun to handle.
+    pub(super) fn withdraw(&mut self, id: u64) {
+        let id = JobId::from_raw(id);
+        let Some(job) = self.lanes.get_mut(id) else { return };
+        if job.out.take().is_some() {
+            let (slot, epoch) = (job.slot, job.epoch);
+            job.span = None;
+            self.out -= 1;
+            self.parts.metrics.in_flight.dec();
+            self.slot_busy(slot, epoch, -1);
+            self.lanes.put_back(id);
+        }
+    }
+}
+
+impl Slot {
+    /// The assignment ended: nothing of it changes an offset any more.
+    pub(super) fn give_away(&mut self, epoch: u64) {
+        self.owned = false;
+        self.revoking = false;
+        self.held = false;
+        self.busy = 0;
+        self.watermark = Watermark::new(epoch, self.watermark.offset());
+    }
+}
+
+/// The trace context that a record carries.
+pub(super) fn parent(record: &Record) -> Option<TraceContext> {
+    TraceContext::parse(record.header(header::TRACEPARENT)?, record.header(header::TRACESTATE))
+}
+
+/// Waits for a future that may not be there. Cancel-safe: the future stays where it is.
+async fn maybe<T>(future: &mut Option<BoxFuture<'static, T>>) -> T {
+    match future {
+        Some(future) => future.await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,234 @@
+//! A broker in memory, for the tests of this floor and the one above.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use futures_util::future::BoxFuture;
+use tokio::sync::{mpsc, watch};
+
+use crate::{
+    broker::*,
+    config::*,
+    record::{Position, Record, TopicPartition},
+};
+
+/// What the fake does with records.
+#[derive(Clone, Debug)]
+pub(crate) enum Mode {
+    Store,
+    /// Never answers.
+    Silent,
+    Fail(ProduceErrorKind),
+}
+
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) mode: Mode,
+    /// How many batches were sent.
+    pub(crate) sends: usize,
+    pub(crate) health: Option<String>,
+    /// The topics that are known, with their records.
+    pub(crate) topics: BTreeMap<String, Vec<Record>>,
+    /// Topics that exist and have to be learned first.
+    pub(crate) unlearned: Vec<String>,
+    /// What `learn_topic` answers for others.
+    pub(crate) learn: ProduceErrorKind,
+    /// The consumers that were made.
+    pub(crate) consumers: Vec<FakeHandle>,
+}
+
+/// A broker in memory.
+#[derive(Clone, Debug)]
+pub(crate) struct Fake(pub(crate) Arc<Mutex<State>>);
+
+/// The test's side of a consumer.
+#[derive(Clone, Debug)]
+pub(crate) struct FakeHandle {
+    pub(crate) config: ConsumerConfig,
+    pub(crate) events: mpsc::Sender<Event>,
+    pub(crate) commits: watch::Receiver<Vec<Commit>>,
+    pub(crate) held: watch::Receiver<Vec<TopicPartition>>,
+    /// Its sender is gone once the consumer is closed.
+    pub(crate) closed: watch::Receiver<bool>,
+}
+
+impl Fake {
+    pub(crate) fn new(topics: &[&str]) -> Self {
+        Self(Arc::new(Mutex::new(State {
+            mode: Mode::Store,
+            sends: 0,
+            health: None,
+            topics: topics.iter().map(|name| ((*name).to_owned(), Vec::new())).collect(),
+            unlearned: Vec::new(),
+            learn: ProduceErrorKind::UnknownTopic,
+            consumers: Vec::new(),
+        })))
+    }
+
+    pub(crate) fn set(&self, mode: Mode) {
+        self.0.lock().unwrap().mode = mode;
+    }
+
+    pub(crate) fn records(&self, topic: &str) -> Vec<Record> {
+        self.0.lock().unwrap().topics[topic].clone()
+    }
+}
+
+pub(crate) fn config(services: &[&str]) -> Config {
+    let address = "127.0.0.1:0".parse().unwrap();
+    Config {
+        mesh: "m".into(),
+        services: services
+            .iter()
+            .map(|name| ServiceConfig { name: (*name).into(), app: None, publish: None, subscribe: None, token_file: None })
+            .collect(),
+        instance: None,
+        state: "state".into(),
+        broker: BrokerConfig::Kafka(BTreeMap::new()),
+        table: None,
+        listen: Listen { api: address, admin: address, probe: address },
+        telemetry: TelemetryConfig { otlp: None, log: "info".into(), log_format: LogFormat::Pretty },
+        limits: Limits {
+            record_bytes: 1024 * 1024,
+            publish_timeout: Duration::from_millis(300),
+            drain_timeout: Duration::from_secs(5),
+            buffer_bytes: 1024 * 1024,
+        },
+    }
+}
+
+impl Broker for Fake {
+    fn system(&self) -> &'static str {
+        "fake"
+    }
+
+    fn producer(&self) -> Arc<dyn Producer> {
+        Arc::new(self.clone())
+    }
+
+    fn consumer(&self, config: ConsumerConfig) -> Result<Box<dyn Consumer>, BrokerError> {
+        let (events, receiver) = mpsc::channel(16);
+        let (committing, commits) = watch::channel(Vec::new());
+        let (holding, held) = watch::channel(Vec::new());
+        let (open, closed) = watch::channel(false);
+        self.0.lock().unwrap().consumers.push(FakeHandle { config, events, commits, held, closed });
+        Ok(Box::new(FakeConsumer { receiver, committing, holding, open }))
+    }
+
+    fn admin(&self) -> Arc<dyn Admin> {
+        Arc::new(self.clone())
+    }
+
+    fn health(&self) -> Result<(), BrokerError> {
+        match &self.0.lock().unwrap().health {
+            None => Ok(()),
+            Some(why) => Err(BrokerError::new(BrokerErrorKind::Unreachable, why.clone())),
+        }
+    }
+
+    fn close(&self, _deadline: Duration) -> BoxFuture<'_, Result<(), BrokerError>> {
+        Box::pin(async { Ok(()) })
+    }
+}
+
+impl Producer for Fake {
+    fn send(&self, records: Vec<Outgoing>) -> Acks {
+        let mut state = self.0.lock().unwrap();
+        state.sends += 1;
+        match state.mode.clone() {
+            Mode::Silent => Box::pin(std::future::pending()),
+            Mode::Fail(kind) => {
+                let failed = records.iter().map(|_| Err(ProduceError { kind, detail: format!("{kind:?}") })).collect();
+                Box::pin(async { failed })
+            }
+            Mode::Store => {
+                let stored = records.into_iter().map(|outgoing| {
+                    let log = state.topics.get_mut(&*outgoing.topic).expect("an unknown topic was sent to");
+                    log.push(outgoing.record);
+                    Ok(Position { partition: TopicPartition::new(outgoing.topic, 0), offset: log.len() as i64 - 1 })
+                });
+                let stored = stored.collect();
+                Box::pin(async { stored })
+            }
+        }
+    }
+
+    fn known_partitions(&self, topic: &str) -> Option<i32> {
+        self.0.lock().unwrap().topics.get(topic).map(|_| 1)
+    }
+
+    fn learn_topic(&self, topic: &str, _deadline: Duration) -> BoxFuture<'_, Result<i32, ProduceError>> {
+        let mut state = self.0.lock().unwrap();
+        let known = state.unlearned.iter().any(|name| name == topic);
+        let answer = match known {
+            true => {
+                state.topics.insert(topic.to_owned(), Vec::new());
+                Ok(1)
+            }
+            false => Err(ProduceError { kind: state.learn, detail: "no such topic".to_owned() }),
+        };
+        Box::pin(async { answer })
+    }
+}
+
+struct FakeConsumer {
+    receiver: mpsc::Receiver<Event>,
+    committing: watch::Sender<Vec<Commit>>,
+    holding: watch::Sender<Vec<TopicPartition>>,
+    open: watch::Sender<bool>,
+}
+
+impl Consumer for FakeConsumer {
+    fn next(&mut self) -> BoxFuture<'_, Event> {
+        Box::pin(async {
+            match self.receiver.recv().await {
+                Some(event) => event,
+                None => std::future::pending().await,
+            }
+        })
+    }
+
+    fn hold(&mut self, partition: &TopicPartition) {
+        self.holding.send_modify(|held| held.push(partition.clone()));
+    }
+
+    fn release(&mut self, partition: &TopicPartition) {
+        self.holding.send_modify(|held| held.retain(|other| other != partition));
+    }
+
+    fn commit(&self, offsets: Vec<Commit>) -> BoxFuture<'static, Result<(), BrokerError>> {
+        self.committing.send_modify(|commits| commits.extend(offsets));
+        Box::pin(async { Ok(()) })
+    }
+
+    fn close(self: Box<Self>) -> BoxFuture<'static, ()> {
+        self.open.send_replace(true);
+        Box::pin(async {})
+    }
+}
+
+impl Admin for Fake {
+    fn topics(&self) -> BoxFuture<'_, Result<BTreeMap<String, i32>, BrokerError>> {
+        let topics = self.0.lock().unwrap().topics.keys().map(|name| (name.clone(), 1)).collect();
+        Box::pin(async { Ok(topics) })
+    }
+
+    fn create_topics(&self, _topics: Vec<NewTopic>) -> BoxFuture<'_, Result<(), BrokerError>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn watermarks(&self, _partition: &TopicPartition) -> BoxFuture<'_, Result<(i64, i64), BrokerError>> {
+        Box::pin(async { Ok((0, 0)) })
+    }
+
+    fn offsets_at(&self, _topic: &str, _timestamp_ms: i64) -> BoxFuture<'_, Result<Vec<i64>, BrokerError>> {
+        Box::pin(async { Ok(vec![0]) })
+    }
+
+    fn committed(&self, _group: &str, partitions: Vec<TopicPartition>) -> BoxFuture<'_, Result<Vec<Option<Commit>>, BrokerError>> {
+        Box::pin(async move { Ok(partitions.iter().map(|_| None).collect()) })
+    }
+}
