@@ -81,6 +81,17 @@ impl Growth {
     }
 }
 
+type Committed = Result<(), BrokerError>;
+
+/// Start positions that are asked for.
+#[derive(Debug)]
+struct Resolve {
+    group: Option<Arc<Group>>,
+    gains: Vec<Gain>,
+    start: StartOffset,
+    inbox: Arc<Inbox>,
+}
+
 /// Everything of one transaction.
 #[derive(Debug, Default)]
 struct Plan {
@@ -88,8 +99,8 @@ struct Plan {
     by_partition: HashMap<i64, usize>,
     offsets: Vec<(Arc<str>, i64, i64, String)>,
     appended: Vec<(oneshot::Sender<Results>, Results)>,
-    committed: Vec<(oneshot::Sender<Result<(), BrokerError>>, Result<(), BrokerError>)>,
-    resolve: Vec<(Option<Arc<Group>>, Vec<Gain>, StartOffset, Arc<Inbox>)>,
+    committed: Vec<(oneshot::Sender<Committed>, Committed)>,
+    resolve: Vec<Resolve>,
 }
 
 impl Plan {
@@ -170,7 +181,7 @@ impl Writer {
                     let result = self.plan_commit(&mut plan, &group, member, offsets);
                     plan.committed.push((reply, result));
                 }
-                Job::Resolve { group, gains, start, inbox } => plan.resolve.push((group, gains, start, inbox)),
+                Job::Resolve { group, gains, start, inbox } => plan.resolve.push(Resolve { group, gains, start, inbox }),
                 Job::CreateTopics { topics, reply } => {
                     // Nobody may wait any more.
                     let _ = reply.send(self.create_topics(topics));
@@ -197,7 +208,8 @@ impl Writer {
                 for (group, partition, offset, metadata) in &plan.offsets {
                     store.set_offset(group, *partition, *offset, metadata)?;
                 }
-                let resolve = |(group, gains, start, _): &(Option<Arc<Group>>, Vec<Gain>, StartOffset, Arc<Inbox>)| {
+                let resolve = |wanted: &Resolve| {
+                    let Resolve { group, gains, start, .. } = wanted;
                     gains.iter().map(|gain| resolve(store, &plan, group.as_deref(), gain, *start)).collect()
                 };
                 plan.resolve.iter().map(resolve).collect::<rusqlite::Result<Vec<Vec<Resolved>>>>()
@@ -209,7 +221,7 @@ impl Writer {
                 for growth in std::mem::take(&mut plan.growth) {
                     self.publish(growth);
                 }
-                for ((_, _, _, inbox), resolved) in plan.resolve.into_iter().zip(resolved) {
+                for (Resolve { inbox, .. }, resolved) in plan.resolve.into_iter().zip(resolved) {
                     inbox.push(Notice::Resolved(Ok(resolved)));
                 }
                 // Whoever dropped its receiver does not want to know.
@@ -433,7 +445,7 @@ fn fail(plan: Plan, failure: &WriteError) {
     for (reply, result) in plan.committed {
         drop(reply.send(result.and(Err(failure.error.clone()))));
     }
-    for (_, gains, _, inbox) in plan.resolve {
+    for Resolve { gains, inbox, .. } in plan.resolve {
         inbox.push(Notice::Resolved(Err((failure.error.clone(), gains))));
     }
 }
