@@ -65,6 +65,10 @@ impl v1::control_server::Control for Script {
         let next = if state.status.len() > 1 { state.status.remove(0) } else { state.status[0].clone() };
         Ok(Response::new(next))
     }
+
+    async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
+        Err(Status::unimplemented("mesh-ctl does not ask for it"))
+    }
 }
 
 impl Script {
