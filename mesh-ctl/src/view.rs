@@ -1,7 +1,7 @@
 //! What `-o json` and `-o yaml` print: stable names, words instead of numbers.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     time::{Duration, UNIX_EPOCH},
 };
 
@@ -87,6 +87,15 @@ pub(crate) struct Mesh {
     pub(crate) mesh: String,
     pub(crate) generation: u64,
     pub(crate) instances: Vec<Instance>,
+    /// Routes of the table in force whose service has no live instance: nobody delivers their records.
+    pub(crate) unserved: Vec<Unserved>,
+}
+
+/// A route that nobody serves.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Unserved {
+    pub(crate) route: String,
+    pub(crate) service: String,
 }
 
 /// The state of an instance.
@@ -123,7 +132,14 @@ pub(crate) struct Route {
 }
 
 impl Mesh {
-    pub(crate) fn new(response: v1::GetStatusResponse) -> Self {
+    pub(crate) fn new(response: v1::GetStatusResponse, table: Option<&mesh_routing::Table>) -> Self {
+        let live = response.instances.iter().filter(|instance| instance.state() != v1::InstanceState::Lost);
+        let served: HashSet<&str> = live.flat_map(|instance| &instance.services).map(String::as_str).collect();
+        let routes = table
+            .into_iter()
+            .flat_map(|table| table.routes.iter().map(|route| (route.name.clone(), table.resolved(route).service.unwrap_or_default())));
+        let unserved = routes.filter(|(_, service)| !served.contains(service.as_str()));
+        let unserved = unserved.map(|(route, service)| Unserved { route, service }).collect();
         // The instance that answers reported just now: its clock is the one that ages are told by, not ours.
         let now = response.instances.iter().map(|instance| instance.reported_ms).max().unwrap_or(0);
         let since = |then: i64| now.saturating_sub(then).max(0) as f64 / 1_000.0;
@@ -154,7 +170,8 @@ impl Mesh {
             version: instance.version,
             routes: instance.routes.into_iter().map(route).collect(),
         };
-        Self { mesh: response.mesh, generation: response.generation, instances: response.instances.into_iter().map(instance).collect() }
+        let instances = response.instances.into_iter().map(instance).collect();
+        Self { mesh: response.mesh, generation: response.generation, instances, unserved }
     }
 }
 

@@ -65,6 +65,10 @@ impl v1::control_server::Control for Script {
         let next = if state.status.len() > 1 { state.status.remove(0) } else { state.status[0].clone() };
         Ok(Response::new(next))
     }
+
+    async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
+        Err(Status::unimplemented("mesh-ctl does not ask for it"))
+    }
 }
 
 impl Script {
@@ -407,6 +411,15 @@ price  pricing  a         WAITING_FOR_SERVICE  4           1203  41s     0      
     assert_eq!((&json["instances"][1]["state"], &json["instances"][1]["age_seconds"]), (&"NACKED".into(), &12.0.into()));
     let said = bench.run(&["-o", "yaml", "status"]).await.ends(0);
     assert!(said.out.contains("generation: 8\n"), "{}", said.out);
+
+    // A service without any instance is named, too.
+    let more = format!("{TABLE}  - {{ name: bill, service: billing, from: [priced], handler: /b, to: void }}\n");
+    bench.script.set(|state| state.table = Some(in_force(&more, 8)));
+    let said = bench.run(&["status"]).await.ends(0);
+    let row: Vec<_> = said.out.lines().filter(|line| line.contains("NO_INSTANCE")).collect();
+    assert!(row.len() == 1 && row[0].starts_with("bill ") && row[0].ends_with("no live instance serves service billing"), "{}", said.out);
+    let json = bench.run(&["status", "-o", "json"]).await.ends(0).json();
+    assert_eq!(json["unserved"], serde_json::json!([{ "route": "bill", "service": "billing" }]));
 }
 
 #[tokio::test]

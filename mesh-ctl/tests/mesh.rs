@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::Path, process::Output, sync::Arc, time::Duration};
 
 use mesh_sidecar::{
-    api::admin,
+    api::admin::{self, AdminService},
     broker::{
         Broker,
         embedded::{EmbeddedBroker, EmbeddedConfig},
@@ -50,7 +50,8 @@ impl Instance {
         };
         let board = Board::default();
         let handle = Control::start(broker.clone(), Arc::new(config), board.clone(), CancellationToken::new()).await.unwrap();
-        let router = admin::router(handle.control().clone()).await.unwrap();
+        let service = AdminService::new(handle.control().clone(), board.clone(), CancellationToken::new());
+        let router = admin::router(service).await.unwrap();
         let listener = tokio::net::TcpListener::bind(address).await.unwrap();
         let admin = listener.local_addr().unwrap();
         let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });

@@ -112,7 +112,23 @@ async fn wait(context: &Context, client: &mut Client, generation: u64, limit: Du
     let begin = Instant::now();
     loop {
         let request = client::request(v1::GetStatusRequest {}, client::ASK);
-        let status = client.get_status(request).await.map_err(|status| client::refused(&status))?.into_inner();
+        let status = match client.get_status(request).await {
+            Ok(status) => status.into_inner(),
+            // The table is applied, whatever happens to this sidecar: it may come back.
+            Err(status) if begin.elapsed() < limit => {
+                progress(context, &format!("the sidecar does not answer: {}", status.message()));
+                tokio::time::sleep(LOOK).await;
+                continue;
+            }
+            Err(status) => {
+                progress(context, "");
+                return Err(Failure::Said {
+                    code: Code::Unknown,
+                    message: format!("generation {generation} is applied, but the sidecar does not tell who runs it: {}", status.message()),
+                    hint: "ask another sidecar: `mesh-ctl status --admin URL`".into(),
+                });
+            }
+        };
         let of = |wanted: Stand| status.instances.iter().filter(move |instance| stand(instance, generation) == wanted);
         let (there, pending) = (of(Stand::There).count(), of(Stand::Pending).count());
         progress(context, &format!("{there} of {} run generation {generation}", count((there + pending) as u64, "instance")));

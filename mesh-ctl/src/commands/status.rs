@@ -17,7 +17,14 @@ pub(super) async fn run(context: &Context, flags: &Status) -> Result<Code, Failu
     loop {
         let request = client::request(v1::GetStatusRequest {}, client::ASK);
         let response = client.get_status(request).await.map_err(|status| client::refused(&status))?.into_inner();
-        let mesh = view::Mesh::new(response);
+        // What is in force tells what nobody serves. Without a table, or with one that this version cannot read, that is not told.
+        let request = client::request(v1::GetTableRequest { generation: None }, client::ASK);
+        let table = match client.get_table(request).await {
+            Ok(table) => mesh_routing::parse("the table in force", &table.into_inner().json).ok(),
+            Err(status) if status.code() == tonic::Code::NotFound => None,
+            Err(status) => return Err(client::refused(&status)),
+        };
+        let mesh = view::Mesh::new(response, table.as_ref());
         match context.form {
             Some(form @ (Form::Json | Form::Yaml)) => context.print_document(form, &mesh)?,
             None | Some(Form::Table) => {
@@ -89,7 +96,14 @@ fn text(context: &Context, mesh: &view::Mesh) -> String {
             plain(&reason),
         ]);
     }
-    if all.is_empty() { out } else { out + "\n" + &routes.render(context.colours) }
+    for unserved in &mesh.unserved {
+        let dash = || plain("-");
+        let reason = format!("no live instance serves service {}", unserved.service);
+        let state = ("NO_INSTANCE".to_owned(), Style::Bad);
+        let (route, service) = (plain(&unserved.route), plain(&unserved.service));
+        routes.row(vec![route, service, dash(), state, dash(), dash(), dash(), dash(), dash(), plain(&reason)]);
+    }
+    if all.is_empty() && mesh.unserved.is_empty() { out } else { out + "\n" + &routes.render(context.colours) }
 }
 
 fn seconds(seconds: f64) -> String {

@@ -23,8 +23,12 @@ use crate::{
     record::{Record, TopicPartition},
 };
 
+/// How long an apply waits for the control topic to be read to its end.
+const CATCH_UP: Duration = Duration::from_secs(8);
 /// How long each question to the broker may take.
 const BROKER: Duration = Duration::from_secs(15);
+/// How long the creation of all topics may take.
+const CREATION: Duration = Duration::from_secs(45);
 /// How long the counting of backlogs may take: it is a courtesy.
 const COUNTING: Duration = Duration::from_secs(10);
 /// How long the proposal may take to come back from the log.
@@ -180,9 +184,7 @@ impl Control {
 
         let mut generation = in_force.generation;
         if !options.dry_run {
-            if !plan.create.is_empty() {
-                within(BROKER, "the creation of topics", admin.create_topics(plan.create)).await?;
-            }
+            within(CREATION, "the creation of topics", topics::create(&*admin, &plan.create)).await?;
             if changed {
                 generation = in_force.generation.checked_add(1).ok_or_else(|| ApplyError::Internal("no generation is left".into()))?;
                 self.propose(generation, candidate.json).await?;
@@ -225,13 +227,15 @@ impl Control {
             ApplyError::NotReady(if reasons.is_empty() { format!("{CONTROL_TOPIC} was not read to its end in time") } else { reasons })
         };
         let mut progress = self.0.progress.subscribe();
-        let wait = timeout(BROKER, progress.wait_for(|progress| progress.caught_up)).await;
+        let wait = timeout(CATCH_UP, progress.wait_for(|progress| progress.caught_up)).await;
         if !wait.is_ok_and(|progress| progress.is_ok()) {
             return Err(not_ready());
         }
+        // Somebody may have deleted it since.
+        within(BROKER, "the control topic", topics::ensure_own(&*self.0.broker.admin())).await?;
         let partition = TopicPartition::new(CONTROL_TOPIC, 0);
         let (_, end) = within(BROKER, "the end of the control topic", self.0.broker.admin().watermarks(&partition)).await?;
-        let wait = timeout(BROKER, progress.wait_for(|progress| progress.next_offset >= end)).await;
+        let wait = timeout(CATCH_UP, progress.wait_for(|progress| progress.next_offset >= end)).await;
         if wait.is_ok_and(|progress| progress.is_ok()) { Ok(()) } else { Err(not_ready()) }
     }
 

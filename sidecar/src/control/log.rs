@@ -53,7 +53,7 @@ pub(crate) enum Meaning {
     Deleted,
     /// It asked to delete the record in force, which is never done: this is somebody's mistake.
     DeletedHead,
-    /// It is not of this mesh, or was seen before.
+    /// It is not of this mesh.
     Foreign,
 }
 
@@ -73,11 +73,9 @@ impl Log {
         Self { mesh: mesh.to_owned(), next_offset: 0, head: 0, winners: BTreeMap::new(), losers: BTreeMap::new() }
     }
 
-    /// Takes the next record. One with an offset that was passed already changes nothing, so a reader may begin again.
+    /// Takes the next record. One that was taken before changes nothing, so a reader may begin again; and a topic that was deleted and
+    /// created anew, whose offsets begin anew, goes on where the old one ended.
     pub(crate) fn push(&mut self, offset: i64, key: Option<&Bytes>, value: Option<&Bytes>) -> Meaning {
-        if offset < self.next_offset {
-            return Meaning::Foreign;
-        }
         self.next_offset = offset + 1;
         let Some((key, generation)) = key.and_then(|key| Some((key, parse_key(&self.mesh, key)?))) else {
             return Meaning::Foreign;
@@ -162,8 +160,15 @@ mod tests {
         assert_eq!(log.head(), 2);
         assert_eq!(log.winner(1).map(|winner| winner.value.clone()), Some(Bytes::from_static(b"A")));
         assert_eq!(log.next_offset(), 4);
-        assert_eq!(push(&mut log, 2, "shop/9/x", Some("X")), Meaning::Foreign, "an offset that was passed");
-        assert_eq!(log.head(), 2);
+    }
+
+    #[test]
+    fn a_topic_that_was_created_anew_goes_on() {
+        let mut log = Log::new("shop");
+        push(&mut log, 0, "shop/1/a", Some("A"));
+        push(&mut log, 1, "shop/2/a", Some("B"));
+        assert_eq!(push(&mut log, 0, "shop/3/a", Some("C")), Meaning::Head(3));
+        assert_eq!((log.head(), log.next_offset()), (3, 1));
     }
 
     #[test]
@@ -266,6 +271,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
         #[test]
         fn readers_agree_wherever_they_start(steps in steps(), until in 0usize..400, tombstones: bool, pause in 0usize..400) {
             let records = written(&steps);

@@ -1,6 +1,6 @@
 //! The control plane: learns, verifies, caches and swaps routing tables, and reports the state of the mesh. Floor 4.
 //!
-//! The table lives in the broker, in `__mesh.control`; see [`log`] for who wins when two propose at once.
+//! The table lives in the broker, in `__mesh.control`; see the module `log` for who wins when two propose at once.
 //!
 //! ```text
 //! __mesh.control ──▶ reader ──▶ log ──▶ adopter ──▶ table (a watch that routes follow) ──▶ copy on disk

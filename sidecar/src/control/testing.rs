@@ -47,6 +47,12 @@ impl Memory {
         self.topics().entry(name.to_owned()).or_insert_with(|| vec![Vec::new(); partitions]);
     }
 
+    /// Deletes a topic.
+    pub(crate) fn delete(&self, name: &str) {
+        self.topics().remove(name);
+        self.0.state.send_modify(|state| state.0 += 1);
+    }
+
     /// Appends a record by hand.
     pub(crate) fn append(&self, topic: &str, partition: usize, key: &str, value: Option<&[u8]>) -> i64 {
         let record = Record { key: Some(key.to_owned().into()), value: value.map(bytes::Bytes::copy_from_slice), ..Record::default() };
@@ -196,6 +202,9 @@ impl Consumer for Reader {
                 }
                 if there {
                     let topics = self.broker.topics();
+                    if !topics.contains_key(&*self.topic) {
+                        self.next.clear();
+                    }
                     for (partition, records) in topics.get(&*self.topic).into_iter().flatten().enumerate() {
                         let next = self.next.entry(partition).or_default();
                         if *next < records.len() {

@@ -358,6 +358,25 @@ async fn a_lost_control_topic_leaves_the_last_good_table() {
 }
 
 #[tokio::test]
+async fn a_control_topic_that_is_deleted_under_way_is_made_anew() {
+    let broker = Memory::new(true);
+    let (a, b) = (start(&broker, "a").await, start(&broker, "b").await);
+    a.ready().await;
+    b.ready().await;
+    a.apply(&one("priced")).await.unwrap();
+    a.apply(&one("priced-2")).await.unwrap();
+    b.generation(2).await;
+    broker.delete(CONTROL_TOPIC);
+    // Both readers see that it is gone.
+    tokio::task::yield_now().await;
+    assert_eq!(a.handle.table().borrow().as_ref().unwrap().generation, 2);
+    assert_eq!(b.apply(&one("priced-3")).await.unwrap().generation, 3);
+    a.generation(3).await;
+    let late = start(&broker, "late").await;
+    late.generation(3).await;
+}
+
+#[tokio::test]
 async fn a_pinned_table() {
     let broker = Memory::new(true);
     let state = tempfile::tempdir().unwrap();

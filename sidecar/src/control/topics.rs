@@ -21,8 +21,21 @@ pub(crate) const CONTROL_TOPIC: &str = "__mesh.control";
 /// Where instances report.
 pub(crate) const STATUS_TOPIC: &str = "__mesh.status";
 
+/// Nothing in it ages: old generations are deleted by name.
+const CONTROL_CONFIG: &[(&str, &str)] = &[("cleanup.policy", "compact")];
+/// Reports come all the time, and every sidecar that starts reads them all: small segments are compacted soon, and what is a day old goes.
+const STATUS_CONFIG: &[(&str, &str)] = &[
+    ("cleanup.policy", "compact,delete"),
+    ("retention.ms", "86400000"),
+    ("segment.ms", "3600000"),
+    ("segment.bytes", "16777216"),
+    ("min.cleanable.dirty.ratio", "0.1"),
+];
+
 /// How many questions for watermarks are asked at once.
 const QUESTIONS: usize = 16;
+/// How many topics are created with one request: a table of thousands of routes has as many dead letter topics.
+const CREATED_AT_ONCE: usize = 100;
 
 /// A declared topic that exists with another partition count.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,10 +93,19 @@ pub(crate) fn plan(table: &CompiledTable, existing: &BTreeMap<String, i32>) -> P
 /// What the broker says; [`BrokerErrorKind::Unreachable`] and the like may pass.
 pub(crate) async fn ensure(admin: &dyn Admin, table: &CompiledTable) -> Result<Plan, BrokerError> {
     let plan = plan(table, &admin.topics().await?);
-    if !plan.create.is_empty() {
-        admin.create_topics(plan.create.clone()).await?;
-    }
+    create(admin, &plan.create).await?;
     Ok(plan)
+}
+
+/// Creates topics, in portions.
+///
+/// # Errors
+/// What the broker says. Those of earlier portions exist then.
+pub(crate) async fn create(admin: &dyn Admin, topics: &[NewTopic]) -> Result<(), BrokerError> {
+    for portion in topics.chunks(CREATED_AT_ONCE) {
+        admin.create_topics(portion.to_vec()).await?;
+    }
+    Ok(())
 }
 
 /// Creates the control plane's own topics where they do not exist, and checks that the control topic has one partition.
@@ -92,16 +114,18 @@ pub(crate) async fn ensure(admin: &dyn Admin, table: &CompiledTable) -> Result<P
 /// What the broker says, or [`BrokerErrorKind::Config`] if the control topic has several partitions.
 pub(crate) async fn ensure_own(admin: &dyn Admin) -> Result<(), BrokerError> {
     let existing = admin.topics().await?;
-    let compacted = |name: &str| NewTopic {
-        name: name.to_owned(),
-        partitions: Some(1),
-        replication: None,
-        config: BTreeMap::from([("cleanup.policy".to_owned(), "compact".to_owned())]),
-    };
-    let missing: Vec<_> = [CONTROL_TOPIC, STATUS_TOPIC].into_iter().filter(|name| !existing.contains_key(*name)).collect();
-    if !missing.is_empty() {
-        admin.create_topics(missing.into_iter().map(compacted).collect()).await?;
-    }
+    let own = [(CONTROL_TOPIC, CONTROL_CONFIG), (STATUS_TOPIC, STATUS_CONFIG)];
+    let missing: Vec<_> = own
+        .into_iter()
+        .filter(|(name, _)| !existing.contains_key(*name))
+        .map(|(name, config)| NewTopic {
+            name: name.to_owned(),
+            partitions: Some(1),
+            replication: None,
+            config: config.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
+        })
+        .collect();
+    create(admin, &missing).await?;
     // The order of all records decides who wins, and only a partition has an order.
     match existing.get(CONTROL_TOPIC) {
         None | Some(1) => Ok(()),
