@@ -20,11 +20,15 @@ use crate::{broker::Broker, deliver::desk::Desks, publish::Publisher};
 mod auth;
 mod batch;
 mod fields;
+mod follow;
 mod grpc;
 mod http1;
 mod json;
 pub mod listen;
+mod message;
 pub mod problem;
+mod pull;
+mod subscribe;
 #[cfg(test)]
 mod tests;
 

@@ -267,19 +267,22 @@ impl Driver {
         if !self.grouped {
             return;
         }
-        let commits = async {
-            if let Some(committing) = self.commit.take() {
-                let result = committing.done.await;
-                self.note(&committing.offsets, result);
-            }
-            let offsets = self.shared.due(None);
-            if !offsets.is_empty() {
-                let result = consumer.commit(offsets.clone()).await;
-                self.note(&offsets, result);
-            }
-        };
-        if tokio::time::timeout(LAST_COMMIT, commits).await.is_err() {
-            tracing::warn!("the last commit of a subscription had no answer; its last records come again");
+        if let Some(Committing { offsets, done }) = self.commit.take() {
+            let result = tokio::time::timeout(LAST_COMMIT, done).await.ok();
+            self.note_last(&offsets, result);
+        }
+        let offsets = self.shared.due(None);
+        if !offsets.is_empty() {
+            let done = consumer.commit(offsets.clone());
+            let result = tokio::time::timeout(LAST_COMMIT, done).await.ok();
+            self.note_last(&offsets, result);
+        }
+    }
+
+    fn note_last(&self, offsets: &[Commit], result: Option<Result<(), BrokerError>>) {
+        match result {
+            Some(result) => self.note(offsets, result),
+            None => tracing::warn!(group = self.name, "the last commit of a subscription had no answer; its last records come again"),
         }
     }
 }
