@@ -51,7 +51,7 @@ pub(super) fn start(
     requests: Streaming<v1::SubscribeRequest>,
 ) -> impl Stream<Item = Result<v1::SubscribeResponse, Status>> + Send + use<> {
     let (sender, receiver) = mpsc::channel(AHEAD);
-    let stream = Talk { api: api.clone(), requests, sender, out: VecDeque::new(), credits: 0, draining: false };
+    let stream = Talk { api: api.clone(), requests, sender, out: VecDeque::new(), credits: 0, draining: false, deaf: false };
     api.inner.tasks.spawn(stream.run(caller));
     ReceiverStream::new(receiver)
 }
@@ -65,6 +65,8 @@ struct Talk {
     out: VecDeque<v1::SubscribeResponse>,
     credits: usize,
     draining: bool,
+    /// The subscriber has said its last.
+    deaf: bool,
 }
 
 /// Why a stream ends.
@@ -90,13 +92,16 @@ impl Talk {
     }
 
     async fn serve(&mut self, caller: Caller) -> Result<std::convert::Infallible, End> {
-        match self.hear().await?.request {
+        let Some(first) = self.hear().await? else {
+            return Err(ApiError::Protocol("the first message of a subscription must be `attach` or `topics`").into());
+        };
+        match first.request {
             Some(Request::Attach(attach)) => {
                 let desk = pull::desk(&self.api, caller, &attach.route, false)?;
                 let first = if attach.credits == 0 { desk.concurrency() } else { attach.credits as usize };
                 self.begin(&attach.route, desk.group(), first);
                 let attached = desk.attach();
-                Attached { route: attach.route, desk, unanswered: HashSet::new(), gone: false, _attached: attached }.serve(self).await
+                Attached { route: attach.route, desk, unanswered: HashSet::new(), _attached: attached }.serve(self).await
             }
             Some(Request::Topics(topics)) => {
                 let subscription = follow::open(&self.api, caller, &topics.topics, &topics.group, &topics.from).await?;
@@ -125,15 +130,18 @@ impl Talk {
         }
     }
 
-    /// The next message of the subscriber. Cancel-safe.
-    async fn hear(&mut self) -> Result<v1::SubscribeRequest, End> {
+    /// The next message of the subscriber; `None` once, when it has said its last. Cancel-safe.
+    async fn hear(&mut self) -> Result<Option<v1::SubscribeRequest>, End> {
         tokio::select! {
             () = self.api.inner.closing.cancelled() => Err(ApiError::Draining.into()),
             () = self.sender.closed() => Err(End::Quiet),
-            message = self.requests.message() => match message {
-                Ok(Some(message)) => Ok(message),
-                // The end, or a broken connection: both end the stream.
-                Ok(None) | Err(_) => Err(End::Quiet),
+            message = self.requests.message(), if !self.deaf => match message {
+                Ok(message) => {
+                    self.deaf = message.is_none();
+                    Ok(message)
+                }
+                // The connection broke, or the call was cancelled.
+                Err(_) => Err(End::Quiet),
             }
         }
     }
@@ -197,7 +205,7 @@ impl Talk {
 
 /// What happened on a stream.
 enum Turn {
-    Heard(v1::SubscribeRequest),
+    Heard(Option<v1::SubscribeRequest>),
     Sent,
 }
 
@@ -206,8 +214,6 @@ struct Attached {
     route: String,
     desk: Arc<Desk>,
     unanswered: HashSet<u64>,
-    /// The route is gone, or drains.
-    gone: bool,
     _attached: Attachment,
 }
 
@@ -221,9 +227,14 @@ impl Attached {
             let (room, active) = (talk.room(), !talk.draining);
             let desk = self.desk.clone();
             tokio::select! {
-                turn = talk.turn() => if let Turn::Heard(message) = turn? {
-                    let outcomes = talk.outcomes(message)?;
-                    self.answer(outcomes);
+                turn = talk.turn() => match turn? {
+                    Turn::Heard(Some(message)) => {
+                        let outcomes = talk.outcomes(message)?;
+                        self.answer(outcomes);
+                    }
+                    // No outcome can come any more.
+                    Turn::Heard(None) => return Err(End::Quiet),
+                    Turn::Sent => {}
                 },
                 () = draining.cancelled(), if active => talk.drain("the sidecar drains"),
                 taken = desk.take(room, LONG), if room > 0 => match taken {
@@ -231,10 +242,7 @@ impl Attached {
                         self.unanswered.extend(taken.iter().map(|delivery| delivery.id));
                         talk.deliver(&self.route, taken.iter().map(message::delivered).collect());
                     }
-                    None => {
-                        self.gone = true;
-                        talk.drain("the route drains, or is gone");
-                    }
+                    None => talk.drain("the route drains, or is gone"),
                 },
             }
         }
@@ -324,7 +332,9 @@ impl Topics {
     async fn serve(mut self, talk: &mut Talk) -> Result<std::convert::Infallible, End> {
         let draining = talk.api.inner.draining.clone();
         loop {
-            if talk.draining && talk.out.is_empty() && self.unanswered.is_empty() {
+            // Nothing can come any more: the last was said, or the last credit is spent and no other can be given.
+            let last = (talk.draining && self.unanswered.is_empty()) || (talk.deaf && talk.credits == 0);
+            if last && talk.out.is_empty() {
                 return Err(End::Quiet);
             }
             let room = talk.room();
@@ -339,9 +349,14 @@ impl Topics {
             let more = room > 0 && self.records.is_empty() && self.unanswered.len() < UNANSWERED;
             let due = self.again.keys().next().map(|(time, _)| *time);
             tokio::select! {
-                turn = talk.turn() => if let Turn::Heard(message) = turn? {
-                    let outcomes = talk.outcomes(message)?;
-                    self.answer(outcomes);
+                turn = talk.turn() => match turn? {
+                    Turn::Heard(Some(message)) => {
+                        let outcomes = talk.outcomes(message)?;
+                        self.answer(outcomes);
+                    }
+                    // No outcome can come any more; without a group none is needed.
+                    Turn::Heard(None) if self.grouped => return Err(End::Quiet),
+                    Turn::Heard(None) | Turn::Sent => {}
                 },
                 () = draining.cancelled(), if active => talk.drain("the sidecar drains"),
                 () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() && room > 0 => {}

@@ -12,17 +12,20 @@ use tonic::transport::Channel;
 
 use super::*;
 use crate::{
-    broker::ProduceErrorKind,
+    broker::{Assigned, Event, ProduceErrorKind, StartOffset},
     config::Config,
     publish::{
         Metrics,
-        fake::{Fake, Mode, config},
+        fake::{Fake, FakeHandle, Mode, config},
     },
+    record::{Batch, Header, Record, TopicPartition},
     telemetry::trace::{TraceContext, Tracer},
 };
 
+mod follow_http;
 mod publish_grpc;
 mod publish_http;
+mod subscribe_grpc;
 
 struct World {
     fake: Fake,
@@ -50,6 +53,11 @@ impl World {
 
     async fn client(&self) -> MeshClient<Channel> {
         MeshClient::connect(format!("http://{}", self.address)).await.unwrap()
+    }
+
+    /// The consumer that was made last.
+    fn consumer(&self) -> FakeHandle {
+        self.fake.0.lock().unwrap().consumers.last().unwrap().clone()
     }
 
     /// Sends one request on a connection of its own, and answers the head with a body that still streams.
@@ -96,4 +104,18 @@ impl Answer {
         }
         &self.json
     }
+}
+
+/// The assignment of partition 0 of `orders`.
+fn assigned(position: i64) -> Event {
+    Event::Assigned(vec![Assigned { partition: TopicPartition::new("orders", 0), position, metadata: String::new() }])
+}
+
+/// Records of it.
+fn records(first: i64, values: &[&'static [u8]]) -> Event {
+    let records = values.iter().enumerate().map(|(index, value)| {
+        let headers = vec![Header::new("mesh-id", format!("id-{}", first + index as i64))];
+        (first + index as i64, Record { value: Some(Bytes::from_static(value)), headers, ..Record::default() })
+    });
+    Event::Records(Batch { partition: TopicPartition::new("orders", 0), records: records.collect() })
 }
