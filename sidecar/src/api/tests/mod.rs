@@ -99,6 +99,9 @@ impl Answer {
         assert_eq!((self.status.as_u16(), self.json["code"].as_str()), (status, Some(code)), "{:?}", self.body);
         assert_eq!(self.headers["content-type"], "application/problem+json");
         assert_eq!(self.json["status"], status);
+        let described: serde_json::Value = serde_json::from_str(include_str!("../openapi.json")).unwrap();
+        let codes = described["components"]["schemas"]["Problem"]["properties"]["code"]["enum"].as_array().unwrap();
+        assert!(codes.contains(&code.into()), "openapi.json does not describe the code {code}");
         for field in ["type", "title", "detail", "persisted"] {
             assert!(self.json[field].is_string(), "{field}");
         }
