@@ -41,10 +41,14 @@ impl World {
     }
 
     async fn with(config: Config, fake: Fake) -> Self {
+        Self::serving(config, fake, Desks::default()).await
+    }
+
+    async fn serving(config: Config, fake: Fake, desks: Desks) -> Self {
         let broker: Arc<dyn Broker> = Arc::new(fake.clone());
         let publisher = Publisher::new(broker.clone(), Arc::new(config), Tracer::disabled(), Metrics::default());
         let (draining, shutdown) = (CancellationToken::new(), CancellationToken::new());
-        let api = Api::new(publisher, broker, Desks::default(), draining.clone()).unwrap();
+        let api = Api::new(publisher, broker, desks, draining.clone()).unwrap();
         let listener = listen::bind("api", "127.0.0.1:0".parse().unwrap()).await.unwrap();
         let address = listener.local_addr().unwrap();
         let serving = tokio::spawn(api.serve(listener, shutdown.clone()));
