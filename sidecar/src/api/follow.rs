@@ -11,7 +11,7 @@ use futures_util::stream;
 use http::{HeaderMap, HeaderValue, Response, header, request::Parts};
 use tokio::time::Instant;
 
-use super::{Api, http1, json, problem::ApiError};
+use super::{Api, json, paths, problem::ApiError};
 use crate::{
     broker::{ConsumerConfig, StartOffset},
     consume::subscription::{Handed, Received, Subscription},
@@ -64,7 +64,7 @@ impl Form {
 
     pub(super) fn content_type(self) -> HeaderValue {
         match self {
-            Self::Json => http1::JSON,
+            Self::Json => paths::JSON,
             Self::Lines => HeaderValue::from_static("application/x-ndjson"),
             Self::Events => HeaderValue::from_static("text/event-stream"),
         }
@@ -168,7 +168,7 @@ pub(super) async fn open(api: &Api, caller: Caller, topics: &[String], group: &s
 
 /// Answers the request.
 pub(super) async fn get(api: &Api, topic: &str, parts: &Parts) -> Result<Response<Body>, ApiError> {
-    let caller = http1::caller(api, &parts.headers)?;
+    let caller = paths::caller(api, &parts.headers)?;
     let form = Form::of(&parts.headers, Form::Lines, &[Form::Lines, Form::Events])?;
     let (mut group, mut from) = (String::new(), String::new());
     for (name, value) in query(parts, &["group", "from"])? {

@@ -10,7 +10,7 @@ use mesh_proto::v1::{self, mesh_server};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tonic::{Request, Response, Status, Streaming, service::Routes};
 
-use super::{Api, batch, fields, http1, message, problem::ApiError, subscribe};
+use super::{Api, batch, fields, message, paths, problem::ApiError, subscribe};
 use crate::{
     publish::{Caller, Draft, Pending, Published, TraceHeaders},
     record::{Header, Record},
@@ -87,7 +87,7 @@ impl mesh_server::Mesh for Mesh {
     ) -> Result<Response<Self::PublishStreamStream>, Status> {
         let (metadata, _, requests) = request.into_parts();
         let headers = metadata.into_headers();
-        let caller = http1::caller(&self.api, &headers).map_err(|error| error.status())?;
+        let caller = paths::caller(&self.api, &headers).map_err(|error| error.status())?;
         let (sender, receiver) = mpsc::channel(AHEAD_REQUESTS);
         let reader = Reader {
             api: self.api.clone(),
@@ -105,13 +105,13 @@ impl mesh_server::Mesh for Mesh {
     async fn subscribe(&self, request: Request<Streaming<v1::SubscribeRequest>>) -> Result<Response<Self::SubscribeStream>, Status> {
         let (metadata, _, requests) = request.into_parts();
         let headers = metadata.into_headers();
-        let caller = http1::caller(&self.api, &headers).map_err(|error| error.status())?;
+        let caller = paths::caller(&self.api, &headers).map_err(|error| error.status())?;
         Ok(Response::new(Box::pin(subscribe::start(&self.api, caller, requests))))
     }
 }
 
 async fn publish(api: &Api, headers: &HeaderMap, request: v1::PublishRequest) -> Result<v1::PublishResponse, ApiError> {
-    let caller = http1::caller(api, headers)?;
+    let caller = paths::caller(api, headers)?;
     let topic = api.inner.publisher.topic(caller, &request.topic).await?;
     let drafts: Vec<_> = request.records.into_iter().map(draft).collect();
     let published = api.inner.publisher.publish(&topic, drafts, &fields::trace(headers)).await;

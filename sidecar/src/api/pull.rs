@@ -25,8 +25,8 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Api, batch, follow,
     follow::Form,
-    http1,
     json::{self, ReadError},
+    paths,
     problem::ApiError,
 };
 use crate::{
@@ -62,7 +62,7 @@ pub(super) fn desk(api: &Api, caller: Caller, route: &str, pull: bool) -> Result
 
 /// Takes deliveries.
 pub(super) async fn take(api: &Api, route: &str, parts: &Parts) -> Result<Response<Body>, ApiError> {
-    let caller = http1::caller(api, &parts.headers)?;
+    let caller = paths::caller(api, &parts.headers)?;
     let form = Form::of(&parts.headers, Form::Json, &[Form::Json, Form::Lines, Form::Events])?;
     let desk = desk(api, caller, route, true)?;
     let (mut most, mut wait) = (desk.concurrency().clamp(1, MOST), WAIT);
@@ -102,7 +102,7 @@ pub(super) async fn take(api: &Api, route: &str, parts: &Parts) -> Result<Respon
     }
     out.extend_from_slice(b"]}");
     let mut response = Response::new(Body::new(Leased { body: Some(out.into()), desk, ids }));
-    response.headers_mut().insert(header::CONTENT_TYPE, http1::JSON);
+    response.headers_mut().insert(header::CONTENT_TYPE, paths::JSON);
     response.headers_mut().insert(header::CACHE_CONTROL, http::HeaderValue::from_static("no-store"));
     Ok(response)
 }
@@ -225,9 +225,9 @@ impl Pulling {
 
 /// Answers deliveries.
 pub(super) async fn answer(api: &Api, route: &str, parts: &Parts, body: &mut Incoming) -> Result<Response<Body>, ApiError> {
-    let caller = http1::caller(api, &parts.headers)?;
+    let caller = paths::caller(api, &parts.headers)?;
     let desk = desk(api, caller, route, true)?;
-    let body = http1::read_body(body, batch::batch_bytes(api)).await?;
+    let body = paths::read_body(body, batch::batch_bytes(api)).await?;
     if body.is_empty() {
         return Err(ApiError::NoBody);
     }
@@ -272,7 +272,7 @@ pub(super) async fn answer(api: &Api, route: &str, parts: &Parts, body: &mut Inc
         out.push(b'}');
     }
     out.extend_from_slice(b"]}");
-    let mut response = http1::json_response(out);
+    let mut response = paths::json_response(out);
     if !all {
         *response.status_mut() = StatusCode::MULTI_STATUS;
     }

@@ -44,6 +44,10 @@ pub(super) async fn answer(api: &Api, request: Request<Incoming>) -> Response<Bo
 
 async fn route(api: &Api, parts: &Parts, body: &mut Incoming) -> Result<Response<Body>, ApiError> {
     let path = parts.uri.path();
+    // A page in somebody's browser could publish by a plain form; only a request that needs the page's consent first carries a token.
+    if parts.headers.contains_key(header::ORIGIN) && !parts.headers.contains_key(header::AUTHORIZATION) {
+        return Err(ApiError::CrossOrigin);
+    }
     if let Some(topic) = between(path, "/v1/topics/", "/records") {
         return match parts.method {
             Method::POST => publish(api, topic, parts, body).await,
