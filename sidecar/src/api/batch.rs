@@ -13,8 +13,8 @@ use hyper::body::Incoming;
 use super::{
     Api,
     fields::Fields,
-    http1::{self, Form},
     json::{self, BatchError, ReadError},
+    paths::{self, Form},
     problem::ApiError,
 };
 use crate::{
@@ -141,7 +141,7 @@ impl Run<'_> {
     /// A body that is one JSON document. Nothing of it is published if it is not.
     async fn whole(&mut self, body: &mut Incoming, values: bool) -> Result<(), ApiError> {
         let limit = batch_bytes(self.api);
-        let body = http1::read_body(body, limit).await?;
+        let body = paths::read_body(body, limit).await?;
         if body.is_empty() {
             return Err(ApiError::NoBody);
         }
@@ -181,7 +181,7 @@ impl Run<'_> {
         let longest = 2 * self.api.inner.publisher.config().limits.record_bytes + 64 * 1024;
         let (mut kept, mut line) = (BytesMut::new(), 0);
         loop {
-            let data = match http1::next_data(body).await {
+            let data = match paths::next_data(body).await {
                 Ok(data) => data,
                 Err(error) => return self.take(Err(error)),
             };
@@ -238,7 +238,7 @@ impl Run<'_> {
         let mut body = b"{\"results\":".to_vec();
         body.append(&mut out);
         body.push(b'}');
-        let mut response = http1::json_response(body);
+        let mut response = paths::json_response(body);
         if !uniform {
             *response.status_mut() = StatusCode::MULTI_STATUS;
         }
@@ -255,7 +255,7 @@ fn write_results(out: &mut Vec<u8>, done: &[Done], trace: &TraceHeaders) {
         match &done.result {
             Ok(position) => {
                 out.extend_from_slice(b"{\"status\":200,");
-                http1::write_position(out, position, &done.mesh_id);
+                paths::write_position(out, position, &done.mesh_id);
             }
             Err(error) => {
                 json::put(out, format_args!("{{\"status\":{},\"problem\":", error.row().status.as_u16()));

@@ -10,10 +10,10 @@ use mesh_proto::v1::{self, mesh_server};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tonic::{Request, Response, Status, Streaming, service::Routes};
 
-use super::{Api, batch, fields, http1, problem::ApiError};
+use super::{Api, batch, fields, message, paths, problem::ApiError, subscribe};
 use crate::{
     publish::{Caller, Draft, Pending, Published, TraceHeaders},
-    record::{Header, Position, Record},
+    record::{Header, Record},
 };
 
 /// Requests of a publish stream that wait for their acknowledgements at once.
@@ -87,7 +87,7 @@ impl mesh_server::Mesh for Mesh {
     ) -> Result<Response<Self::PublishStreamStream>, Status> {
         let (metadata, _, requests) = request.into_parts();
         let headers = metadata.into_headers();
-        let caller = http1::caller(&self.api, &headers).map_err(|error| error.status())?;
+        let caller = paths::caller(&self.api, &headers).map_err(|error| error.status())?;
         let (sender, receiver) = mpsc::channel(AHEAD_REQUESTS);
         let reader = Reader {
             api: self.api.clone(),
@@ -102,13 +102,16 @@ impl mesh_server::Mesh for Mesh {
 
     type SubscribeStream = Answers<v1::SubscribeResponse>;
 
-    async fn subscribe(&self, _request: Request<Streaming<v1::SubscribeRequest>>) -> Result<Response<Self::SubscribeStream>, Status> {
-        Err(Status::unimplemented("Subscribe"))
+    async fn subscribe(&self, request: Request<Streaming<v1::SubscribeRequest>>) -> Result<Response<Self::SubscribeStream>, Status> {
+        let (metadata, _, requests) = request.into_parts();
+        let headers = metadata.into_headers();
+        let caller = paths::caller(&self.api, &headers).map_err(|error| error.status())?;
+        Ok(Response::new(Box::pin(subscribe::start(&self.api, caller, requests))))
     }
 }
 
 async fn publish(api: &Api, headers: &HeaderMap, request: v1::PublishRequest) -> Result<v1::PublishResponse, ApiError> {
-    let caller = http1::caller(api, headers)?;
+    let caller = paths::caller(api, headers)?;
     let topic = api.inner.publisher.topic(caller, &request.topic).await?;
     let drafts: Vec<_> = request.records.into_iter().map(draft).collect();
     let published = api.inner.publisher.publish(&topic, drafts, &fields::trace(headers)).await;
@@ -131,15 +134,10 @@ fn draft(record: v1::Record) -> Draft {
 
 fn result(published: Published) -> v1::PublishResult {
     let result = match published.result {
-        Ok(position) => v1::publish_result::Result::Position(proto_position(&position)),
+        Ok(position) => v1::publish_result::Result::Position(message::position(&position)),
         Err(error) => v1::publish_result::Result::Problem(ApiError::from(error).proto()),
     };
     v1::PublishResult { result: Some(result), mesh_id: String::from_utf8_lossy(&published.mesh_id).into_owned() }
-}
-
-/// Where a record is stored.
-pub(super) fn proto_position(position: &Position) -> v1::Position {
-    v1::Position { topic: position.partition.topic.to_string(), partition: position.partition.partition, offset: position.offset }
 }
 
 /// A request of a publish stream that is on its way.

@@ -203,6 +203,8 @@ struct RecordIn<'a> {
     _attempt: IgnoredAny,
     #[serde(default, rename = "id")]
     _id: IgnoredAny,
+    #[serde(default, rename = "traceparent")]
+    _traceparent: IgnoredAny,
 }
 
 /// Tells `null` from an absent field.

@@ -21,12 +21,16 @@ pub mod admin;
 mod auth;
 mod batch;
 mod fields;
+mod follow;
 mod grpc;
-mod http1;
 mod json;
 pub mod listen;
+mod message;
+mod paths;
 pub mod probe;
 pub mod problem;
+mod pull;
+mod subscribe;
 #[cfg(test)]
 mod tests;
 
@@ -121,6 +125,6 @@ impl hyper::service::Service<Request<Incoming>> for Dispatch {
             return Box::pin(async move { Ok(grpc.call(request).await?.map(Body::new)) });
         }
         let api = self.api.clone();
-        Box::pin(async move { Ok(http1::answer(&api, request).await) })
+        Box::pin(async move { Ok(paths::answer(&api, request).await) })
     }
 }

@@ -95,6 +95,9 @@ pub enum ApiError {
     /// The token is missing or wrong.
     #[error("{0}")]
     Unauthenticated(String),
+    /// A browser's page asks.
+    #[error("the request comes from a web page (it has the header `origin`)")]
+    CrossOrigin,
     /// Several services, and the caller named none.
     #[error("several services are configured here and the request names none")]
     Unnamed,
@@ -346,6 +349,13 @@ impl ApiError {
                 Code::Unauthenticated,
                 "No valid token",
                 "Send `authorization: Bearer …` with the content of the file that `services[].token_file` names.",
+            ),
+            Self::CrossOrigin => row(
+                "cross-origin",
+                S::FORBIDDEN,
+                Code::PermissionDenied,
+                "Not for web pages",
+                "Call the sidecar from the service, not from a browser; or send the service's token.",
             ),
             Self::Unnamed => row(
                 "unnamed-service",

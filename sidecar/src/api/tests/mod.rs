@@ -12,17 +12,20 @@ use tonic::transport::Channel;
 
 use super::*;
 use crate::{
-    broker::ProduceErrorKind,
+    broker::{Assigned, Event, ProduceErrorKind, StartOffset},
     config::Config,
     publish::{
         Metrics,
-        fake::{Fake, Mode, config},
+        fake::{Fake, FakeHandle, Mode, config},
     },
+    record::{Batch, Header, Record, TopicPartition},
     telemetry::trace::{TraceContext, Tracer},
 };
 
+mod follow_http;
 mod publish_grpc;
 mod publish_http;
+mod subscribe_grpc;
 
 struct World {
     fake: Fake,
@@ -38,10 +41,14 @@ impl World {
     }
 
     async fn with(config: Config, fake: Fake) -> Self {
+        Self::serving(config, fake, Desks::default()).await
+    }
+
+    async fn serving(config: Config, fake: Fake, desks: Desks) -> Self {
         let broker: Arc<dyn Broker> = Arc::new(fake.clone());
         let publisher = Publisher::new(broker.clone(), Arc::new(config), Tracer::disabled(), Metrics::default());
         let (draining, shutdown) = (CancellationToken::new(), CancellationToken::new());
-        let api = Api::new(publisher, broker, Desks::default(), draining.clone()).unwrap();
+        let api = Api::new(publisher, broker, desks, draining.clone()).unwrap();
         let listener = listen::bind("api", "127.0.0.1:0".parse().unwrap()).await.unwrap();
         let address = listener.local_addr().unwrap();
         let serving = tokio::spawn(api.serve(listener, shutdown.clone()));
@@ -50,6 +57,11 @@ impl World {
 
     async fn client(&self) -> MeshClient<Channel> {
         MeshClient::connect(format!("http://{}", self.address)).await.unwrap()
+    }
+
+    /// The consumer that was made last.
+    fn consumer(&self) -> FakeHandle {
+        self.fake.0.lock().unwrap().consumers.last().unwrap().clone()
     }
 
     /// Sends one request on a connection of its own, and answers the head with a body that still streams.
@@ -91,9 +103,26 @@ impl Answer {
         assert_eq!((self.status.as_u16(), self.json["code"].as_str()), (status, Some(code)), "{:?}", self.body);
         assert_eq!(self.headers["content-type"], "application/problem+json");
         assert_eq!(self.json["status"], status);
+        let described: serde_json::Value = serde_json::from_str(include_str!("../openapi.json")).unwrap();
+        let codes = described["components"]["schemas"]["Problem"]["properties"]["code"]["enum"].as_array().unwrap();
+        assert!(codes.contains(&code.into()), "openapi.json does not describe the code {code}");
         for field in ["type", "title", "detail", "persisted"] {
             assert!(self.json[field].is_string(), "{field}");
         }
         &self.json
     }
+}
+
+/// The assignment of partition 0 of `orders`.
+fn assigned(position: i64) -> Event {
+    Event::Assigned(vec![Assigned { partition: TopicPartition::new("orders", 0), position, metadata: String::new() }])
+}
+
+/// Records of it.
+fn records(first: i64, values: &[&'static [u8]]) -> Event {
+    let records = values.iter().enumerate().map(|(index, value)| {
+        let headers = vec![Header::new("mesh-id", format!("id-{}", first + index as i64))];
+        (first + index as i64, Record { value: Some(Bytes::from_static(value)), headers, ..Record::default() })
+    });
+    Event::Records(Batch { partition: TopicPartition::new("orders", 0), records: records.collect() })
 }

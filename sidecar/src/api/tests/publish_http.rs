@@ -124,6 +124,7 @@ async fn bad_requests_are_named() {
     let request = Request::post(ORDERS).header("host", "s").header("mesh-header-x", http::HeaderValue::from_bytes(b"\xff\xfe").unwrap());
     let answer = world.send(request.body(Full::new(Bytes::from("x"))).unwrap()).await;
     assert!(answer.problem(400, "invalid-header")["detail"].as_str().unwrap().contains("mesh-header-x"));
+    post(&[("origin", "http://evil.example")], "x").await.problem(403, "cross-origin");
     post(&[("mesh-hops", "1")], "x").await.problem(400, "invalid-header");
     post(&[("mesh-header-mesh-hops", "1")], "x").await.problem(400, "invalid-header");
     post(&[("mesh-timestamp", "-1")], "x").await.problem(400, "invalid-field");

@@ -10,7 +10,7 @@ use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use percent_encoding::percent_decode_str;
 
-use super::{Api, batch, fields, json, problem::ApiError};
+use super::{Api, batch, fields, follow, json, problem::ApiError, pull};
 use crate::{
     publish::{Caller, Draft, PublishError, Published, TraceHeaders},
     record::Record,
@@ -18,6 +18,8 @@ use crate::{
 
 pub(super) const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
+/// The description of all this.
+const OPENAPI: &[u8] = include_bytes!("openapi.json");
 /// How long a peer may pause within a body.
 const BODY_PAUSE: Duration = Duration::from_secs(30);
 /// How much of a refused body is read and thrown away, so that its sender comes to read the answer.
@@ -42,10 +44,33 @@ pub(super) async fn answer(api: &Api, request: Request<Incoming>) -> Response<Bo
 
 async fn route(api: &Api, parts: &Parts, body: &mut Incoming) -> Result<Response<Body>, ApiError> {
     let path = parts.uri.path();
+    // A page in somebody's browser could publish by a plain form; only a request that needs the page's consent first carries a token.
+    if parts.headers.contains_key(header::ORIGIN) && !parts.headers.contains_key(header::AUTHORIZATION) {
+        return Err(ApiError::CrossOrigin);
+    }
     if let Some(topic) = between(path, "/v1/topics/", "/records") {
         return match parts.method {
             Method::POST => publish(api, topic, parts, body).await,
+            Method::GET => follow::get(api, &decoded(topic), parts).await,
+            _ => Err(wrong_method(parts, "GET, POST")),
+        };
+    }
+    if let Some(name) = between(path, "/v1/routes/", "/records") {
+        return match parts.method {
+            Method::GET => pull::take(api, &decoded(name), parts).await,
+            _ => Err(wrong_method(parts, "GET")),
+        };
+    }
+    if let Some(name) = between(path, "/v1/routes/", "/outcomes") {
+        return match parts.method {
+            Method::POST => pull::answer(api, &decoded(name), parts, body).await,
             _ => Err(wrong_method(parts, "POST")),
+        };
+    }
+    if path == "/openapi.json" {
+        return match parts.method {
+            Method::GET => Ok(json_response(Bytes::from_static(OPENAPI))),
+            _ => Err(wrong_method(parts, "GET")),
         };
     }
     Err(ApiError::UnknownPath(crate::publish::clip(path)))

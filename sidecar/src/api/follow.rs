@@ -1,0 +1,254 @@
+//! `GET /v1/topics/{topic}/records`: reads a topic without a route, as server-sent events or as lines of JSON.
+//!
+//! Invariant: with a group, an offset is committed only after the connection took the bytes of its record.
+//! Invariant: a client that reads slowly holds its own consumer and nothing else; one that leaves ends it.
+
+use std::{collections::VecDeque, convert::Infallible, time::Duration};
+
+use axum::body::Body;
+use bytes::Bytes;
+use futures_util::stream;
+use http::{HeaderMap, HeaderValue, Response, header, request::Parts};
+use tokio::time::Instant;
+
+use super::{Api, json, paths, problem::ApiError};
+use crate::{
+    broker::{ConsumerConfig, StartOffset},
+    consume::subscription::{Handed, Received, Subscription},
+    publish::{Caller, Use, check_allowed, check_name},
+    record::{Position, Record, TopicPartition},
+};
+
+/// How much is written at once; a larger record goes alone.
+pub(super) const CHUNK: usize = 64 * 1024;
+/// How often a silent stream of events shows that it lives.
+pub(super) const KEEP_ALIVE: Duration = Duration::from_secs(15);
+const KEEP_ALIVE_COMMENT: Bytes = Bytes::from_static(b": keep-alive\n\n");
+
+/// How records are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    /// One JSON document.
+    Json,
+    /// A record a line.
+    Lines,
+    /// Server-sent events.
+    Events,
+}
+
+impl Form {
+    /// By `accept`, with a default for a caller that names none.
+    ///
+    /// # Errors
+    /// [`ApiError::NotAcceptable`].
+    pub(super) fn of(headers: &HeaderMap, default: Self, served: &[Self]) -> Result<Self, ApiError> {
+        let mut named = String::new();
+        for value in headers.get_all(header::ACCEPT) {
+            let text = String::from_utf8_lossy(value.as_bytes());
+            for part in text.split(',') {
+                let form = match part.split(';').next().unwrap_or_default().trim() {
+                    "*/*" | "application/*" | "" => return Ok(default),
+                    "text/event-stream" | "text/*" => Self::Events,
+                    "application/x-ndjson" | "application/ndjson" | "application/jsonl" => Self::Lines,
+                    "application/json" => Self::Json,
+                    _ => continue,
+                };
+                if served.contains(&form) {
+                    return Ok(form);
+                }
+            }
+            named.push_str(&text);
+        }
+        if headers.contains_key(header::ACCEPT) { Err(ApiError::NotAcceptable(crate::publish::clip(&named))) } else { Ok(default) }
+    }
+
+    pub(super) fn content_type(self) -> HeaderValue {
+        match self {
+            Self::Json => paths::JSON,
+            Self::Lines => HeaderValue::from_static("application/x-ndjson"),
+            Self::Events => HeaderValue::from_static("text/event-stream"),
+        }
+    }
+
+    /// Appends a record; `more` adds members before the record's own.
+    pub(super) fn write(self, out: &mut Vec<u8>, position: &Position, record: &Record, more: impl FnOnce(&mut Vec<u8>)) {
+        if self == Self::Events {
+            json::put(out, format_args!("id: {position}\ndata: "));
+        }
+        out.push(b'{');
+        more(out);
+        json::write_members(out, position, record);
+        out.extend_from_slice(match self {
+            Self::Json => b"}",
+            Self::Lines => b"}\n",
+            Self::Events => b"}\n\n",
+        });
+    }
+
+    /// What a stream ends with when the sidecar drains.
+    pub(super) fn farewell(self) -> Option<Bytes> {
+        (self == Self::Events).then(|| Bytes::from_static(b"event: draining\ndata: {}\n\n"))
+    }
+}
+
+/// A streaming answer.
+pub(super) fn streaming(form: Form, frames: impl stream::Stream<Item = Result<Bytes, Infallible>> + Send + 'static) -> Response<Body> {
+    let mut response = Response::new(Body::from_stream(frames));
+    response.headers_mut().insert(header::CONTENT_TYPE, form.content_type());
+    response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}
+
+/// The parameters of a query, decoded; each name at most once.
+pub(super) fn query(parts: &Parts, known: &[&'static str]) -> Result<Vec<(&'static str, String)>, ApiError> {
+    let mut found: Vec<(&'static str, String)> = Vec::new();
+    for pair in parts.uri.query().unwrap_or_default().split('&').filter(|pair| !pair.is_empty()) {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        let Some(name) = known.iter().find(|known| **known == name) else {
+            let reason = format!("names `{}`; known here: {}", crate::publish::clip(name), known.join(", "));
+            return Err(ApiError::Query { name: "query", reason });
+        };
+        if found.iter().any(|(other, _)| other == name) {
+            return Err(ApiError::Query { name, reason: "stands twice".to_owned() });
+        }
+        // A `+` is a plus: times have offsets.
+        let value = percent_encoding::percent_decode_str(value).decode_utf8();
+        let value = value.map_err(|_| ApiError::Query { name, reason: "is not UTF-8 once decoded".to_owned() })?;
+        found.push((name, value.into_owned()));
+    }
+    Ok(found)
+}
+
+/// Checks a subscription and opens it. An empty group is none; an empty start is the latest record without a group, and the earliest with one.
+pub(super) async fn open(api: &Api, caller: Caller, topics: &[String], group: &str, from: &str) -> Result<Subscription, ApiError> {
+    let publisher = &api.inner.publisher;
+    let config = publisher.config();
+    if api.inner.draining.is_cancelled() {
+        return Err(ApiError::Draining);
+    }
+    if topics.is_empty() {
+        return Err(ApiError::Query { name: "topics", reason: "names no topic".to_owned() });
+    }
+    if group.len() > 255 || group.chars().any(char::is_control) {
+        return Err(ApiError::Query { name: "group", reason: "must have at most 255 characters and no control character".to_owned() });
+    }
+    if group.starts_with("__") {
+        return Err(ApiError::Query { name: "group", reason: "must not begin with `__`".to_owned() });
+    }
+    let start = match from {
+        "" if group.is_empty() => StartOffset::Latest,
+        "" | "earliest" => StartOffset::Earliest,
+        "latest" => StartOffset::Latest,
+        time => match time.parse::<jiff::Timestamp>() {
+            Ok(time) => StartOffset::At(time.as_millisecond()),
+            Err(error) => {
+                let reason = format!(
+                    "is `{}`: use `earliest`, `latest` or a time such as 2025-01-31T12:00:00Z ({error})",
+                    crate::publish::clip(time)
+                );
+                return Err(ApiError::Query { name: "from", reason });
+            }
+        },
+    };
+    for topic in topics {
+        check_name(topic)?;
+        check_allowed(&config.services, caller, topic, Use::Subscribe)?;
+        publisher.exists(topic).await?;
+    }
+    let consumer = ConsumerConfig {
+        group: (!group.is_empty()).then(|| group.to_owned()),
+        topics: topics.iter().map(|topic| topic.as_str().into()).collect(),
+        // Static membership is the routes': the same name in another group would be another member.
+        instance: None,
+        start,
+        buffer_bytes: config.limits.buffer_bytes,
+    };
+    Ok(Subscription::open(&api.inner.broker, consumer, &api.inner.tasks)?)
+}
+
+/// Answers the request.
+pub(super) async fn get(api: &Api, topic: &str, parts: &Parts) -> Result<Response<Body>, ApiError> {
+    let caller = paths::caller(api, &parts.headers)?;
+    let form = Form::of(&parts.headers, Form::Lines, &[Form::Lines, Form::Events])?;
+    let (mut group, mut from) = (String::new(), String::new());
+    for (name, value) in query(parts, &["group", "from"])? {
+        match name {
+            "group" if value.is_empty() => return Err(ApiError::Query { name, reason: "is empty".to_owned() }),
+            "group" => group = value,
+            _ => from = value,
+        }
+    }
+    let subscription = open(api, caller, &[topic.to_owned()], &group, &from).await?;
+    let follow = Follow {
+        handed: subscription.handed(),
+        subscription,
+        form,
+        draining: api.inner.draining.clone(),
+        records: VecDeque::new(),
+        source: None,
+        given: None,
+        began: false,
+        over: false,
+    };
+    Ok(streaming(form, stream::unfold(follow, |mut follow| async { follow.frame().await.map(|frame| (Ok(frame), follow)) })))
+}
+
+struct Follow {
+    subscription: Subscription,
+    handed: Handed,
+    form: Form,
+    draining: tokio_util::sync::CancellationToken,
+    /// What is left of a batch.
+    records: VecDeque<(i64, Record)>,
+    /// The partition and the assignment of that batch.
+    source: Option<(TopicPartition, u64)>,
+    /// The next offset after the bytes that the connection was given.
+    given: Option<i64>,
+    began: bool,
+    over: bool,
+}
+
+impl Follow {
+    /// The next bytes; `None` at the end.
+    async fn frame(&mut self) -> Option<Bytes> {
+        // The connection asks for more once it has taken what it was given.
+        if let (Some(next), Some((partition, epoch))) = (self.given.take(), &self.source) {
+            self.handed.up_to(partition, *epoch, next);
+        }
+        if self.over {
+            return None;
+        }
+        if !self.began {
+            self.began = true;
+            if self.form == Form::Events {
+                return Some(Bytes::from_static(b": subscribed\n\n"));
+            }
+        }
+        let alive = Instant::now() + KEEP_ALIVE;
+        while self.records.is_empty() {
+            tokio::select! {
+                biased;
+                () = self.draining.cancelled() => {
+                    self.over = true;
+                    return self.form.farewell();
+                }
+                received = self.subscription.next() => {
+                    let Received { epoch, batch } = received?;
+                    self.source = Some((batch.partition, epoch));
+                    self.records = batch.records.into();
+                }
+                () = tokio::time::sleep_until(alive), if self.form == Form::Events => return Some(KEEP_ALIVE_COMMENT),
+            }
+        }
+        let (partition, _) = self.source.as_ref()?;
+        let mut out = Vec::with_capacity(4096);
+        while out.len() < CHUNK
+            && let Some((offset, record)) = self.records.pop_front()
+        {
+            let position = Position { partition: partition.clone(), offset };
+            self.form.write(&mut out, &position, &record, |_| {});
+            self.given = Some(offset + 1);
+        }
+        Some(out.into())
+    }
+}
