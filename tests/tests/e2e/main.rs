@@ -11,4 +11,5 @@ mod faults;
 mod flows;
 mod routes;
 mod subscribe;
+mod trace;
 mod volume;
