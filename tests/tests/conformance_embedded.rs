@@ -1,5 +1,7 @@
 //! The conformance suite on the embedded broker.
 
+#![allow(clippy::expect_used, clippy::panic, reason = "a test fails by panicking, its helpers too")]
+
 use std::sync::Arc;
 
 use mesh_sidecar::broker::{

@@ -1,6 +1,8 @@
 //! What only the embedded broker promises: durability over `kill -9`, one owner of the folder, life after a full disk, retention,
 //! compaction, and its bounds.
 
+#![allow(clippy::expect_used, clippy::panic, reason = "a test fails by panicking, its helpers too")]
+
 use std::{
     collections::BTreeMap,
     io::{BufRead, BufReader, Write},

@@ -1,7 +1,7 @@
 //! The broker seam: what the mesh needs of a broker, and nothing more. Floor 2.
 //!
 //! Two implementations: [`kafka`] (rdkafka) and [`embedded`] (one process, durable). One conformance suite runs on both
-//! (`tests/tests/conformance.rs`).
+//! (`tests/src/conformance`).
 //!
 //! Calls are per batch, so a boxed future is no cost.
 //!

@@ -1,0 +1,185 @@
+//! Cases of a single consumer: where it begins, what it reads, what it commits.
+
+use super::*;
+
+pub(super) async fn starts(broker: Arc<dyn Broker>) -> Result<()> {
+    let topic = topic(&broker, "start", 1).await?;
+    let partition = TopicPartition::new(topic.clone(), 0);
+    let base = now_ms() - 3_600_000;
+    for index in 0..10 {
+        let record = Record { timestamp_ms: Some(base + index * 1000), ..record(None, "v") };
+        produce(&broker, vec![to(&topic, 0, record)]).await?;
+    }
+    for (start, should) in
+        [(StartOffset::Earliest, 0), (StartOffset::Latest, 10), (StartOffset::At(base + 3500), 4), (StartOffset::At(now_ms() + 1), 10)]
+    {
+        let group = fresh("start");
+        let reader = Reader::start(&broker, config(Some(&group), &[&topic], start), 1).await?;
+        ensure!(reader.position(&partition) == Some(should), "{start:?} begins at {:?} instead of {should}", reader.position(&partition));
+        let committed = within("committed offsets", broker.admin().committed(&group, vec![partition.clone()])).await??;
+        let offset = committed.first().and_then(Option::as_ref).map(|commit| commit.offset);
+        ensure!(offset == Some(should), "{start:?} is assigned at {should}, but {offset:?} is committed");
+        reader.close().await?;
+        // The start counts once: the group has an offset now.
+        let reader = Reader::start(&broker, config(Some(&group), &[&topic], StartOffset::Earliest), 1).await?;
+        ensure!(reader.position(&partition) == Some(should), "{start:?}, joined again, begins at {:?}", reader.position(&partition));
+        reader.close().await?;
+    }
+    Ok(())
+}
+
+pub(super) async fn a_topic_that_comes_later(broker: Arc<dyn Broker>) -> Result<()> {
+    let present = topic(&broker, "present", 1).await?;
+    let later: Arc<str> = fresh("later").into();
+    let group = fresh("later");
+    let mut reader = Reader::start(&broker, config(Some(&group), &[&present, &later], StartOffset::Earliest), 1).await?;
+    produce(&broker, vec![to(&present, 0, record(None, "present"))]).await?;
+    ensure!(value(&reader.read(1).await?[0].1) == "present");
+    let new = NewTopic { name: later.to_string(), partitions: Some(1), replication: Some(1), ..NewTopic::default() };
+    within("answer to create_topics", broker.admin().create_topics(vec![new])).await??;
+    within("answer to learn_topic", broker.producer().learn_topic(&later, PATIENCE)).await??;
+    produce(&broker, vec![to(&later, 0, record(None, "later"))]).await?;
+    // The change may take the kept partition away and give it back.
+    loop {
+        match reader.event("record of the new topic").await? {
+            Event::Records(batch) if batch.partition.topic == later => break,
+            Event::Records(batch) => bail!("{} is read again", batch.partition),
+            Event::Revoking(revoking) => {
+                let commits =
+                    revoking.partitions.iter().map(|partition| Commit { partition: partition.clone(), offset: 1, metadata: String::new() });
+                // Too late is no failure here.
+                drop(revoking.done.send(commits.collect()));
+            }
+            _ => {}
+        }
+    }
+    reader.close().await
+}
+
+pub(super) async fn a_reader_without_a_group(broker: Arc<dyn Broker>) -> Result<()> {
+    let topic = topic(&broker, "alone", 2).await?;
+    produce(&broker, (0..6).map(|index| to(&topic, index % 2, record(None, "old"))).collect()).await?;
+    let mut all = Reader::start(&broker, config(None, &[&topic], StartOffset::Earliest), 2).await?;
+    let mut other = Reader::start(&broker, config(None, &[&topic], StartOffset::Earliest), 2).await?;
+    let mut new = Reader::start(&broker, config(None, &[&topic], StartOffset::Latest), 2).await?;
+    ensure!(new.assigned.iter().all(|one| one.position == 3), "{:?}", new.assigned);
+    all.read(6).await?;
+    other.read(6).await?;
+    produce(&broker, vec![to(&topic, 1, record(None, "new"))]).await?;
+    for reader in [&mut all, &mut other, &mut new] {
+        let (position, record) = reader.read(1).await?.remove(0);
+        ensure!(position.offset == 3 && value(&record) == "new", "{position}");
+    }
+    let commit = Commit { partition: TopicPartition::new(topic, 0), offset: 1, metadata: String::new() };
+    ensure!(within("answer to commit", all.consumer.commit(vec![commit])).await?.is_err(), "a commit without a group succeeded");
+    for reader in [all, other, new] {
+        reader.close().await?;
+    }
+    Ok(())
+}
+
+pub(super) async fn next_may_be_dropped(broker: Arc<dyn Broker>) -> Result<()> {
+    const COUNT: usize = 2000;
+    let topic = topic(&broker, "dropped", 1).await?;
+    let group = fresh("dropped");
+    let mut reader = Reader::start(&broker, config(Some(&group), &[&topic], StartOffset::Earliest), 1).await?;
+    let (producer, target) = (broker.clone(), topic.clone());
+    let producing = tokio::spawn(async move {
+        for index in 0..COUNT {
+            produce(&producer, vec![to(&target, 0, record(None, &index.to_string()))]).await?;
+        }
+        Ok::<_, anyhow::Error>(())
+    });
+    let mut seen = 0;
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    while seen < COUNT {
+        ensure!(tokio::time::Instant::now() < deadline, "{seen} of {COUNT} records");
+        let event = tokio::select! {
+            biased;
+            event = reader.consumer.next() => event,
+            () = tokio::time::sleep(Duration::from_micros(50)) => continue,
+        };
+        if let Event::Records(batch) = event {
+            for (offset, record) in batch.records {
+                ensure!(offset == seen as i64 && value(&record) == seen.to_string(), "offset {offset} follows {seen} records");
+                seen += 1;
+            }
+        }
+    }
+    producing.await??;
+    reader.close().await
+}
+
+pub(super) async fn hold_and_release(broker: Arc<dyn Broker>) -> Result<()> {
+    let topic = topic(&broker, "hold", 2).await?;
+    let group = fresh("hold");
+    let mut reader = Reader::start(&broker, config(Some(&group), &[&topic], StartOffset::Earliest), 2).await?;
+    let held = TopicPartition::new(topic.clone(), 0);
+    reader.consumer.hold(&held);
+    for round in 0..3 {
+        produce(&broker, (0..200).map(|index| to(&topic, index % 2, record(None, "v"))).collect()).await?;
+        let read = reader.read(100).await?;
+        ensure!(read.iter().all(|(position, _)| position.partition != held), "round {round}: records of a held partition");
+    }
+    reader.consumer.release(&held);
+    let read = reader.read(300).await?;
+    for (should, (position, _)) in (0..).zip(&read) {
+        ensure!(position.partition == held && position.offset == should, "{position} instead of {held}/{should}");
+    }
+    reader.close().await
+}
+
+pub(super) async fn commits_are_seen(broker: Arc<dyn Broker>) -> Result<()> {
+    let topic = topic(&broker, "commit", 2).await?;
+    let retries = self::topic(&broker, "commit-retries", 1).await?;
+    let group = fresh("commit");
+    produce(&broker, (0..20).map(|index| to(&topic, index % 2, record(None, "v"))).collect()).await?;
+    let reader = Reader::start(&broker, config(Some(&group), &[&topic], StartOffset::Earliest), 2).await?;
+    let commit = |topic: &Arc<str>, partition, offset, metadata: &str| Commit {
+        partition: TopicPartition::new(topic.clone(), partition),
+        offset,
+        metadata: metadata.to_owned(),
+    };
+    let metadata = "m".repeat(4096);
+    within("commit", reader.consumer.commit(vec![commit(&topic, 0, 4, "first")])).await??;
+    within("commit", reader.consumer.commit(vec![commit(&topic, 0, 7, &metadata), commit(&topic, 1, 2, "")])).await??;
+    // A member also keeps the offsets of topics that its group does not subscribe: its retry topics.
+    within("commit", reader.consumer.commit(vec![commit(&retries, 0, 3, "retries")])).await?.context("a topic beside the subscription")?;
+    let asked = vec![
+        TopicPartition::new(topic.clone(), 1),
+        TopicPartition::new(topic.clone(), 0),
+        TopicPartition::new(retries.clone(), 0),
+        TopicPartition::new(fresh("none"), 0),
+    ];
+    let found = within("committed offsets", broker.admin().committed(&group, asked)).await??;
+    let should = [Some(commit(&topic, 1, 2, "")), Some(commit(&topic, 0, 7, &metadata)), Some(commit(&retries, 0, 3, "retries")), None];
+    ensure!(found == should, "{found:?}");
+    let none = within("committed offsets", broker.admin().committed(&fresh("nobody"), vec![TopicPartition::new(topic, 0)])).await??;
+    ensure!(none == [None], "{none:?}");
+    reader.close().await
+}
+
+pub(super) async fn a_group_resumes_after_reopening(broker: Arc<dyn Broker>, make: Make<'_>) -> Result<()> {
+    let topic = topic(&broker, "reopen", 1).await?;
+    let partition = TopicPartition::new(topic.clone(), 0);
+    let group = fresh("reopen");
+    produce(&broker, (0..10).map(|index| to(&topic, 0, record(None, &index.to_string()))).collect()).await?;
+    let mut reader = Reader::start(&broker, config(Some(&group), &[&topic], StartOffset::Earliest), 1).await?;
+    reader.read(10).await?;
+    let commit = Commit { partition: partition.clone(), offset: 5, metadata: "AQID".to_owned() };
+    within("commit", reader.consumer.commit(vec![commit])).await??;
+    reader.close().await?;
+    within("end of close", broker.close(PATIENCE)).await??;
+    drop(broker);
+    let broker = make().await.context("opening the broker again")?;
+    ensure!(within("watermarks", broker.admin().watermarks(&partition)).await?? == (0, 10));
+    let mut reader = Reader::start(&broker, config(Some(&group), &[&topic], StartOffset::Latest), 1).await?;
+    ensure!(reader.position(&partition) == Some(5), "resumes at {:?} instead of 5", reader.position(&partition));
+    ensure!(reader.assigned[0].metadata == "AQID", "the metadata became {:?}", reader.assigned[0].metadata);
+    let read: Vec<_> = reader.read(5).await?.iter().map(|(_, record)| value(record)).collect();
+    ensure!(read == ["5", "6", "7", "8", "9"], "{read:?}");
+    let position = produce(&broker, vec![to(&topic, 0, record(None, "after"))]).await?.remove(0);
+    ensure!(position.offset == 10, "appended at {position} after 10 records");
+    reader.close().await?;
+    within("end of close", broker.close(PATIENCE)).await?.map_err(anyhow::Error::from)
+}

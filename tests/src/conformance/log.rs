@@ -1,0 +1,186 @@
+//! Cases of topics, records and positions.
+
+use super::*;
+
+pub(super) async fn acknowledged_in_order(broker: Arc<dyn Broker>) -> Result<()> {
+    let topic = topic(&broker, "order", 3).await?;
+    let producer = broker.producer();
+    // Many calls under way at once; the acknowledgements are awaited afterwards.
+    let mut acks = Vec::new();
+    let mut sent = Vec::new();
+    for call in 0..150 {
+        let records: Vec<_> = (0..1 + call % 7).map(|index| (index % 3, format!("{call}.{index}"))).collect();
+        acks.push(producer.send(records.iter().map(|(partition, text)| to(&topic, *partition, record(None, text))).collect()));
+        sent.push(records);
+    }
+    let mut expected: BTreeMap<i32, Vec<String>> = BTreeMap::new();
+    for (acks, sent) in acks.into_iter().zip(sent) {
+        let acks = within("acknowledgement", acks).await?;
+        ensure!(acks.len() == sent.len(), "{} acknowledgements for {} records", acks.len(), sent.len());
+        for (ack, (partition, text)) in acks.into_iter().zip(sent) {
+            let texts = expected.entry(partition).or_default();
+            let should = Position { partition: TopicPartition::new(topic.clone(), partition), offset: texts.len() as i64 };
+            ensure!(ack.as_ref().ok() == Some(&should), "record {text} acknowledged as {ack:?} instead of {should}");
+            texts.push(text);
+        }
+    }
+    let total = expected.values().map(Vec::len).sum();
+    let mut reader = Reader::start(&broker, config(None, &[&topic], StartOffset::Earliest), 3).await?;
+    let mut found: BTreeMap<i32, Vec<String>> = BTreeMap::new();
+    for (position, record) in reader.read(total).await? {
+        let texts = found.entry(position.partition.partition).or_default();
+        ensure!(position.offset == texts.len() as i64, "{position} after {} records", texts.len());
+        texts.push(value(&record));
+    }
+    ensure!(found == expected, "records are not read in the order in which they were sent");
+    reader.close().await
+}
+
+pub(super) async fn any_shape_of_record(broker: Arc<dyn Broker>) -> Result<()> {
+    let topic = topic(&broker, "shape", 1).await?;
+    let header = |name: &'static str, value: Option<&'static [u8]>| Header {
+        name: ByteString::from_static(name),
+        value: value.map(Bytes::from_static),
+    };
+    let at = now_ms() - 60_000;
+    let binary: Vec<u8> = (0..=255).collect();
+    let all = vec![
+        Record { key: None, value: Some(Bytes::from_static(b"no key")), headers: Vec::new(), timestamp_ms: Some(at) },
+        Record { key: Some(Bytes::from_static(b"tombstone")), value: None, headers: Vec::new(), timestamp_ms: Some(at + 1) },
+        Record { key: Some(Bytes::new()), value: Some(Bytes::new()), headers: Vec::new(), timestamp_ms: Some(at - 1) },
+        Record { key: None, value: None, headers: vec![header("only", Some(b"header"))], timestamp_ms: Some(at) },
+        Record {
+            key: Some(Bytes::from(binary.clone())),
+            value: Some(Bytes::from(binary)),
+            headers: vec![
+                header("twice", Some(b"first")),
+                header("null", None),
+                header("twice", Some(b"second")),
+                header("Empty", Some(b"")),
+                header("binary", Some(&[0, 255, 10, 13])),
+                header("grün", Some("ü".as_bytes())),
+            ],
+            timestamp_ms: Some(at + 2),
+        },
+    ];
+    produce(&broker, all.iter().map(|record| to(&topic, 0, record.clone())).collect()).await?;
+    let mut reader = Reader::start(&broker, config(None, &[&topic], StartOffset::Earliest), 1).await?;
+    let read: Vec<_> = reader.read(all.len()).await?.into_iter().map(|(_, record)| record).collect();
+    for (read, sent) in read.iter().zip(&all) {
+        ensure!(read == sent, "sent {sent:?}, read {read:?}");
+    }
+    let before = now_ms();
+    produce(&broker, vec![to(&topic, 0, record(None, "no timestamp"))]).await?;
+    let stamped = reader.read(1).await?.remove(0).1.timestamp_ms.context("a record is read without a timestamp")?;
+    ensure!((before - 1000..=now_ms() + 1000).contains(&stamped), "timestamp {stamped} is not the present, {before}");
+    reader.close().await
+}
+
+pub(super) async fn keys_go_where_kafka_puts_them(broker: Arc<dyn Broker>) -> Result<()> {
+    const PARTITIONS: i32 = 12;
+    let topic = topic(&broker, "partitioner", PARTITIONS).await?;
+    // The murmur2 hashes of Kafka's own test of its Java client.
+    let vectors: [(&str, i32); 6] = [
+        ("21", -973_932_308),
+        ("foobar", -790_332_482),
+        ("a-little-bit-long-string", -985_981_536),
+        ("a-little-bit-longer-string", -1_486_304_829),
+        ("lkjh234lh9fiuh90y23oiuhsafujhadof229phr9h19h89h8", -58_897_971),
+        ("abc", 479_470_107),
+    ];
+    let acks = produce(&broker, vectors.iter().map(|(key, _)| to(&topic, None, record(Some(key), "v"))).collect()).await?;
+    for ((key, hash), ack) in vectors.iter().zip(acks) {
+        let should = (hash & 0x7fff_ffff) % PARTITIONS;
+        ensure!(ack.partition.partition == should, "key {key:?} went to partition {}, Kafka says {should}", ack.partition.partition);
+    }
+    let keyless = (0..10).map(|_| to(&topic, None, record(None, "v"))).collect();
+    for ack in produce(&broker, keyless).await? {
+        ensure!((0..PARTITIONS).contains(&ack.partition.partition), "{ack}");
+    }
+    Ok(())
+}
+
+pub(super) async fn unknown_topics(broker: Arc<dyn Broker>) -> Result<()> {
+    let producer = broker.producer();
+    let name = fresh("unknown");
+    ensure!(producer.known_partitions(&name).is_none(), "a topic that never was is known");
+    match within("answer to learn_topic", producer.learn_topic(&name, PATIENCE)).await? {
+        // A broker that creates topics.
+        Ok(partitions) => {
+            let topics = within("answer to topics", broker.admin().topics()).await??;
+            ensure!(
+                topics.get(&name) == Some(&partitions),
+                "learn_topic says {partitions} partitions, topics says {:?}",
+                topics.get(&name)
+            );
+            ensure!(producer.known_partitions(&name) == Some(partitions), "a learned topic is not known");
+        }
+        Err(error) => ensure!(error.kind == ProduceErrorKind::UnknownTopic, "learn_topic of an unknown topic: {error:?}"),
+    }
+    let existing = topic(&broker, "unknown-partition", 2).await?;
+    let acks =
+        within("acknowledgement", producer.send(vec![to(&existing, 7, record(None, "v")), to(&existing, 1, record(None, "v"))])).await?;
+    let kinds: Vec<_> = acks.iter().map(|ack| ack.as_ref().map_err(|error| error.kind).map(|position| position.offset)).collect();
+    ensure!(kinds == [Err(ProduceErrorKind::UnknownPartition), Ok(0)], "partition 7 of 2, then 1 of 2: {acks:?}");
+    let missing = TopicPartition::new(fresh("missing"), 0);
+    let answer = within("answer to watermarks", broker.admin().watermarks(&missing)).await?;
+    ensure!(answer.as_ref().is_err_and(|error| error.kind == BrokerErrorKind::UnknownTopic), "watermarks of a missing topic: {answer:?}");
+    Ok(())
+}
+
+pub(super) async fn topics_are_created_once(broker: Arc<dyn Broker>) -> Result<()> {
+    let existing = topic(&broker, "create", 3).await?;
+    let other = fresh("create-other");
+    let config = BTreeMap::from([("retention.ms".to_owned(), "3600000".to_owned())]);
+    let again = vec![
+        NewTopic { name: existing.to_string(), partitions: Some(5), replication: Some(1), config: BTreeMap::new() },
+        NewTopic { name: other.clone(), partitions: Some(2), replication: Some(1), config },
+    ];
+    within("answer to create_topics", broker.admin().create_topics(again))
+        .await?
+        .context("creating one that exists and one that does not")?;
+    ensure!(within("answer to learn_topic", broker.producer().learn_topic(&other, PATIENCE)).await?.is_ok_and(|count| count == 2));
+    let topics = within("answer to topics", broker.admin().topics()).await??;
+    ensure!(topics.get(&*existing) == Some(&3), "the topic that existed has {:?} partitions now", topics.get(&*existing));
+    ensure!(topics.get(&other) == Some(&2), "the new topic has {:?} partitions", topics.get(&other));
+    Ok(())
+}
+
+pub(super) async fn watermarks_follow(broker: Arc<dyn Broker>) -> Result<()> {
+    let topic = topic(&broker, "watermarks", 2).await?;
+    let partition = TopicPartition::new(topic.clone(), 0);
+    let admin = broker.admin();
+    ensure!(within("watermarks", admin.watermarks(&partition)).await?? == (0, 0));
+    produce(&broker, (0..5).map(|_| to(&topic, 0, record(None, "v"))).collect()).await?;
+    let found = within("watermarks", admin.watermarks(&partition)).await??;
+    ensure!(found == (0, 5), "watermarks {found:?} after 5 records");
+    ensure!(within("watermarks", admin.watermarks(&TopicPartition::new(topic, 1))).await?? == (0, 0));
+    Ok(())
+}
+
+pub(super) async fn offsets_by_time(broker: Arc<dyn Broker>) -> Result<()> {
+    let topic = topic(&broker, "time", 2).await?;
+    let base = now_ms() - 3_600_000;
+    for index in 0..40 {
+        let record = Record { timestamp_ms: Some(base + index * 1000), ..record(None, "v") };
+        produce(&broker, vec![to(&topic, 0, record)]).await?;
+    }
+    let admin = broker.admin();
+    for (at, should) in [(base - 1, 0), (base, 0), (base + 1, 1), (base + 17_000, 17), (base + 38_001, 39), (base + 39_001, 40)] {
+        let found = within("offsets by time", admin.offsets_at(&topic, at)).await??;
+        ensure!(found == [should, 0], "offsets at +{} ms are {found:?} instead of [{should}, 0]", at - base);
+    }
+    Ok(())
+}
+
+pub(super) async fn sizes(broker: Arc<dyn Broker>) -> Result<()> {
+    let topic = topic(&broker, "size", 1).await?;
+    let sized = |bytes: usize| to(&topic, 0, Record { value: Some(Bytes::from(vec![b'x'; bytes])), ..Record::default() });
+    let acks = within("acknowledgement", broker.producer().send(vec![sized(10), sized(5 << 20), sized(900 << 10), sized(20)])).await?;
+    let kinds: Vec<_> = acks.iter().map(|ack| ack.as_ref().map_err(|error| error.kind).map(|position| position.offset)).collect();
+    ensure!(kinds == [Ok(0), Err(ProduceErrorKind::TooLarge), Ok(1), Ok(2)], "{kinds:?}");
+    let mut reader = Reader::start(&broker, config(None, &[&topic], StartOffset::Earliest), 1).await?;
+    let lengths: Vec<_> = reader.read(3).await?.iter().map(|(_, record)| record.value.as_ref().map_or(0, Bytes::len)).collect();
+    ensure!(lengths == [10, 900 << 10, 20], "{lengths:?}");
+    reader.close().await
+}
