@@ -21,7 +21,7 @@ use rdkafka::{
     ClientConfig,
     consumer::{BaseConsumer, Consumer},
 };
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 
 /// The version that is started.
 pub const VERSION: &str = "4.1.1";
@@ -234,7 +234,7 @@ impl Node {
                 return Ok(());
             }
             if let Some(process) = self.process().as_ref()
-                && kill_process(process.pid, Signal::CONT).is_err()
+                && test_kill_process(process.pid).is_err()
             {
                 break;
             }
@@ -277,8 +277,11 @@ fn start_own(more: &str) -> anyhow::Result<KafkaHandle> {
     }
     fs::create_dir_all(&dir)?;
     let dir = dir.canonicalize()?;
+    // From here on its drop removes the folder.
+    let node = Node { dir, process: Mutex::default() };
+    let dir = &node.dir;
     let bootstrap = format!("127.0.0.1:{client}");
-    fs::write(dir.join("server.properties"), properties(&dir, client, controller) + &more.replace("{port}", &client.to_string()))?;
+    fs::write(dir.join("server.properties"), properties(dir, client, controller) + &more.replace("{port}", &client.to_string()))?;
     let format = Command::new("java")
         .args(["-Xmx256m", "-XX:TieredStopAtLevel=1", "-cp"])
         .arg(class_path())
@@ -287,7 +290,6 @@ fn start_own(more: &str) -> anyhow::Result<KafkaHandle> {
         .output()
         .context("java")?;
     ensure!(format.status.success(), "StorageTool format: {}", String::from_utf8_lossy(&format.stderr));
-    let node = Node { dir, process: Mutex::default() };
     node.start(&bootstrap)?;
     Ok(KafkaHandle { bootstrap, node: Some(Arc::new(node)) })
 }
@@ -328,12 +330,26 @@ fn free_ports() -> io::Result<[u16; 2]> {
     Ok([listeners[0].local_addr()?.port(), listeners[1].local_addr()?.port()])
 }
 
+/// Removes the folders of processes that were killed before their watchdog stood.
+fn sweep() {
+    let Ok(entries) = fs::read_dir(root()) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|name| name.strip_prefix("node-")?.split('-').next()?.parse().ok()).and_then(Pid::from_raw);
+        // What cannot be removed now is tried again by the next process.
+        if pid.is_some_and(|pid| test_kill_process(pid) == Err(rustix::io::Errno::SRCH)) {
+            drop(fs::remove_dir_all(entry.path()));
+        }
+    }
+}
+
 /// Brings Kafka's artifacts to `target/kafka/<version>/libs`, once; other processes wait.
 fn fetch() -> anyhow::Result<()> {
     let dir = root().join(VERSION);
     fs::create_dir_all(&dir)?;
     let lock = File::create(dir.join("lock"))?;
     lock.lock()?;
+    sweep();
     if dir.join("libs").is_dir() {
         return Ok(());
     }

@@ -172,8 +172,9 @@ impl Health {
 
     /// Takes a log line of librdkafka.
     pub(super) fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
-        // Connection failures are reported, once, by `set`.
-        let level = if matches!(facility, "FAIL" | "ERROR") { RDKafkaLogLevel::Debug } else { level };
+        // Connection failures are reported, once, by `set`; and all clients get all of the operator's keys, whichever they are for.
+        let quiet = matches!(facility, "FAIL" | "ERROR") || (facility == "CONFWARN" && text.contains("will be ignored by this"));
+        let level = if quiet { RDKafkaLogLevel::Debug } else { level };
         match level {
             RDKafkaLogLevel::Debug => tracing::debug!(target: "librdkafka", "{facility} {text}"),
             RDKafkaLogLevel::Info | RDKafkaLogLevel::Notice => {
