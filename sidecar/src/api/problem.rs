@@ -397,7 +397,7 @@ impl ApiError {
                 S::NOT_FOUND,
                 Code::NotFound,
                 "Not waiting for an answer",
-                "The record is delivered again, under another id. Answer within the route's `timeout`.",
+                "Unless it was answered before, the record is delivered again. Answer within the route's `timeout`.",
             ),
             Self::Protocol(_) => {
                 row("protocol", S::BAD_REQUEST, Code::InvalidArgument, "Not expected now", "See `SubscribeRequest` in mesh.proto.")

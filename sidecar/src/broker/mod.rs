@@ -17,6 +17,8 @@ use tokio::sync::oneshot;
 use crate::record::{Batch, Position, Record, TopicPartition};
 
 pub mod embedded;
+#[cfg(test)]
+pub(crate) mod fake;
 pub mod kafka;
 
 /// A broker: the way to its three parts.

@@ -302,8 +302,10 @@ mod tests {
 
     use super::*;
     use crate::{
-        broker::StartOffset,
-        publish::fake::{Fake, FakeHandle},
+        broker::{
+            StartOffset,
+            fake::{Fake, FakeHandle},
+        },
         record::Record,
     };
 

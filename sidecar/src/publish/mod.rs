@@ -23,8 +23,6 @@ use crate::{
 };
 
 mod error;
-#[cfg(test)]
-pub(crate) mod fake;
 mod id;
 mod metrics;
 mod topic;

@@ -12,12 +12,12 @@ use tonic::transport::Channel;
 
 use super::*;
 use crate::{
-    broker::{Assigned, Event, ProduceErrorKind, StartOffset},
-    config::Config,
-    publish::{
-        Metrics,
+    broker::{
+        Assigned, Event, ProduceErrorKind, StartOffset,
         fake::{Fake, FakeHandle, Mode, config},
     },
+    config::Config,
+    publish::Metrics,
     record::{Batch, Header, Record, TopicPartition},
     telemetry::trace::{TraceContext, Tracer},
 };

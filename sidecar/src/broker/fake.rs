@@ -1,4 +1,4 @@
-//! A broker in memory, for the tests of this floor and the one above.
+//! A broker in memory, for the tests of the floors above.
 
 use std::{
     collections::BTreeMap,
@@ -9,8 +9,8 @@ use std::{
 use futures_util::future::BoxFuture;
 use tokio::sync::{mpsc, watch};
 
+use super::*;
 use crate::{
-    broker::*,
     config::*,
     record::{Position, Record, TopicPartition},
 };
