@@ -10,7 +10,7 @@ use mesh_proto::v1::{self, mesh_server};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tonic::{Request, Response, Status, Streaming, service::Routes};
 
-use super::{Api, batch, fields, message, paths, problem::ApiError, subscribe};
+use super::{Api, batch, fields, paths, problem::ApiError, subscribe};
 use crate::{
     publish::{Caller, Draft, Pending, Published, TraceHeaders},
     record::{Header, Record},
@@ -134,7 +134,7 @@ fn draft(record: v1::Record) -> Draft {
 
 fn result(published: Published) -> v1::PublishResult {
     let result = match published.result {
-        Ok(position) => v1::publish_result::Result::Position(message::position(&position)),
+        Ok(position) => v1::publish_result::Result::Position(crate::deliver::grpc::position(&position)),
         Err(error) => v1::publish_result::Result::Problem(ApiError::from(error).proto()),
     };
     v1::PublishResult { result: Some(result), mesh_id: String::from_utf8_lossy(&published.mesh_id).into_owned() }

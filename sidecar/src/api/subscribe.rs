@@ -21,7 +21,10 @@ use tonic::{Status, Streaming};
 use super::{Api, follow, message, problem::ApiError, pull};
 use crate::{
     consume::subscription::{Handed, Received, Subscription},
-    deliver::desk::{Attachment, Desk},
+    deliver::{
+        desk::{Attachment, Desk},
+        grpc,
+    },
     outcome::{Answer, Outcome},
     publish::Caller,
     record::{Position, Record, TopicPartition},
@@ -186,14 +189,14 @@ impl Talk {
         for record in records {
             let size = message::size(&record);
             if !part.is_empty() && bytes + size > MESSAGE_BYTES {
-                self.say(Response::Delivery(message::delivery(route, std::mem::take(&mut part))));
+                self.say(Response::Delivery(delivery(route, std::mem::take(&mut part))));
                 bytes = 0;
             }
             bytes += size;
             part.push(record);
         }
         if !part.is_empty() {
-            self.say(Response::Delivery(message::delivery(route, part)));
+            self.say(Response::Delivery(delivery(route, part)));
         }
     }
 
@@ -201,6 +204,10 @@ impl Talk {
     fn room(&self) -> usize {
         if self.draining || !self.out.is_empty() { 0 } else { self.credits.min(MESSAGE_RECORDS) }
     }
+}
+
+fn delivery(route: &str, records: Vec<v1::DeliveredRecord>) -> v1::Delivery {
+    v1::Delivery { route: route.to_owned(), handler: String::new(), records }
 }
 
 /// What happened on a stream.
@@ -240,7 +247,10 @@ impl Attached {
                 taken = desk.take(room, LONG), if room > 0 => match taken {
                     Some(taken) => {
                         self.unanswered.extend(taken.iter().map(|delivery| delivery.id));
-                        talk.deliver(&self.route, taken.iter().map(message::delivered).collect());
+                        if let Some(first) = taken.first() {
+                            let records = grpc::message(&first.route, &taken).records;
+                            talk.deliver(&self.route, records);
+                        }
                     }
                     None => talk.drain("the route drains, or is gone"),
                 },
@@ -253,7 +263,7 @@ impl Attached {
             .into_iter()
             .map(|said| {
                 self.unanswered.remove(&said.delivery_id);
-                Answer { id: said.delivery_id, outcome: message::outcome(said) }
+                Answer { id: said.delivery_id, outcome: grpc::outcome(said) }
             })
             .collect();
         let unknown = self.desk.answer(answers).into_iter().filter(|known| !known).count();
@@ -404,7 +414,7 @@ impl Topics {
     fn answer(&mut self, outcomes: Vec<v1::Outcome>) {
         for said in outcomes {
             let id = said.delivery_id;
-            let outcome = message::outcome(said);
+            let outcome = grpc::outcome(said);
             if let Outcome::Retry { after, .. } = outcome {
                 if let Some(sent) = self.unanswered.get_mut(&id) {
                     sent.attempt = sent.attempt.saturating_add(1);

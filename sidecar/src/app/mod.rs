@@ -120,7 +120,7 @@ impl App {
         let routes = tokio::spawn(Supervisor::new(context, control.table()).run(stop_routes.clone()));
 
         let (stop_listeners, drain) = (CancellationToken::new(), CancellationToken::new());
-        let publisher = Publisher::new(broker.clone(), config.clone(), tracer.clone(), crate::publish::Metrics::default());
+        let publisher = Publisher::new(broker.clone(), config.clone(), tracer.clone(), metrics.clone());
         let api = Api::new(publisher, broker.clone(), desks, stop_routes.clone())?;
         let admin_router = admin::router(admin::AdminService::new(control.control().clone(), board.clone(), drain.clone())).await?;
         let listeners = vec![

@@ -12,23 +12,24 @@ use std::{
 };
 
 use bytes::Bytes;
-use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
 use tokio::{sync::Semaphore, time::Instant};
 
 use crate::{
     broker::{Acks, Broker, Outgoing, ProduceErrorKind, Producer},
     config::{Config, ServiceConfig},
     record::{Header, Position, Record, header},
-    telemetry::trace::{Span, SpanKind, SpanValue, TraceContext, Tracer},
+    telemetry::{
+        metrics::{Metrics, TopicMetrics},
+        trace::{Span, SpanKind, SpanValue, TraceContext, Tracer},
+    },
 };
 
 mod error;
 mod id;
-mod metrics;
 mod topic;
 
 pub use error::PublishError;
-pub use metrics::{FailureLabels, Metrics, TopicLabel};
 pub use topic::check_name;
 pub(crate) use topic::clip;
 
@@ -117,8 +118,7 @@ pub struct Topic {
 #[derive(Debug)]
 struct TopicInner {
     name: Arc<str>,
-    records: Counter,
-    bytes: Counter,
+    metrics: TopicMetrics,
 }
 
 impl Topic {
@@ -202,7 +202,7 @@ impl Publisher {
     pub async fn topic(&self, caller: Caller, name: &str) -> Result<Topic, PublishError> {
         let found = self.find_topic(caller, name).await;
         if let Err(error) = &found {
-            self.count_failures("", error, 1);
+            self.count_refused(None, error.code(), 1);
         }
         found
     }
@@ -243,15 +243,8 @@ impl Publisher {
     }
 
     fn remember(&self, name: &str) -> Topic {
-        let label = metrics::TopicLabel { topic: name.to_owned() };
-        let metrics = &self.inner.metrics;
-        let topic = Topic {
-            inner: Arc::new(TopicInner {
-                name: Arc::from(name),
-                records: metrics.records.get_or_create_owned(&label),
-                bytes: metrics.bytes.get_or_create_owned(&label),
-            }),
-        };
+        let name: Arc<str> = Arc::from(name);
+        let topic = Topic { inner: Arc::new(TopicInner { metrics: self.inner.metrics.topic(&name), name }) };
         let mut topics = self.inner.topics.write().unwrap_or_else(PoisonError::into_inner);
         if topics.len() >= TOPICS {
             topics.clear();
@@ -277,7 +270,7 @@ impl Publisher {
                 Err(error) => slots.push(Slot { mesh_id: Bytes::new(), bytes: 0, refused: Some(error) }),
             }
         }
-        let sent = InFlight::new(inner.metrics.in_flight.clone(), records.len());
+        let sent = InFlight::new(inner.metrics.process().publish_in_flight.clone());
         let acks = (!records.is_empty()).then(|| inner.producer.send(records));
         Pending { publisher: self.clone(), topic: topic.clone(), slots, acks, spans, begun: now, sent }
     }
@@ -289,13 +282,11 @@ impl Publisher {
 
     /// Counts records of a request that were refused before they came here, by the code of the problem.
     pub fn count_refused(&self, topic: Option<&Topic>, code: &'static str, records: u64) {
-        let topic = topic.map_or_else(String::new, |topic| topic.inner.name.to_string());
-        self.inner.metrics.failures.get_or_create(&metrics::FailureLabels { topic, code }).inc_by(records);
-    }
-
-    fn count_failures(&self, topic: &str, error: &PublishError, records: u64) {
-        let labels = metrics::FailureLabels { topic: topic.to_owned(), code: error.code() };
-        self.inner.metrics.failures.get_or_create(&labels).inc_by(records);
+        match topic {
+            Some(topic) => topic.inner.metrics.failed(code, records),
+            // A topic that is not known to exist is no label: callers could make up any number of them.
+            None => self.inner.metrics.topic(&Arc::from("")).failed(code, records),
+        }
     }
 
     fn prepare(
@@ -367,7 +358,7 @@ impl Publisher {
             Some(text) => {
                 let parent = TraceContext::parse(text, given.tracestate.as_ref());
                 if parent.is_none() {
-                    self.inner.metrics.malformed_traceparents.inc();
+                    self.inner.metrics.process().malformed_traceparents.inc();
                 }
                 parent
             }
@@ -432,7 +423,7 @@ impl Pending {
     /// Waits for the acknowledgements until `limits.publish_timeout` after the enqueueing. One result a record, in order.
     pub async fn wait(self) -> Vec<Published> {
         let Self { publisher, topic, slots, acks, mut spans, begun, sent } = self;
-        let (metrics, timeout) = (&publisher.inner.metrics, publisher.inner.config.limits.publish_timeout);
+        let timeout = publisher.inner.config.limits.publish_timeout;
         let answered = match acks {
             None => Some(Vec::new()),
             Some(acks) => tokio::time::timeout_at(begun + timeout, acks).await.ok(),
@@ -465,14 +456,14 @@ impl Pending {
                     stored += 1;
                     stored_bytes += slot.bytes as u64;
                 }
-                Err(error) => publisher.count_failures(&topic.inner.name, error, 1),
+                Err(error) => topic.inner.metrics.failed(error.code(), 1),
             }
             results.push(Published { mesh_id: slot.mesh_id, result });
         }
         if stored > 0 {
-            topic.inner.records.inc_by(stored);
-            topic.inner.bytes.inc_by(stored_bytes);
-            metrics.duration.observe(begun.elapsed().as_secs_f64());
+            topic.inner.metrics.acknowledged.inc_by(stored);
+            topic.inner.metrics.bytes.inc_by(stored_bytes);
+            publisher.inner.metrics.process().publish_duration.observe(begun.elapsed());
         }
         results
     }
@@ -488,23 +479,19 @@ fn finish_span(span: &mut Span, result: &Result<Position, PublishError>) {
     }
 }
 
-/// Counts records as in flight until it is dropped, whatever becomes of their future.
-struct InFlight {
-    gauge: prometheus_client::metrics::gauge::Gauge,
-    records: i64,
-}
+/// Counts a batch as in flight until it is dropped, whatever becomes of its future.
+struct InFlight(Gauge);
 
 impl InFlight {
-    fn new(gauge: prometheus_client::metrics::gauge::Gauge, records: usize) -> Self {
-        let records = i64::try_from(records).unwrap_or(i64::MAX);
-        gauge.inc_by(records);
-        Self { gauge, records }
+    fn new(gauge: Gauge) -> Self {
+        gauge.inc();
+        Self(gauge)
     }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.gauge.dec_by(self.records);
+        self.0.dec();
     }
 }
 

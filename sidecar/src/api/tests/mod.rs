@@ -17,11 +17,14 @@ use crate::{
         fake::{Fake, FakeHandle, Mode, config},
     },
     config::Config,
-    publish::Metrics,
     record::{Batch, Header, Record, TopicPartition},
-    telemetry::trace::{TraceContext, Tracer},
+    telemetry::{
+        metrics::Metrics,
+        trace::{TraceContext, Tracer},
+    },
 };
 
+mod desk;
 mod follow_http;
 mod publish_grpc;
 mod publish_http;
@@ -46,7 +49,7 @@ impl World {
 
     async fn serving(config: Config, fake: Fake, desks: Desks) -> Self {
         let broker: Arc<dyn Broker> = Arc::new(fake.clone());
-        let publisher = Publisher::new(broker.clone(), Arc::new(config), Tracer::disabled(), Metrics::default());
+        let publisher = Publisher::new(broker.clone(), Arc::new(config), Tracer::disabled(), Metrics::new());
         let (draining, shutdown) = (CancellationToken::new(), CancellationToken::new());
         let api = Api::new(publisher, broker, desks, draining.clone()).unwrap();
         let listener = listen::bind("api", "127.0.0.1:0".parse().unwrap()).await.unwrap();

@@ -62,6 +62,8 @@ pub struct ProcessMetrics {
     pub broker_up: Level,
     /// Spans that were lost on their way to the collector.
     pub dropped_spans: Counter,
+    /// Records whose publisher gave a malformed `traceparent`, which was ignored.
+    pub malformed_traceparents: Counter,
     /// From a publish request to its acknowledgement.
     pub publish_duration: Durations,
     /// Publish requests that wait for their acknowledgement.
@@ -190,11 +192,24 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Names, helps and units. The library appends the unit, and `_total` to counters.
 fn register(to: &mut Registry, process: &ProcessMetrics, families: &Families) {
-    let ProcessMetrics { table_generation, tables_refused, broker_up, dropped_spans, publish_duration, publish_in_flight } = process;
+    let ProcessMetrics {
+        table_generation,
+        tables_refused,
+        broker_up,
+        dropped_spans,
+        malformed_traceparents,
+        publish_duration,
+        publish_in_flight,
+    } = process;
     to.register("mesh_table_generation", "The generation of the table in force", table_generation.clone());
     to.register("mesh_tables_refused", "Tables that were offered and not taken", tables_refused.clone());
     to.register("mesh_broker_up", "1 while the broker can be reached", broker_up.clone());
     to.register("mesh_dropped_spans", "Spans that were lost on their way to the collector", dropped_spans.clone());
+    to.register(
+        "mesh_malformed_traceparents",
+        "Records whose publisher gave a malformed traceparent, which was ignored",
+        malformed_traceparents.clone(),
+    );
     to.register_with_unit(
         "mesh_publish_duration",
         "From a publish request to its acknowledgement",
