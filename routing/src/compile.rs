@@ -209,6 +209,8 @@ impl Route {
                 continue;
             }
             let matches = match &case.when {
+                // An empty answer is no fault of the record: it has not what is asked for.
+                Some(when) if reply.body.is_none() && when.asks_for_body() => false,
                 Some(when) => when.evaluate(record, Some(reply))?,
                 None => true,
             };

@@ -1,7 +1,7 @@
 //! The event mesh sidecar. See `ARCHITECTURE.md` for the house and the life of a record.
 //!
 //! Floors, from the top: `app` · `api` · `consume`, `publish`, `control` · `deliver` · `broker` · `config`, `telemetry` ·
-//! `record`, `outcome`, `watermark`, `lanes`, `status`, `table`. A module imports only from floors below its own (a test reads the imports).
+//! `record`, `json`, `outcome`, `watermark`, `lanes`, `status`, `table`. A module imports only from floors below its own (a test reads the imports).
 
 pub mod api;
 pub mod app;
@@ -10,6 +10,7 @@ pub mod config;
 pub mod consume;
 pub mod control;
 pub mod deliver;
+mod json;
 pub mod lanes;
 pub mod outcome;
 pub mod publish;

@@ -44,6 +44,9 @@ enum Command {
     },
     /// Asks a running sidecar whether it is ready: exits 0 or 1.
     Healthcheck {
+        /// Its configuration file, which names its probe port.
+        #[arg(long, short, env = "MESH_CONFIG", value_name = "FILE", conflicts_with = "probe")]
+        config: Option<PathBuf>,
         /// Its probe port.
         #[arg(long, env = "MESH_LISTEN_PROBE", default_value = "127.0.0.1:4502", value_name = "HOST:PORT")]
         probe: String,
@@ -93,16 +96,27 @@ fn main() -> ExitCode {
                     Err(error) => fail(FAILED, &error),
                 }
             }
-            Command::Healthcheck { probe } => match mesh_sidecar::app::remote::ready(&probe).await {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(error) => fail(FAILED, &error),
-            },
+            Command::Healthcheck { config, probe } => healthcheck(config, probe).await,
         }
     })
 }
 
 fn load(path: Option<PathBuf>) -> Result<config::Config, ExitCode> {
-    config::load(path.as_deref(), std::env::vars()).map_err(|faults| fail(USAGE, &faults.to_string()))
+    config::load(path.as_deref(), config::environment()).map_err(|faults| fail(USAGE, &faults.to_string()))
+}
+
+async fn healthcheck(config: Option<PathBuf>, probe: String) -> ExitCode {
+    let probe = match config {
+        None => probe,
+        Some(path) => match load(Some(path)) {
+            Ok(config) => config.listen.probe.to_string(),
+            Err(code) => return code,
+        },
+    };
+    match mesh_sidecar::app::remote::ready(&probe).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(FAILED, &error),
+    }
 }
 
 async fn run(path: Option<PathBuf>) -> ExitCode {

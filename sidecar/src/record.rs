@@ -93,6 +93,18 @@ impl HeaderSource for Record {
     }
 }
 
+/// A record as its publisher, or an answer, gave it.
+#[derive(Clone, Debug, Default)]
+pub struct Draft {
+    /// Key, value, time, and headers. The headers `content-type`, `traceparent`, `tracestate` and `baggage` may stand among them and win
+    /// over the fields below.
+    pub record: Record,
+    /// The identity; `None` makes one.
+    pub mesh_id: Option<Bytes>,
+    /// The media type.
+    pub content_type: Option<Bytes>,
+}
+
 /// Calls `each` with every header, in order; a null value is empty.
 pub(crate) fn each_header(headers: &[Header], each: &mut dyn FnMut(&str, &[u8])) {
     for header in headers {

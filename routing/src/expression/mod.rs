@@ -74,6 +74,12 @@ impl Expression {
         self.0.slots.iter().any(|(_, slot)| matches!(slot, walk::Slot::Status))
     }
 
+    /// Whether it asks for what only an answer with a body has.
+    pub(crate) fn asks_for_body(&self) -> bool {
+        use walk::{Side::Reply, Slot};
+        self.0.slots.iter().any(|(_, slot)| matches!(slot, Slot::Json(Reply, _) | Slot::Text(Reply)))
+    }
+
     /// Evaluates the expression.
     ///
     /// # Errors

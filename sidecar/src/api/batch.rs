@@ -13,11 +13,11 @@ use hyper::body::Incoming;
 use super::{
     Api,
     fields::Fields,
-    json::{self, BatchError, ReadError},
     paths::{self, Form},
     problem::ApiError,
 };
 use crate::{
+    json::{self, BatchError, ReadError},
     publish::{Draft, Pending, Published, Topic, TraceHeaders},
     record::Position,
 };

@@ -6,8 +6,11 @@ use http::{HeaderMap, HeaderName, HeaderValue, header};
 use percent_encoding::percent_decode;
 use serde_json::value::RawValue;
 
-use super::{json, problem::ApiError};
-use crate::{publish::TraceHeaders, record::Header};
+use super::problem::ApiError;
+use crate::{
+    json,
+    {publish::TraceHeaders, record::Header},
+};
 
 /// The header that names the calling service.
 pub(super) const MESH_SERVICE: &str = "mesh-service";

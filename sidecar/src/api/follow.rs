@@ -11,10 +11,11 @@ use futures_util::stream;
 use http::{HeaderMap, HeaderValue, Response, header, request::Parts};
 use tokio::time::Instant;
 
-use super::{Api, json, paths, problem::ApiError};
+use super::{Api, paths, problem::ApiError};
 use crate::{
     broker::{ConsumerConfig, StartOffset},
     consume::subscription::{Handed, Received, Subscription},
+    json,
     publish::{Caller, Use, check_allowed, check_name},
     record::{Position, Record, TopicPartition},
 };

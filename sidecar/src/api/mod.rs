@@ -23,7 +23,6 @@ mod batch;
 mod fields;
 mod follow;
 mod grpc;
-mod json;
 pub mod listen;
 mod message;
 mod paths;

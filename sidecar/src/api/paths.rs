@@ -10,8 +10,9 @@ use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use percent_encoding::percent_decode_str;
 
-use super::{Api, batch, fields, follow, json, problem::ApiError, pull};
+use super::{Api, batch, fields, follow, problem::ApiError, pull};
 use crate::{
+    json,
     publish::{Caller, Draft, PublishError, Published, TraceHeaders},
     record::Record,
 };

@@ -457,9 +457,13 @@ impl ApiError {
         if !row.hint.is_empty() {
             problem["hint"] = row.hint.into();
         }
-        if let Some(context) = traceparent.and_then(|text| TraceContext::parse(text, None)) {
-            problem["trace_id"] = format!("{:032x}", u128::from_be_bytes(context.trace_id)).into();
-        }
+        // A request outside of any trace gets an id of its own, which the log tells too.
+        let trace_id = match traceparent.and_then(|text| TraceContext::parse(text, None)) {
+            Some(context) => context.trace_id_text(),
+            None => uuid::Uuid::new_v4().simple().to_string(),
+        };
+        tracing::debug!(trace_id, code = row.code, error = %self, "a request is refused");
+        problem["trace_id"] = trace_id.into();
         problem.to_string().into_bytes()
     }
 

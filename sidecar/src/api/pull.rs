@@ -22,15 +22,10 @@ use serde_json::value::RawValue;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::{
-    Api, batch, follow,
-    follow::Form,
-    json::{self, ReadError},
-    paths,
-    problem::ApiError,
-};
+use super::{Api, batch, follow, follow::Form, paths, problem::ApiError};
 use crate::{
     deliver::desk::{Attachment, Desk},
+    json::{self, ReadError},
     outcome::{Answer, Delivery, Outcome, Reply, ReplyRecord},
     publish::{Caller, Draft},
 };

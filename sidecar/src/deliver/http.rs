@@ -14,8 +14,9 @@ use http_body_util::Full;
 use percent_encoding::{AsciiSet, CONTROLS, NON_ALPHANUMERIC, percent_decode, percent_encode};
 
 use crate::{
+    json::{self, BatchError, ReadError},
     outcome::{Delivery, Outcome, Reply, ReplyRecord},
-    record::{Header, header as names},
+    record::{Draft, Header, header as names},
 };
 
 const MESH_TOPIC: HeaderName = HeaderName::from_static("mesh-topic");
@@ -36,8 +37,8 @@ const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
 const HEADER_PREFIX: &str = "mesh-header-";
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
-/// What a header's value must not carry as it is: controls, `%` itself, and all that is not ASCII.
-const VALUE: &AsciiSet = &CONTROLS.add(b'%');
+/// What a header's value does not carry as it is, as in CloudEvents' HTTP binding: controls, space, `"`, `%` itself, and all that is not ASCII.
+const VALUE: &AsciiSet = &CONTROLS.add(b' ').add(b'"').add(b'%');
 
 /// The request for a delivery. `uri` is the service's address with the route's handler.
 pub(crate) fn request(delivery: &Delivery, method_uri: Uri, host: Option<&HeaderValue>) -> Request<Full<Bytes>> {
@@ -158,28 +159,87 @@ fn json_pair(header: &Header) -> serde_json::Value {
 /// An answer, whole.
 pub(crate) fn outcome(status: StatusCode, headers: &HeaderMap, body: Bytes) -> Outcome {
     let retry_after = headers.get(header::RETRY_AFTER).and_then(|value| retry_after(value.as_bytes()));
-    let tombstone = headers.get(MESH_TOMBSTONE).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"true"));
     let body = Some(body).filter(|body| !body.is_empty());
-    let records = if body.is_some() || tombstone {
-        vec![ReplyRecord {
-            key: headers
-                .get(MESH_KEY)
-                .map(|key| percent_decode(key.as_bytes()).collect::<Vec<u8>>().into())
-                .or_else(|| headers.get(MESH_KEY_BASE64).and_then(|key| STANDARD.decode(key.as_bytes()).ok()).map(Bytes::from)),
-            value: if tombstone { None } else { body.clone() },
-            content_type: headers.get(header::CONTENT_TYPE).map(|value| Bytes::copy_from_slice(value.as_bytes())),
-            headers: headers
-                .iter()
-                .filter_map(|(name, value)| {
-                    let name = name.as_str().strip_prefix(HEADER_PREFIX)?;
-                    Some(Header { name: ByteString::from(name), value: Some(Bytes::copy_from_slice(value.as_bytes())) })
-                })
-                .collect(),
-        }]
-    } else {
-        Vec::new()
+    let records = match (several(headers), &body) {
+        (Some(form), Some(body)) => match read_several(form, body) {
+            Ok(records) => records,
+            Err(why) => return Outcome::Reject { reason: format!("the answer ({}) cannot be read: {why}", status.as_u16()) },
+        },
+        _ => one(headers, body.as_ref()).into_iter().collect(),
     };
     Outcome::Reply(Reply { status: status.as_u16(), records, body, retry_after })
+}
+
+/// The answer as one record; none if it is empty.
+fn one(headers: &HeaderMap, body: Option<&Bytes>) -> Option<ReplyRecord> {
+    let tombstone = headers.get(MESH_TOMBSTONE).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"true"));
+    if body.is_none() && !tombstone {
+        return None;
+    }
+    Some(ReplyRecord {
+        key: match (headers.get(MESH_KEY), headers.get(MESH_KEY_BASE64)) {
+            (Some(key), _) => Some(percent_decode(key.as_bytes()).collect::<Vec<u8>>().into()),
+            (None, Some(key)) => STANDARD.decode(key.as_bytes()).ok().map(Bytes::from),
+            (None, None) => None,
+        },
+        value: body.filter(|_| !tombstone).cloned(),
+        content_type: headers.get(header::CONTENT_TYPE).map(|value| Bytes::copy_from_slice(value.as_bytes())),
+        headers: headers
+            .iter()
+            .filter_map(|(name, value)| {
+                let name = name.as_str().strip_prefix(HEADER_PREFIX)?;
+                Some(Header { name: ByteString::from(name), value: Some(Bytes::copy_from_slice(value.as_bytes())) })
+            })
+            .collect(),
+    })
+}
+
+/// The forms of an answer of several records.
+#[derive(Clone, Copy)]
+enum Several {
+    /// `{"records":[…]}`
+    Batch,
+    /// One record a line.
+    Lines,
+}
+
+/// The most records of one answer.
+const MOST_RECORDS: usize = 10_000;
+
+fn several(headers: &HeaderMap) -> Option<Several> {
+    let content_type = headers.get(header::CONTENT_TYPE)?.to_str().ok()?;
+    match content_type.split(';').next()?.trim() {
+        "application/vnd.mesh.records+json" => Some(Several::Batch),
+        "application/x-ndjson" => Some(Several::Lines),
+        _ => None,
+    }
+}
+
+fn read_several(form: Several, body: &Bytes) -> Result<Vec<ReplyRecord>, String> {
+    let read = |index: usize, text: &str| match json::read_record(text, body) {
+        Ok(Draft { record, content_type, .. }) => {
+            Ok(ReplyRecord { key: record.key, value: record.value, content_type, headers: record.headers })
+        }
+        Err(ReadError::Form(why) | ReadError::Syntax { why, .. }) => Err(format!("record {index}: {why}")),
+    };
+    let records: Vec<ReplyRecord> = match form {
+        Several::Batch => {
+            let parts = json::split_batch(body, MOST_RECORDS).map_err(|error| match error {
+                BatchError::Json(why) => why,
+                BatchError::TooMany => format!("more than {MOST_RECORDS} records"),
+            })?;
+            parts.iter().enumerate().map(|(index, part)| read(index, part.get())).collect::<Result<_, _>>()?
+        }
+        Several::Lines => {
+            let text = std::str::from_utf8(body).map_err(|error| error.to_string())?;
+            let lines = text.lines().filter(|line| !line.trim().is_empty());
+            lines.enumerate().map(|(index, line)| read(index, line)).collect::<Result<_, _>>()?
+        }
+    };
+    if records.len() > MOST_RECORDS {
+        return Err(format!("more than {MOST_RECORDS} records"));
+    }
+    Ok(records)
 }
 
 /// `Retry-After`: seconds, or an HTTP date (then the time from now, by the wall clock).

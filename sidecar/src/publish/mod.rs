@@ -29,6 +29,7 @@ mod error;
 mod id;
 mod topic;
 
+pub use crate::record::Draft;
 pub use error::PublishError;
 pub use topic::check_name;
 pub(crate) use topic::clip;
@@ -126,18 +127,6 @@ impl Topic {
     pub fn name(&self) -> &Arc<str> {
         &self.inner.name
     }
-}
-
-/// A record as its publisher gave it.
-#[derive(Clone, Debug, Default)]
-pub struct Draft {
-    /// Key, value, time, and headers. The headers `content-type`, `traceparent`, `tracestate` and `baggage` may stand among them and win
-    /// over the fields below.
-    pub record: Record,
-    /// The identity; `None` makes one.
-    pub mesh_id: Option<Bytes>,
-    /// The media type.
-    pub content_type: Option<Bytes>,
 }
 
 /// The trace context of a request, as it came.

@@ -1,4 +1,5 @@
-//! The one form of a record in JSON, for what is published in batches and for what is read: what was read can be published as it is.
+//! The one form of a record in JSON, for what is published in batches, for answers of several records, and for what is read: what was read
+//! can be published as it is. Floor 0.
 //!
 //! ```json
 //! {"topic":"t","partition":0,"offset":7,"timestamp":1760000000000,"key":{"text":"k"},"value":{"json":{"a":1}},
@@ -22,16 +23,13 @@ use serde::{
 };
 use serde_json::value::RawValue;
 
-use crate::{
-    publish::Draft,
-    record::{Header, Position, Record, header},
-};
+use crate::record::{Draft, Header, Position, Record, header};
 
 /// Reads one record. `buffer` holds `text`: values are slices of it where they can be.
 ///
 /// # Errors
 /// What is wrong; names the field.
-pub(super) fn read_record(text: &str, buffer: &Bytes) -> Result<Draft, ReadError> {
+pub(crate) fn read_record(text: &str, buffer: &Bytes) -> Result<Draft, ReadError> {
     let read: RecordIn<'_> = serde_json::from_str(text).map_err(|error| ReadError::new(&error))?;
     draft(read, buffer).map_err(ReadError::Form)
 }
@@ -52,7 +50,7 @@ fn draft(read: RecordIn<'_>, buffer: &Bytes) -> Result<Draft, String> {
 
 /// Why a text is no record.
 #[derive(Debug)]
-pub(super) enum ReadError {
+pub(crate) enum ReadError {
     /// It is not JSON.
     Syntax {
         /// Where, from 1.
@@ -77,7 +75,7 @@ impl ReadError {
 ///
 /// # Errors
 /// [`ReadError::Syntax`].
-pub(super) fn check(text: &str) -> Result<(), ReadError> {
+pub(crate) fn check(text: &str) -> Result<(), ReadError> {
     serde_json::from_str::<IgnoredAny>(text).map(drop).map_err(|error| ReadError::new(&error))
 }
 
@@ -85,7 +83,7 @@ pub(super) fn check(text: &str) -> Result<(), ReadError> {
 ///
 /// # Errors
 /// What is wrong, for people.
-pub(super) fn read_headers(raw: &RawValue, buffer: &Bytes) -> Result<Vec<Header>, String> {
+pub(crate) fn read_headers(raw: &RawValue, buffer: &Bytes) -> Result<Vec<Header>, String> {
     let wrong = |error: serde_json::Error| {
         format!("the field `headers` must be a list of {{\"name\":…,\"value\":…}} or an object: {}", plain(&error))
     };
@@ -145,7 +143,7 @@ fn string(json: &str) -> Result<Bytes, String> {
 }
 
 /// Standard base64, with or without padding.
-pub(super) fn decode(text: &str) -> Result<Bytes, String> {
+pub(crate) fn decode(text: &str) -> Result<Bytes, String> {
     base64::engine::general_purpose::STANDARD_NO_PAD
         .decode(text.trim_end_matches('='))
         .map(Bytes::from)
@@ -269,7 +267,7 @@ impl<'de> Deserialize<'de> for Pairs<'de> {
 ///
 /// # Errors
 /// What is wrong, for people; names line, column and the index of the record.
-pub(super) fn split_batch(body: &[u8], limit: usize) -> Result<Vec<&RawValue>, BatchError> {
+pub(crate) fn split_batch(body: &[u8], limit: usize) -> Result<Vec<&RawValue>, BatchError> {
     let seen = std::cell::Cell::new(0);
     let mut reader = serde_json::Deserializer::from_slice(body);
     let records = Envelope { seen: &seen, limit }.read(&mut reader).and_then(|records| reader.end().map(|()| records));
@@ -290,7 +288,7 @@ pub(super) fn split_batch(body: &[u8], limit: usize) -> Result<Vec<&RawValue>, B
 
 /// Why a batch cannot be split.
 #[derive(Debug)]
-pub(super) enum BatchError {
+pub(crate) enum BatchError {
     /// It is not JSON, or not of the form.
     Json(String),
     /// It has more records than the limit.
@@ -368,7 +366,7 @@ impl<'de> Visitor<'de> for List<'_> {
 }
 
 /// Appends a record, without a line break anywhere: the members of an object, without its braces, so that the caller can add its own.
-pub(super) fn write_members(out: &mut Vec<u8>, position: &Position, record: &Record) {
+pub(crate) fn write_members(out: &mut Vec<u8>, position: &Position, record: &Record) {
     out.extend_from_slice(b"\"topic\":");
     write_string(out, &position.partition.topic);
     put(out, format_args!(",\"partition\":{},\"offset\":{}", position.partition.partition, position.offset));
@@ -440,7 +438,7 @@ fn write_bytes(out: &mut Vec<u8>, bytes: Option<&Bytes>, may_be_json: bool) {
 }
 
 /// Appends a JSON string.
-pub(super) fn write_string(out: &mut Vec<u8>, text: &str) {
+pub(crate) fn write_string(out: &mut Vec<u8>, text: &str) {
     if text.bytes().all(|byte| byte >= b' ' && byte != b'"' && byte != b'\\') {
         out.push(b'"');
         out.extend_from_slice(text.as_bytes());
@@ -452,7 +450,7 @@ pub(super) fn write_string(out: &mut Vec<u8>, text: &str) {
 }
 
 /// Appends formatted text.
-pub(super) fn put(out: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
+pub(crate) fn put(out: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
     // Writing into memory cannot fail.
     _ = out.write_fmt(text);
 }
