@@ -87,16 +87,24 @@ impl Topics {
         Ok(Arc::new(Self { admin: client(bootstrap).create()?, client: client(bootstrap).create()? }))
     }
 
-    /// Makes a topic.
+    /// Makes a topic, and waits until it has its leaders.
     ///
     /// # Errors
     /// If Kafka refuses.
-    pub async fn create(&self, topic: &str) -> Result<()> {
-        let topic = NewTopic::new(topic, PARTITIONS, TopicReplication::Fixed(1));
-        for result in self.admin.create_topics([&topic], &AdminOptions::new().operation_timeout(Some(TIMEOUT))).await? {
+    pub async fn create(self: &Arc<Self>, topic: &str) -> Result<()> {
+        let new = NewTopic::new(topic, PARTITIONS, TopicReplication::Fixed(1));
+        for result in self.admin.create_topics([&new], &AdminOptions::new().operation_timeout(Some(TIMEOUT))).await? {
             result.map_err(|(topic, code)| anyhow::anyhow!("topic {topic}: {code}"))?;
         }
-        Ok(())
+        let end = Instant::now() + TIMEOUT;
+        loop {
+            let (topics, topic) = (self.clone(), topic.to_owned());
+            match tokio::task::spawn_blocking(move || topics.count(&topic)).await? {
+                Ok(_) => return Ok(()),
+                Err(error) if Instant::now() > end => return Err(error),
+                Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        }
     }
 
     /// Deletes topics.

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, Subcommand, ValueEnum};
 use mesh_tests::bench::{
     report,
@@ -47,6 +47,8 @@ enum Command {
         #[command(subcommand)]
         role: Role,
     },
+    /// Starts Kafka and keeps it until it is interrupted: for several runs, with `KAFKA_BOOTSTRAP`.
+    Kafka,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -64,10 +66,17 @@ enum Output {
 
 fn main() -> Result<ExitCode> {
     let args = Args::parse();
-    if let Some(Command::Role { role }) = args.command {
-        return role.play().map(|()| ExitCode::SUCCESS);
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build();
+    match args.command {
+        Some(Command::Role { role }) => role.play().map(|()| ExitCode::SUCCESS),
+        Some(Command::Kafka) => runtime()?.block_on(async {
+            let kafka = mesh_tests::kafka::own_kafka().await.context("no Kafka")?;
+            println!("KAFKA_BOOTSTRAP={}", kafka.bootstrap());
+            tokio::signal::ctrl_c().await?;
+            Ok(ExitCode::SUCCESS)
+        }),
+        None => runtime()?.block_on(bench(args)),
     }
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(bench(args))
 }
 
 async fn bench(args: Args) -> Result<ExitCode> {
