@@ -137,6 +137,11 @@ impl KafkaHandle {
         &self.bootstrap
     }
 
+    /// The broker's process id, if it is ours and runs.
+    pub fn id(&self) -> Option<i32> {
+        self.node.as_deref()?.process().as_ref().map(|process| process.pid.as_raw_nonzero().get())
+    }
+
     fn node(&self) -> anyhow::Result<&Node> {
         self.node.as_deref().context("the Kafka of KAFKA_BOOTSTRAP cannot be stopped from here")
     }

@@ -4,6 +4,7 @@
 //! and a watchdog kills what is left if the test run itself is killed.
 //! Invariant: what cannot be had (Java, Python) is skipped with a line `SKIPPED: …`, and is a failure with `CI=true`.
 
+pub mod bench;
 pub mod broker;
 pub mod conformance;
 pub mod grpc;

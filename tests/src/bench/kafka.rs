@@ -1,0 +1,368 @@
+//! Kafka past the sidecar: topics, the backlog, and the floors, all with librdkafka under the settings that the sidecar gives it.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use rdkafka::{
+    ClientConfig, ClientContext, Message as _, Offset, TopicPartitionList,
+    admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
+    client::DefaultClientContext,
+    config::FromClientConfigAndContext as _,
+    consumer::{BaseConsumer, CommitMode, Consumer as _},
+    error::KafkaError,
+    producer::{BaseProducer, BaseRecord, DeliveryResult, Producer as _, ProducerContext},
+    types::RDKafkaErrorCode,
+};
+
+use super::{
+    load::{KEYS, Span},
+    measure::{Latency, Measured, Watch, histogram},
+    service,
+};
+
+/// How many partitions every topic has.
+pub const PARTITIONS: i32 = 4;
+
+const TIMEOUT: Duration = Duration::from_secs(20);
+
+fn client(bootstrap: &str) -> ClientConfig {
+    let mut config = ClientConfig::new();
+    config.set("bootstrap.servers", bootstrap).set("allow.auto.create.topics", "false").set("log_level", "3");
+    config
+}
+
+fn producer_config(bootstrap: &str) -> ClientConfig {
+    let mut config = client(bootstrap);
+    config
+        .set("linger.ms", "0")
+        .set("message.timeout.ms", "0")
+        .set("partitioner", "murmur2_random")
+        .set("queue.buffering.max.kbytes", "32768")
+        .set("queue.buffering.max.messages", "500000")
+        .set("enable.idempotence", "true")
+        .set("acks", "all");
+    config
+}
+
+fn consumer_config(bootstrap: &str, group: &str) -> ClientConfig {
+    let mut config = client(bootstrap);
+    config
+        .set("group.id", group)
+        .set("fetch.wait.max.ms", "50")
+        .set("fetch.queue.backoff.ms", "10")
+        .set("queued.max.messages.kbytes", "8192")
+        .set("queued.min.messages", "100000")
+        .set("enable.auto.commit", "false")
+        .set("enable.auto.offset.store", "false")
+        .set("auto.offset.reset", "error");
+    config
+}
+
+/// Makes topics, and deletes them.
+pub struct Topics {
+    admin: AdminClient<DefaultClientContext>,
+    client: BaseConsumer,
+}
+
+impl std::fmt::Debug for Topics {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Topics").finish_non_exhaustive()
+    }
+}
+
+impl Topics {
+    /// A client of these brokers.
+    ///
+    /// # Errors
+    /// If librdkafka refuses.
+    pub fn new(bootstrap: &str) -> Result<Arc<Self>> {
+        Ok(Arc::new(Self { admin: client(bootstrap).create()?, client: client(bootstrap).create()? }))
+    }
+
+    /// Makes a topic, and waits until it has its leaders.
+    ///
+    /// # Errors
+    /// If Kafka refuses.
+    pub async fn create(self: &Arc<Self>, topic: &str) -> Result<()> {
+        let new = NewTopic::new(topic, PARTITIONS, TopicReplication::Fixed(1));
+        for result in self.admin.create_topics([&new], &AdminOptions::new().operation_timeout(Some(TIMEOUT))).await? {
+            result.map_err(|(topic, code)| anyhow::anyhow!("topic {topic}: {code}"))?;
+        }
+        let end = Instant::now() + TIMEOUT;
+        loop {
+            let (topics, topic) = (self.clone(), topic.to_owned());
+            match tokio::task::spawn_blocking(move || topics.count(&topic)).await? {
+                Ok(_) => return Ok(()),
+                Err(error) if Instant::now() > end => return Err(error),
+                Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        }
+    }
+
+    /// Deletes topics.
+    ///
+    /// # Errors
+    /// If Kafka does not answer.
+    pub async fn delete(&self, topics: &[&str]) -> Result<()> {
+        self.admin.delete_topics(topics, &AdminOptions::new()).await?;
+        Ok(())
+    }
+
+    /// How many records a topic ever got. Blocks.
+    ///
+    /// # Errors
+    /// If Kafka does not answer.
+    pub fn count(&self, topic: &str) -> Result<u64> {
+        let mut count = 0;
+        for partition in 0..PARTITIONS {
+            count += u64::try_from(self.client.fetch_watermarks(topic, partition, TIMEOUT)?.1)?;
+        }
+        Ok(count)
+    }
+}
+
+/// Counts acknowledgements.
+#[derive(Clone, Default)]
+struct Acknowledged(Arc<AtomicU64>, Arc<AtomicU64>);
+
+impl ClientContext for Acknowledged {}
+
+impl ProducerContext for Acknowledged {
+    type DeliveryOpaque = ();
+
+    fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
+        match result {
+            Ok(_) => self.0.fetch_add(1, Ordering::Relaxed),
+            Err(_) => self.1.fetch_add(1, Ordering::Relaxed),
+        };
+    }
+}
+
+/// A producer with a thread that serves its reports.
+struct Sender {
+    producer: Arc<BaseProducer<Acknowledged>>,
+    acknowledged: Acknowledged,
+    stop: Arc<AtomicBool>,
+    poller: Option<thread::JoinHandle<()>>,
+}
+
+impl Sender {
+    fn new(bootstrap: &str) -> Result<Self> {
+        let acknowledged = Acknowledged::default();
+        let producer = Arc::new(BaseProducer::from_config_and_context(&producer_config(bootstrap), acknowledged.clone())?);
+        let stop = Arc::new(AtomicBool::new(false));
+        let poller = thread::spawn({
+            let (producer, stop) = (producer.clone(), stop.clone());
+            move || {
+                while !stop.load(Ordering::Relaxed) {
+                    producer.poll(Duration::from_millis(100));
+                }
+            }
+        });
+        Ok(Self { producer, acknowledged, stop, poller: Some(poller) })
+    }
+
+    fn send(&self, topic: &str, key: Option<&[u8]>, value: &[u8]) -> Result<()> {
+        let mut record = BaseRecord::<'_, [u8], [u8]>::to(topic).payload(value);
+        record.key = key;
+        loop {
+            match self.producer.send(record) {
+                Ok(()) => return Ok(()),
+                Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), refused)) => {
+                    record = refused;
+                    // Woken by nobody: the queue empties by itself.
+                    thread::park_timeout(Duration::from_millis(1));
+                }
+                Err((error, _)) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn acknowledged(&self) -> u64 {
+        self.acknowledged.0.load(Ordering::Relaxed)
+    }
+
+    /// Waits for what is under way; says how many records were acknowledged.
+    fn flush(&self) -> Result<u64> {
+        self.producer.flush(Duration::from_secs(60))?;
+        let failed = self.acknowledged.1.load(Ordering::Relaxed);
+        ensure!(failed == 0, "{failed} records failed");
+        Ok(self.acknowledged())
+    }
+}
+
+impl Drop for Sender {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(poller) = self.poller.take() {
+            drop(poller.join());
+        }
+    }
+}
+
+/// The key of a record.
+fn key(number: u64) -> String {
+    format!("k{:03}", number % KEYS)
+}
+
+/// Fills a topic: record i has the key `i mod 1000`, and its number in the first 8 bytes of its value.
+///
+/// # Errors
+/// If Kafka refuses a record.
+pub fn fill(bootstrap: &str, topic: &str, records: u64) -> Result<Measured> {
+    let sender = Sender::new(bootstrap)?;
+    let mut value = service::value().to_vec();
+    let running = Watch::default().begin(0)?;
+    for number in 0..records {
+        value[..8].copy_from_slice(&number.to_be_bytes());
+        sender.send(topic, Some(key(number).as_bytes()), &value)?;
+    }
+    let measured = running.end(sender.flush()?)?;
+    ensure!(measured.records == records, "{} of {records} records were acknowledged", measured.records);
+    Ok(measured)
+}
+
+/// librdkafka alone, as fast as it goes.
+///
+/// # Errors
+/// If Kafka refuses a record.
+pub fn produce(bootstrap: &str, topic: &str, span: Span) -> Result<Measured> {
+    let sender = Sender::new(bootstrap)?;
+    let keys: Vec<String> = (0..KEYS).map(key).collect();
+    let value = service::value();
+    let begin = Instant::now();
+    let mut running = None;
+    for number in 0.. {
+        if number % 64 == 0 {
+            let passed = begin.elapsed();
+            match running.take() {
+                None if passed >= span.warmup => running = Some(span.watch.clone().begin(sender.acknowledged())?),
+                Some(running) if passed >= span.warmup + span.time => {
+                    let measured = running.end(sender.acknowledged())?;
+                    sender.flush()?;
+                    return Ok(measured);
+                }
+                other => running = other,
+            }
+        }
+        sender.send(topic, Some(keys[number % keys.len()].as_bytes()), &value)?;
+    }
+    bail!("the load ended before it was measured")
+}
+
+/// Consume and produce without a service, until it is killed: what a mesh costs before it does anything. Commits every 100 ms.
+///
+/// # Errors
+/// If Kafka refuses.
+pub fn pipe(bootstrap: &str, from: &str, to: &str) -> Result<()> {
+    let consumer: BaseConsumer = consumer_config(bootstrap, &format!("{to}.pipe")).create()?;
+    let mut from_start = TopicPartitionList::new();
+    for partition in 0..PARTITIONS {
+        from_start.add_partition_offset(from, partition, Offset::Beginning)?;
+    }
+    consumer.assign(&from_start)?;
+    let sender = Sender::new(bootstrap)?;
+    println!("READY 0");
+    let mut next = HashMap::new();
+    let mut committed = Instant::now();
+    loop {
+        if let Some(message) = consumer.poll(Duration::from_millis(100)) {
+            let message = message?;
+            sender.send(to, message.key(), message.payload().unwrap_or_default())?;
+            next.insert(message.partition(), message.offset() + 1);
+        }
+        if committed.elapsed() > Duration::from_millis(100) && !next.is_empty() {
+            let mut offsets = TopicPartitionList::new();
+            for (partition, offset) in next.drain() {
+                offsets.add_partition_offset(from, partition, Offset::Offset(offset))?;
+            }
+            consumer.commit(&offsets, CommitMode::Async)?;
+            committed = Instant::now();
+        }
+    }
+}
+
+/// Latency from a record's intended time of sending into `to` until it is read from `from`, at a fixed rate that waits for nobody. With one
+/// topic for both it is Kafka's own.
+///
+/// # Errors
+/// If a record does not come back.
+pub fn hop(bootstrap: &str, to: &str, from: &str, rate: f64, span: &Span) -> Result<Measured> {
+    let consumer: BaseConsumer = consumer_config(bootstrap, &format!("{from}.hop")).create()?;
+    let mut from_end = TopicPartitionList::new();
+    for partition in 0..PARTITIONS {
+        let end = consumer.fetch_watermarks(from, partition, TIMEOUT)?.1;
+        from_end.add_partition_offset(from, partition, Offset::Offset(end))?;
+    }
+    consumer.assign(&from_end)?;
+    let sender = Sender::new(bootstrap)?;
+    let count = ((span.warmup + span.time).as_secs_f64() * rate).ceil() as u64;
+    let skipped = (span.warmup.as_secs_f64() * rate).ceil() as u64;
+    let interval = Duration::from_secs_f64(1.0 / rate);
+    let begin = Instant::now() + Duration::from_millis(500);
+    let running = span.watch.clone().begin(0)?;
+    let topic = to.to_owned();
+    let sending = thread::spawn(move || {
+        let mut value = service::value().to_vec();
+        for number in 0..count {
+            let intended = begin + interval.mul_f64(number as f64);
+            while let Some(early) = intended.checked_duration_since(Instant::now()) {
+                thread::park_timeout(early);
+            }
+            value[..8].copy_from_slice(&number.to_be_bytes());
+            sender.send(&topic, Some(key(number).as_bytes()), &value)?;
+        }
+        sender.flush()
+    });
+    let mut histogram = histogram()?;
+    let (mut seen, mut last) = (0, Instant::now());
+    while seen < count {
+        let Some(message) = consumer.poll(Duration::from_millis(100)) else {
+            ensure!(last.elapsed() < Duration::from_secs(15), "{} of {count} records did not come back", count - seen);
+            continue;
+        };
+        let message = message?;
+        let number = message.payload().and_then(|value| value.first_chunk::<8>()).context("a value")?;
+        let number = u64::from_be_bytes(*number);
+        last = Instant::now();
+        seen += 1;
+        if number >= skipped {
+            let intended = begin + interval.mul_f64(number as f64);
+            histogram.saturating_record(u64::try_from(last.duration_since(intended).as_nanos())?);
+        }
+    }
+    let mut measured = running.end(seen)?;
+    sending.join().map_err(|_| anyhow::anyhow!("the sender panicked"))??;
+    measured.latency = Some(Latency::of(&histogram));
+    Ok(measured)
+}
+
+/// How often each number occurs in a topic: `(records, numbers)`. Reads it to its present end.
+///
+/// # Errors
+/// If Kafka does not answer.
+pub fn numbers(bootstrap: &str, topic: &str) -> Result<HashMap<u64, u64>> {
+    let consumer: BaseConsumer = consumer_config(bootstrap, &format!("{topic}.numbers")).create()?;
+    let (mut start, mut left) = (TopicPartitionList::new(), 0);
+    for partition in 0..PARTITIONS {
+        left += consumer.fetch_watermarks(topic, partition, TIMEOUT)?.1;
+        start.add_partition_offset(topic, partition, Offset::Beginning)?;
+    }
+    consumer.assign(&start)?;
+    let mut numbers = HashMap::new();
+    while left > 0 {
+        let message = consumer.poll(TIMEOUT).context("the topic's end does not come")??;
+        let number = message.payload().and_then(|value| value.first_chunk::<8>()).context("a value")?;
+        *numbers.entry(u64::from_be_bytes(*number)).or_default() += 1;
+        left -= 1;
+    }
+    Ok(numbers)
+}

@@ -1,0 +1,231 @@
+//! The processes that a bench consists of: this same program, told what to be.
+
+use std::{
+    net::SocketAddr,
+    path::Path,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use clap::{Args, Subcommand};
+
+use super::{
+    kafka, load,
+    measure::{Measured, Watch},
+    service::{self, Answer},
+};
+use crate::process::{Process, run};
+
+/// What a process of the bench is.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Role {
+    /// An HTTP/1.1 service.
+    ServiceHttp {
+        /// What it answers.
+        #[arg(value_enum)]
+        answer: Answer,
+        /// How many threads it has.
+        #[arg(long, default_value_t = 1)]
+        threads: usize,
+    },
+    /// A gRPC service.
+    ServiceGrpc {
+        /// How many threads it has.
+        #[arg(long, default_value_t = 1)]
+        threads: usize,
+    },
+    /// A service that attaches to a route.
+    Subscriber {
+        /// The sidecar's API.
+        url: String,
+        /// The route.
+        route: String,
+        /// The credits.
+        credits: u32,
+    },
+    /// Publishes over HTTP/1.1.
+    LoadHttp {
+        /// The API, or its floor.
+        address: SocketAddr,
+        /// The path.
+        path: String,
+        /// Connections.
+        connections: usize,
+        /// When and whom it measures.
+        #[command(flatten)]
+        span: SpanArgs,
+    },
+    /// Calls an HTTP service as the sidecar does.
+    LoadHop {
+        /// The service.
+        address: SocketAddr,
+        /// Connections.
+        connections: usize,
+        /// When and whom it measures.
+        #[command(flatten)]
+        span: SpanArgs,
+    },
+    /// Publishes by unary gRPC calls.
+    LoadUnary {
+        /// The API, or its floor.
+        url: String,
+        /// The topic.
+        topic: String,
+        /// Calls at once.
+        calls: usize,
+        /// When and whom it measures.
+        #[command(flatten)]
+        span: SpanArgs,
+    },
+    /// Publishes on a gRPC stream.
+    LoadStream {
+        /// The API, or its floor.
+        url: String,
+        /// The topic.
+        topic: String,
+        /// Requests under way.
+        window: usize,
+        /// Records a request.
+        batch: u64,
+        /// When and whom it measures.
+        #[command(flatten)]
+        span: SpanArgs,
+    },
+    /// Calls `HandleStream` as the sidecar does.
+    LoadHandle {
+        /// The service.
+        url: String,
+        /// Deliveries under way.
+        window: usize,
+        /// Records a delivery.
+        batch: u64,
+        /// When and whom it measures.
+        #[command(flatten)]
+        span: SpanArgs,
+    },
+    /// Produces by librdkafka.
+    Produce {
+        /// Kafka.
+        bootstrap: String,
+        /// The topic.
+        topic: String,
+        /// When and whom it measures.
+        #[command(flatten)]
+        span: SpanArgs,
+    },
+    /// Consumes and produces without a service.
+    Pipe {
+        /// Kafka.
+        bootstrap: String,
+        /// The source.
+        from: String,
+        /// The destination.
+        to: String,
+    },
+    /// Latency from one topic to another.
+    Hop {
+        /// Kafka.
+        bootstrap: String,
+        /// Where records go in.
+        to: String,
+        /// Where they come out.
+        from: String,
+        /// Records a second.
+        rate: f64,
+        /// When and whom it measures.
+        #[command(flatten)]
+        span: SpanArgs,
+    },
+}
+
+/// When and whom a role measures.
+#[derive(Clone, Debug, Args)]
+pub struct SpanArgs {
+    /// Seconds before it measures.
+    #[arg(long)]
+    warmup: f64,
+    /// Seconds that it measures.
+    #[arg(long)]
+    time: f64,
+    /// `name=process id`.
+    #[arg(long)]
+    watch: Vec<String>,
+}
+
+impl SpanArgs {
+    fn span(&self) -> Result<load::Span> {
+        let own = i32::try_from(std::process::id())?;
+        let watch = Watch::parse(&self.watch)?.with("load", own);
+        Ok(load::Span { warmup: Duration::from_secs_f64(self.warmup), time: Duration::from_secs_f64(self.time), watch })
+    }
+}
+
+impl Role {
+    /// Plays the role to its end.
+    ///
+    /// # Errors
+    /// If it fails.
+    pub fn play(self) -> Result<()> {
+        let measured = match self {
+            Self::ServiceHttp { answer, threads } => return runtime(threads)?.block_on(service::http(answer)),
+            Self::ServiceGrpc { threads } => return runtime(threads)?.block_on(service::grpc()),
+            Self::Subscriber { url, route, credits } => return runtime(1)?.block_on(service::subscriber(url, route, credits)),
+            Self::Pipe { bootstrap, from, to } => return kafka::pipe(&bootstrap, &from, &to),
+            Self::LoadHttp { address, path, connections, span } => {
+                runtime(1)?.block_on(load::http(address, path, connections, span.span()?))
+            }
+            Self::LoadHop { address, connections, span } => runtime(1)?.block_on(load::hop(address, connections, span.span()?)),
+            Self::LoadUnary { url, topic, calls, span } => runtime(1)?.block_on(load::unary(url, topic, calls, span.span()?)),
+            Self::LoadStream { url, topic, window, batch, span } => {
+                runtime(1)?.block_on(load::publish_stream(url, topic, window, batch, span.span()?))
+            }
+            Self::LoadHandle { url, window, batch, span } => runtime(1)?.block_on(load::handle_stream(url, window, batch, span.span()?)),
+            Self::Produce { bootstrap, topic, span } => kafka::produce(&bootstrap, &topic, span.span()?),
+            Self::Hop { bootstrap, to, from, rate, span } => kafka::hop(&bootstrap, &to, &from, rate, &span.span()?),
+        }?;
+        println!("{}", serde_json::to_string(&measured)?);
+        Ok(())
+    }
+}
+
+fn runtime(threads: usize) -> Result<tokio::runtime::Runtime> {
+    let mut builder = match threads {
+        1 => tokio::runtime::Builder::new_current_thread(),
+        _ => tokio::runtime::Builder::new_multi_thread(),
+    };
+    Ok(builder.worker_threads(threads).enable_all().build()?)
+}
+
+fn command(arguments: &[String]) -> Result<Command> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg("role").args(arguments);
+    Ok(command)
+}
+
+/// Starts a role that serves until it is dropped; says on which port.
+///
+/// # Errors
+/// If it does not get ready.
+pub async fn serve(folder: &Path, arguments: &[&str]) -> Result<(Process, u16)> {
+    let arguments: Vec<String> = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+    let mut command = command(&arguments)?;
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    let name = arguments.first().context("a role")?.clone();
+    let mut process = Process::start(&name, command, &folder.join(format!("{name}.log")))?;
+    let port = process.ready_port(Duration::from_secs(30)).await?;
+    Ok((process, port))
+}
+
+/// Runs a role that measures.
+///
+/// # Errors
+/// If it fails.
+pub async fn measure(arguments: &[&str], warmup: f64, time: f64, watch: &Watch) -> Result<Measured> {
+    let mut arguments: Vec<String> = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+    arguments.extend([format!("--warmup={warmup}"), format!("--time={time}")]);
+    arguments.extend(watch.arguments());
+    let output = run(command(&arguments)?, Vec::new(), Duration::from_secs_f64(warmup + time + 120.0)).await?.success()?;
+    let line = output.lines().last().context("no result")?;
+    serde_json::from_str(line).with_context(|| format!("a result: {line}"))
+}
