@@ -44,6 +44,8 @@ pub struct RouteStatus {
     pub partitions: u32,
     /// Records behind, over the partitions owned.
     pub lag_records: u64,
+    /// When the broker was asked for that, in milliseconds since 1970-01-01 UTC; 0 before the first answer for all partitions owned.
+    pub lag_measured_ms: i64,
     /// Age of the oldest record that is not complete, in seconds.
     pub lag_seconds: f64,
     /// Deliveries at the service now.

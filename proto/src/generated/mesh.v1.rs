@@ -1442,6 +1442,9 @@ pub struct RouteStatus {
     /// When it began to wait, in milliseconds since 1970-01-01 UTC; 0 when it runs.
     #[prost(int64, tag = "10")]
     pub waiting_since_ms: i64,
+    /// When the broker was asked for the lag, in milliseconds since 1970-01-01 UTC: `lag_records` counts what was there then. 0: not yet.
+    #[prost(int64, tag = "11")]
+    pub lag_measured_ms: i64,
 }
 /// Asks for a drain.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -74,6 +74,7 @@ impl RouteLoop {
         }
         self.parts.metrics.rebalances.inc();
         self.lag_due = Instant::now();
+        self.lag_measured_ms = 0;
         self.post_now();
         if self.draining.is_some() {
             self.hold_all();

@@ -15,28 +15,43 @@ use crate::{
 /// How often the board is posted.
 const POST: Duration = Duration::from_millis(500);
 
+/// The newest offsets of partitions.
+pub(super) struct Measured {
+    /// When the broker was asked, in milliseconds since 1970-01-01 UTC.
+    at_ms: i64,
+    /// The assignment for which it was asked.
+    epoch: u64,
+    highs: Vec<(u32, i64)>,
+    complete: bool,
+}
+
 /// Asks the broker for the newest offsets of partitions; one that it does not tell is left out.
-pub(super) fn watch_lag(admin: Arc<dyn Admin>, partitions: Vec<(u32, TopicPartition)>) -> BoxFuture<'static, Vec<(u32, i64)>> {
+pub(super) fn watch_lag(admin: Arc<dyn Admin>, epoch: u64, partitions: Vec<(u32, TopicPartition)>) -> BoxFuture<'static, Measured> {
     async move {
-        let mut highs = Vec::with_capacity(partitions.len());
+        let (at_ms, asked) = (now_ms(), partitions.len());
+        let mut highs = Vec::with_capacity(asked);
         for (slot, partition) in partitions {
             match admin.watermarks(&partition).await {
                 Ok((_, high)) => highs.push((slot, high)),
                 Err(error) => tracing::debug!(%partition, %error, "no watermark for the lag"),
             }
         }
-        highs
+        let complete = highs.len() == asked;
+        Measured { at_ms, epoch, highs, complete }
     }
     .boxed()
 }
 
 impl RouteLoop {
-    pub(super) fn on_lag(&mut self, highs: Vec<(u32, i64)>) {
+    pub(super) fn on_lag(&mut self, measured: Measured) {
         self.lag = None;
-        for (index, high) in highs {
+        for (index, high) in measured.highs {
             if let Some(slot) = self.slots.get_mut(index as usize) {
                 slot.high = high;
             }
+        }
+        if measured.complete && measured.epoch == self.epoch {
+            self.lag_measured_ms = measured.at_ms;
         }
     }
 
@@ -66,6 +81,7 @@ impl RouteLoop {
             waiting_since_ms: since,
             partitions: owned().count() as u32,
             lag_records,
+            lag_measured_ms: self.lag_measured_ms,
             lag_seconds,
             in_flight: self.out as u64,
             dispositions: self.dispositions.clone(),

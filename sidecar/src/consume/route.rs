@@ -22,7 +22,10 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::{outbox::Outbox, report::watch_lag};
+use super::{
+    outbox::Outbox,
+    report::{Measured, watch_lag},
+};
 use crate::{
     broker::{Broker, BrokerError, Consumer, ConsumerConfig, Revoking, StartOffset},
     deliver::{
@@ -111,7 +114,9 @@ pub(crate) struct RouteLoop {
     pub(super) commit: Option<BoxFuture<'static, CommitResult>>,
     pub(super) commit_again: Option<Instant>,
     pub(super) commit_contexts: Vec<TraceContext>,
-    pub(super) lag: Option<BoxFuture<'static, Vec<(u32, i64)>>>,
+    pub(super) lag: Option<BoxFuture<'static, Measured>>,
+    /// When the last measurement of all partitions began, in milliseconds since 1970-01-01 UTC; 0 if a partition was added since.
+    pub(super) lag_measured_ms: i64,
     pub(super) lag_due: Instant,
     pub(super) revoke: Option<Revoke>,
     /// Draining, until this time.
@@ -170,6 +175,7 @@ impl RouteLoop {
             commit_again: None,
             commit_contexts: Vec::new(),
             lag: None,
+            lag_measured_ms: 0,
             lag_due: now,
             revoke: None,
             draining: None,
@@ -222,7 +228,7 @@ impl RouteLoop {
         if self.lag.is_none() && now >= self.lag_due {
             self.lag_due = now + LAG;
             let owned = self.owned().map(|(slot, s)| (slot, s.partition.clone())).collect();
-            self.lag = Some(watch_lag(self.parts.broker.admin(), owned));
+            self.lag = Some(watch_lag(self.parts.broker.admin(), self.epoch, owned));
         }
         if now >= self.post_due {
             self.post(now);

@@ -150,6 +150,7 @@ fn route(status: &RouteStatus) -> v1::RouteStatus {
         in_flight: status.in_flight,
         dispositions: status.dispositions.iter().map(|(end, count)| (end.as_str().to_owned(), *count)).collect(),
         waiting_since_ms: status.waiting_since_ms,
+        lag_measured_ms: status.lag_measured_ms,
     }
 }
 
@@ -158,7 +159,7 @@ fn significant(status: &v1::InstanceStatus) -> v1::InstanceStatus {
     let mut status = status.clone();
     status.reported_ms = 0;
     for route in &mut status.routes {
-        (route.lag_records, route.lag_seconds, route.in_flight) = (0, 0.0, 0);
+        (route.lag_records, route.lag_seconds, route.in_flight, route.lag_measured_ms) = (0, 0.0, 0, 0);
         route.dispositions.clear();
     }
     status

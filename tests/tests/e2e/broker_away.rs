@@ -111,11 +111,13 @@ async fn a_sidecar_that_starts_without_its_broker_begins_with_its_copy_of_the_ta
 
         sidecar.spawn()?;
         sidecar.wait_probe("/livez", 200, MINUTE).await?;
+        let waiting = sidecar
+            .wait_status("waiting for the broker with its copy of the table", MINUTE, |status| {
+                status.instances.iter().any(|one| !one.waiting.is_empty() && one.generation == 1)
+            })
+            .await?;
         let got = sidecar.ctl(&["get", "-o", "json"]).await?.success()?;
         ensure!(got.contains("work"), "{got}");
-        let waiting = sidecar
-            .wait_status("waiting for the broker", MINUTE, |status| status.instances.iter().any(|one| !one.waiting.is_empty()))
-            .await?;
         ensure!(waiting.instances.iter().any(|one| one.generation == 1), "{waiting:#?}");
 
         let started = kafka.clone();
