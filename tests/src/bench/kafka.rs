@@ -96,15 +96,9 @@ impl Topics {
         for result in self.admin.create_topics([&new], &AdminOptions::new().operation_timeout(Some(TIMEOUT))).await? {
             result.map_err(|(topic, code)| anyhow::anyhow!("topic {topic}: {code}"))?;
         }
-        let end = Instant::now() + TIMEOUT;
-        loop {
-            let (topics, topic) = (self.clone(), topic.to_owned());
-            match tokio::task::spawn_blocking(move || topics.count(&topic)).await? {
-                Ok(_) => return Ok(()),
-                Err(error) if Instant::now() > end => return Err(error),
-                Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
-            }
-        }
+        let (topics, topic) = (self.clone(), topic.to_owned());
+        tokio::task::spawn_blocking(move || topics.count(&topic)).await??;
+        Ok(())
     }
 
     /// Deletes topics.
@@ -123,9 +117,21 @@ impl Topics {
     pub fn count(&self, topic: &str) -> Result<u64> {
         let mut count = 0;
         for partition in 0..PARTITIONS {
-            count += u64::try_from(self.client.fetch_watermarks(topic, partition, TIMEOUT)?.1)?;
+            count += u64::try_from(self.high(topic, partition)?)?;
         }
         Ok(count)
+    }
+
+    /// The high watermark. Other topics come and go: for a moment the client may not know this one.
+    fn high(&self, topic: &str, partition: i32) -> Result<i64> {
+        let end = Instant::now() + TIMEOUT;
+        loop {
+            match self.client.fetch_watermarks(topic, partition, TIMEOUT) {
+                Ok((_, high)) => return Ok(high),
+                Err(error) if Instant::now() > end => return Err(error).with_context(|| format!("{topic}/{partition}")),
+                Err(_) => thread::park_timeout(Duration::from_millis(20)),
+            }
+        }
     }
 }
 
@@ -297,9 +303,10 @@ pub fn pipe(bootstrap: &str, from: &str, to: &str) -> Result<()> {
 /// If a record does not come back.
 pub fn hop(bootstrap: &str, to: &str, from: &str, rate: f64, span: &Span) -> Result<Measured> {
     let consumer: BaseConsumer = consumer_config(bootstrap, &format!("{from}.hop")).create()?;
+    let topics = Topics::new(bootstrap)?;
     let mut from_end = TopicPartitionList::new();
     for partition in 0..PARTITIONS {
-        let end = consumer.fetch_watermarks(from, partition, TIMEOUT)?.1;
+        let end = topics.high(from, partition)?;
         from_end.add_partition_offset(from, partition, Offset::Offset(end))?;
     }
     consumer.assign(&from_end)?;
