@@ -12,7 +12,13 @@ use super::{
     measure::{self, Measured, Watch},
     role,
 };
-use crate::{broker::Broker, kafka::KafkaHandle, process::Process, sidecar::Sidecar, stage::Stage};
+use crate::{
+    broker::Broker,
+    kafka::KafkaHandle,
+    process::Process,
+    sidecar::{Builder, Sidecar},
+    stage::Stage,
+};
 
 /// A row of the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, clap::ValueEnum)]
@@ -51,6 +57,8 @@ pub struct Effort {
     pub seconds: f64,
     /// Seconds before a load is measured.
     pub warmup: f64,
+    /// Settings of librdkafka in the sidecar, in place of its own.
+    pub kafka: Vec<(String, String)>,
 }
 
 /// What was measured of a row.
@@ -166,6 +174,19 @@ impl Bench {
         row
     }
 
+    fn sidecar(&self, stage: &Stage, name: &str) -> Builder {
+        let builder = stage.sidecar(name);
+        match &self.broker {
+            Broker::Kafka(bootstrap) if !self.effort.kafka.is_empty() => {
+                let mut settings: serde_json::Map<_, _> =
+                    self.effort.kafka.iter().map(|(key, value)| (key.clone(), value.as_str().into())).collect();
+                settings.insert("bootstrap.servers".into(), bootstrap.as_str().into());
+                builder.broker(serde_json::json!({ "kafka": settings }))
+            }
+            _ => builder,
+        }
+    }
+
     /// Whether the row can be measured on this broker: the latency and the crashes need a client that is not the sidecar's.
     pub fn can(&self, kind: Kind) -> bool {
         self.kafka.is_some() || !matches!(kind, Kind::Hop | Kind::HopIdle | Kind::Kill)
@@ -241,7 +262,7 @@ impl Bench {
         let name = format!("target{round}");
         let target = stage.topic(&name);
         self.create(&target).await?;
-        let builder = stage.sidecar(&format!("sidecar{round}"));
+        let builder = self.sidecar(&stage, &format!("sidecar{round}"));
         let (builder, deliver, concurrency) = match kind {
             Kind::PushHttp => (builder.app(SERVICE, &format!("http://127.0.0.1:{port}")), "push", CONCURRENCY[0]),
             Kind::PushStream => (builder.app(SERVICE, &format!("grpc://127.0.0.1:{port}")), "push", CONCURRENCY[1]),
@@ -309,7 +330,7 @@ impl Bench {
                 row.floor("librdkafka alone", role::measure(&arguments, warmup, seconds, &self.watch()).await?);
             }
             let table = format!("topics: {{ {topic}: {{ partitions: 4 }} }}\nroutes: []\n");
-            let mut sidecar = stage.sidecar(&format!("sidecar{round}")).client("client").pinned(&table).start().await?;
+            let mut sidecar = self.sidecar(&stage, &format!("sidecar{round}")).client("client").pinned(&table).start().await?;
             let watch = self.watch().with("sidecar", sidecar.process()?.id());
             let arguments = arguments(&sidecar.api_address().to_string());
             let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -329,7 +350,7 @@ impl Bench {
         }
         let (service, port) = role::serve(stage.folder(), &["service-http", "echo"]).await?;
         let table = format!("routes:\n- {{ name: {ROUTE}, service: {SERVICE}, from: [{from}], handler: /push, to: [{to}] }}\n");
-        let mut sidecar = stage.sidecar("sidecar").app(SERVICE, &format!("http://127.0.0.1:{port}")).pinned(&table).start().await?;
+        let mut sidecar = self.sidecar(&stage, "sidecar").app(SERVICE, &format!("http://127.0.0.1:{port}")).pinned(&table).start().await?;
         sidecar.wait_running(&[ROUTE]).await?;
         let (rate, warmup, seconds) = (rate.to_string(), self.effort.warmup.max(2.0), self.effort.seconds * stretch);
         for _ in 0..self.effort.rounds {
@@ -352,7 +373,7 @@ impl Bench {
         }
         let (_service, port) = role::serve(stage.folder(), &["service-http", "echo"]).await?;
         let table = format!("routes:\n- {{ name: {ROUTE}, service: {SERVICE}, from: [{from}], handler: /push, to: [{to}] }}\n");
-        let mut sidecar = stage.sidecar("sidecar").app(SERVICE, &format!("http://127.0.0.1:{port}")).pinned(&table).start().await?;
+        let mut sidecar = self.sidecar(&stage, "sidecar").app(SERVICE, &format!("http://127.0.0.1:{port}")).pinned(&table).start().await?;
         sidecar.wait_running(&[ROUTE]).await?;
         let id = sidecar.process()?.id();
         tokio::time::sleep(REST).await;
@@ -375,7 +396,7 @@ impl Bench {
         topics.create(&target).await?;
         let (_service, port) = role::serve(stage.folder(), &["service-http", "echo"]).await?;
         let table = format!("routes:\n- {{ name: {ROUTE}, service: {SERVICE}, from: [{source}], handler: /push, to: [{target}] }}\n");
-        let builder = stage.sidecar("sidecar").app(SERVICE, &format!("http://127.0.0.1:{port}")).instance("bench").pinned(&table);
+        let builder = self.sidecar(&stage, "sidecar").app(SERVICE, &format!("http://127.0.0.1:{port}")).instance("bench").pinned(&table);
         let mut sidecar = builder.start().await?;
         let count = Count::Topic(topics.clone(), target.clone());
         for part in 1..=3 {

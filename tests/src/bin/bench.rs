@@ -34,6 +34,9 @@ struct Args {
     /// Seconds that a load is measured.
     #[arg(long)]
     seconds: Option<f64>,
+    /// `key=value` of librdkafka in the sidecar, in place of its own setting; several are allowed.
+    #[arg(long, value_parser = setting)]
+    kafka: Vec<(String, String)>,
     /// The form of the output.
     #[arg(long, value_enum, default_value = "markdown")]
     output: Output,
@@ -64,6 +67,11 @@ enum Output {
     Json,
 }
 
+fn setting(text: &str) -> Result<(String, String)> {
+    let (key, value) = text.split_once('=').context("give key=value")?;
+    Ok((key.to_owned(), value.to_owned()))
+}
+
 fn main() -> Result<ExitCode> {
     let args = Args::parse();
     let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -85,6 +93,7 @@ async fn bench(args: Args) -> Result<ExitCode> {
         records: args.records.unwrap_or(if args.quick { 60_000 } else { 200_000 }).max(1),
         seconds: args.seconds.unwrap_or(if args.quick { 3.0 } else { 8.0 }).max(0.1),
         warmup: if args.quick { 1.0 } else { 2.0 },
+        kafka: args.kafka,
     };
     let mut benches = Vec::new();
     if args.broker != Brokers::Embedded {
