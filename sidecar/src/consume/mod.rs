@@ -1,6 +1,6 @@
 //! The routes of this process: which run, by the table in force. Floor 4.
 //!
-//! Each route is one task ([`route`]); the [`Supervisor`] owns them all. When the table changes, a route that did not change is not touched; one
+//! Each route is one task (`route`); the [`Supervisor`] owns them all. When the table changes, a route that did not change is not touched; one
 //! whose consumer can stay as it is takes the change in place; one whose group, sources or order changed is drained and started anew.
 //!
 //! Invariant: two loops never run with one consumer group in this process, so that a swap reorders nothing.

@@ -64,13 +64,16 @@ struct Pending {
     sent: usize,
 }
 
+/// A batch with what became of its records.
+type Sent = (Vec<Pending>, Vec<Result<Position, ProduceError>>);
+
 /// See the module.
 pub(crate) struct Outbox {
     producer: Arc<dyn Producer>,
     tracer: Tracer,
     system: &'static str,
     queue: VecDeque<Pending>,
-    sending: FuturesUnordered<BoxFuture<'static, (Vec<Pending>, Vec<Result<Position, ProduceError>>)>>,
+    sending: FuturesUnordered<BoxFuture<'static, Sent>>,
     /// What has to be sent again, by sequence, and when.
     again: BTreeMap<u64, Pending>,
     pause_until: Option<Instant>,
