@@ -21,6 +21,11 @@ use crate::{
     telemetry::trace::{Span, SpanKind, TraceContext, Tracer},
 };
 
+/// Publications that are not acknowledged, at most, and the bytes of their answers: beyond, the route calls its service no more until the
+/// broker has caught up.
+const ROOM: usize = 4_096;
+const ROOM_BYTES: usize = 16 << 20;
+
 /// The pause before a publication is sent again.
 const PAUSE: Duration = Duration::from_millis(500);
 
@@ -34,6 +39,16 @@ pub(crate) struct Publication {
     pub(crate) what: What,
     /// The context of the span that processed the record.
     pub(crate) context: Option<TraceContext>,
+}
+
+impl Publication {
+    /// The bytes that it holds in memory until it is acknowledged.
+    fn size(&self) -> usize {
+        match &self.what {
+            What::Reply { reply, .. } => reply.records.iter().map(|record| record.value.as_ref().map_or(0, bytes::Bytes::len)).sum(),
+            What::DeadLetter { .. } => self.delivery.record.size(),
+        }
+    }
 }
 
 /// What is published.
@@ -79,6 +94,7 @@ pub(crate) struct Outbox {
     pause_until: Option<Instant>,
     trouble: Option<ProduceError>,
     count: usize,
+    bytes: usize,
     sequence: u64,
 }
 
@@ -94,6 +110,7 @@ impl Outbox {
             pause_until: None,
             trouble: None,
             count: 0,
+            bytes: 0,
             sequence: 0,
         }
     }
@@ -101,6 +118,11 @@ impl Outbox {
     /// Publications that are not acknowledged.
     pub(crate) fn len(&self) -> usize {
         self.count
+    }
+
+    /// Whether more may be put. A bound for whoever dispatches; what is at the service already is taken all the same.
+    pub(crate) fn has_room(&self) -> bool {
+        self.count < ROOM && self.bytes < ROOM_BYTES
     }
 
     /// Why publications wait to be sent again.
@@ -117,6 +139,7 @@ impl Outbox {
     pub(crate) fn put(&mut self, publication: Publication) {
         self.sequence += 1;
         self.count += 1;
+        self.bytes += publication.size();
         self.queue.push_back(Pending { sequence: self.sequence, publication, acknowledged: Vec::new(), spans: Vec::new(), sent: 0 });
     }
 
@@ -227,6 +250,7 @@ impl Outbox {
             match failure {
                 None => {
                     self.count -= 1;
+                    self.bytes -= pending.publication.size();
                     if self.again.is_empty() {
                         self.trouble = None;
                     }
@@ -241,8 +265,10 @@ impl Outbox {
         let refused = matches!(error.kind, ProduceErrorKind::TooLarge | ProduceErrorKind::Refused | ProduceErrorKind::UnknownPartition);
         if refused && matches!(pending.publication.what, What::Reply { .. }) {
             // A copy that is in another topic already stays there; the record itself is not lost.
+            self.bytes -= pending.publication.size();
             pending.publication.what = What::DeadLetter { reason: Reason::Reply, detail: error.detail };
             pending.acknowledged.clear();
+            self.bytes += pending.publication.size();
         } else {
             if pending.acknowledged.is_empty() {
                 pending.acknowledged = outcome;
