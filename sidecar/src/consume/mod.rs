@@ -278,3 +278,24 @@ async fn sleep_until(time: Option<Instant>) {
         None => std::future::pending().await,
     }
 }
+
+/// A delivery of `in/0/<offset>` on a route `work` to `out`, with these further fields.
+#[cfg(test)]
+fn test_delivery(fields: &str, offset: i64) -> crate::outcome::Delivery {
+    let comma = if fields.is_empty() { "" } else { ", " };
+    let text = format!(
+        "apiVersion: mesh/v1\nkind: RoutingTable\nmetadata: {{ mesh: test }}\nspec:\n  routes:\n  - {{ name: work, service: worker, from: [in], handler: /work, to: [out]{comma}{fields} }}\n"
+    );
+    let table = mesh_routing::parse("test.yaml", &text).and_then(|table| mesh_routing::compile(&table)).unwrap();
+    let position = crate::record::Position { partition: crate::record::TopicPartition::new("in", 0), offset };
+    crate::outcome::Delivery {
+        id: 0,
+        route: table.routes[0].clone(),
+        record: Arc::default(),
+        mesh_id: reply::mesh_id(&crate::record::Record::default(), &position),
+        position,
+        attempt: 1,
+        hops: 0,
+        traceparent: bytes::Bytes::new(),
+    }
+}

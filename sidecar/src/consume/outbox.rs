@@ -308,3 +308,77 @@ pub(crate) fn now_ms() -> i64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        broker::fake::{Fake, Mode},
+        consume::test_delivery,
+        outcome::ReplyRecord,
+        record::Record,
+    };
+
+    fn outbox(fake: &Fake) -> Outbox {
+        Outbox::new(Arc::new(fake.clone()), Tracer::disabled(), "fake")
+    }
+
+    fn publication(number: i64) -> Publication {
+        let topics: Arc<[Arc<str>]> = ["one".into(), "two".into()].into();
+        let record = ReplyRecord { value: Some(number.to_string().into()), ..ReplyRecord::default() };
+        let reply = Reply { status: 200, records: vec![record], body: None, retry_after: None };
+        Publication { slot: 0, epoch: 1, delivery: test_delivery("", number), what: What::Reply { topics, reply }, context: None }
+    }
+
+    fn values(records: &[Record]) -> Vec<String> {
+        records.iter().map(|record| String::from_utf8_lossy(record.value.as_deref().unwrap()).into_owned()).collect()
+    }
+
+    async fn acknowledged(outbox: &mut Outbox) -> Vec<i64> {
+        let mut done = Vec::new();
+        let _ = tokio::time::timeout(Duration::from_millis(1), outbox.acknowledged(&mut done)).await;
+        done.iter().map(|done| done.offset).collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_failed_is_sent_again_in_order_and_only_where_it_failed() {
+        let fake = Fake::new(&["one", "two"]);
+        let mut outbox = outbox(&fake);
+        fake.set(Mode::FailTopic(ProduceErrorKind::Unavailable, "two"));
+        outbox.put(publication(0));
+        outbox.put(publication(1));
+        outbox.flush(Instant::now());
+        assert!(acknowledged(&mut outbox).await.is_empty());
+        assert_eq!(outbox.trouble().map(|trouble| trouble.kind), Some(ProduceErrorKind::Unavailable));
+        // What is put later waits behind what failed.
+        fake.set(Mode::Store);
+        outbox.put(publication(2));
+        outbox.flush(Instant::now());
+        assert!(acknowledged(&mut outbox).await.is_empty());
+        assert_eq!(outbox.len(), 3);
+        tokio::time::advance(PAUSE).await;
+        assert!(outbox.wake().is_some_and(|wake| wake <= Instant::now()));
+        outbox.flush(Instant::now());
+        assert_eq!(acknowledged(&mut outbox).await, [0, 1, 2]);
+        assert_eq!((outbox.len(), outbox.trouble().is_none(), outbox.has_room()), (0, true, true));
+        assert_eq!(values(&fake.records("one")), ["0", "1", "2"], "what was acknowledged is not sent twice");
+        assert_eq!(values(&fake.records("two")), ["0", "1", "2"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_the_broker_refuses_for_good_becomes_a_dead_letter() {
+        let fake = Fake::new(&["one", "two", "work.dlq"]);
+        let mut outbox = outbox(&fake);
+        fake.set(Mode::FailTopic(ProduceErrorKind::TooLarge, "two"));
+        outbox.put(publication(7));
+        outbox.flush(Instant::now());
+        assert!(acknowledged(&mut outbox).await.is_empty());
+        outbox.flush(Instant::now());
+        let mut done = Vec::new();
+        outbox.acknowledged(&mut done).await;
+        assert_eq!((done[0].disposition, done[0].reason, outbox.len()), (Disposition::DeadLettered, "reply", 0));
+        let letters = fake.records("work.dlq");
+        assert_eq!(letters[0].header_str("mesh-dlq-reason"), Some("reply"));
+        assert_eq!(letters[0].header_str("mesh-dlq-offset"), Some("7"));
+    }
+}
