@@ -1,4 +1,5 @@
 //! The binary as its users meet it: output, exit codes, hints. The sidecar at the other end is a script.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test panics on purpose")]
 
 use std::{
     net::SocketAddr,

@@ -1,4 +1,5 @@
 //! The binary against real control planes: two instances over one embedded broker.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test panics on purpose")]
 
 use std::{net::SocketAddr, path::Path, process::Output, sync::Arc, time::Duration};
 

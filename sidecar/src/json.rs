@@ -321,10 +321,7 @@ impl<'de> Visitor<'de> for Envelope<'_> {
         let mut records = None;
         while let Some(name) = map.next_key::<Text<'de>>()? {
             if name.0 != "records" {
-                return Err(serde::de::Error::custom(format_args!(
-                    "unknown field `{}`, expected `records`",
-                    crate::publish::clip(&name.0)
-                )));
+                return Err(serde::de::Error::custom(format_args!("unknown field `{}`, expected `records`", crate::record::clip(&name.0))));
             }
             if records.is_some() {
                 return Err(serde::de::Error::custom("`records` stands twice"));

@@ -78,7 +78,7 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return fail(FAILED, &format!("the runtime cannot start: {error}")),
     };
-    runtime.block_on(async {
+    let code = runtime.block_on(async {
         match args.command {
             Command::Run { config } => run(config).await,
             Command::Demo(args) => demo::run(args).await,
@@ -98,7 +98,10 @@ fn main() -> ExitCode {
             }
             Command::Healthcheck { config, probe } => healthcheck(config, probe).await,
         }
-    })
+    });
+    // What is left hangs on somebody else, a broker that is away for instance; everything of ours was awaited.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    code
 }
 
 fn load(path: Option<PathBuf>) -> Result<config::Config, ExitCode> {

@@ -112,6 +112,15 @@ pub(crate) fn each_header(headers: &[Header], each: &mut dyn FnMut(&str, &[u8]))
     }
 }
 
+/// Shortens what a caller sent, for messages.
+pub(crate) fn clip(text: &str) -> String {
+    const MOST: usize = 64;
+    match text.char_indices().nth(MOST) {
+        None => text.to_owned(),
+        Some((at, _)) => format!("{}…", &text[..at]),
+    }
+}
+
 /// A partition of a topic.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TopicPartition {

@@ -1,4 +1,5 @@
 //! The control plane over a real Kafka: two instances, rivals, a restart, an absent broker.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test panics on purpose")]
 
 use std::{
     collections::BTreeMap,

@@ -454,28 +454,3 @@ mod soup {
         }
     }
 }
-
-#[test]
-#[ignore = "a measurement"]
-fn evaluation_time() {
-    let padding = "\"p\":{\"a\":[1,2,3],\"b\":\"some text here\"},".repeat(24);
-    let value = format!("{{{padding}\"country\":\"KR\",\"total\":12.5}}");
-    for text in [
-        "true",
-        "record.topic == 'orders'",
-        "record.json.country == 'KR'",
-        "record.json.country == 'KR' && record.json.total > 10.0",
-        "record.headers.region == 'eu'",
-        "record.text.matches('KR')",
-        "has(record.json.x) || record.json.total < 13.0",
-    ] {
-        let expression = one(text, Roots::RecordAndReply).unwrap();
-        record(&value, |record| {
-            let start = Instant::now();
-            for _ in 0..100_000 {
-                assert!(expression.evaluate(record, None).unwrap());
-            }
-            println!("{text}, {} bytes: {:?}", value.len(), start.elapsed() / 100_000);
-        });
-    }
-}

@@ -72,7 +72,7 @@ impl Callers {
         let named = match service {
             Some(name) => {
                 let found = self.services.iter().position(|service| *service.name == *name);
-                Some(found.ok_or_else(|| ApiError::UnknownService(crate::publish::clip(name)))?)
+                Some(found.ok_or_else(|| ApiError::UnknownService(crate::record::clip(name)))?)
             }
             None if self.services.len() == 1 => Some(0),
             None => None,

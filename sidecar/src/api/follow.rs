@@ -60,7 +60,7 @@ impl Form {
             }
             named.push_str(&text);
         }
-        if headers.contains_key(header::ACCEPT) { Err(ApiError::NotAcceptable(crate::publish::clip(&named))) } else { Ok(default) }
+        if headers.contains_key(header::ACCEPT) { Err(ApiError::NotAcceptable(crate::record::clip(&named))) } else { Ok(default) }
     }
 
     pub(super) fn content_type(self) -> HeaderValue {
@@ -106,7 +106,7 @@ pub(super) fn query(parts: &Parts, known: &[&'static str]) -> Result<Vec<(&'stat
     for pair in parts.uri.query().unwrap_or_default().split('&').filter(|pair| !pair.is_empty()) {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
         let Some(name) = known.iter().find(|known| **known == name) else {
-            let reason = format!("names `{}`; known here: {}", crate::publish::clip(name), known.join(", "));
+            let reason = format!("names `{}`; known here: {}", crate::record::clip(name), known.join(", "));
             return Err(ApiError::Query { name: "query", reason });
         };
         if found.iter().any(|(other, _)| other == name) {
@@ -145,7 +145,7 @@ pub(super) async fn open(api: &Api, caller: Caller, topics: &[String], group: &s
             Err(error) => {
                 let reason = format!(
                     "is `{}`: use `earliest`, `latest` or a time such as 2025-01-31T12:00:00Z ({error})",
-                    crate::publish::clip(time)
+                    crate::record::clip(time)
                 );
                 return Err(ApiError::Query { name: "from", reason });
             }

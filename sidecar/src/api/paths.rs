@@ -74,7 +74,7 @@ async fn route(api: &Api, parts: &Parts, body: &mut Incoming) -> Result<Response
             _ => Err(wrong_method(parts, "GET")),
         };
     }
-    Err(ApiError::UnknownPath(crate::publish::clip(path)))
+    Err(ApiError::UnknownPath(crate::record::clip(path)))
 }
 
 /// The one segment between the two.
@@ -83,7 +83,7 @@ fn between<'a>(path: &'a str, begin: &str, end: &str) -> Option<&'a str> {
 }
 
 fn wrong_method(parts: &Parts, allow: &'static str) -> ApiError {
-    ApiError::Method { path: crate::publish::clip(parts.uri.path()), method: parts.method.to_string(), allow }
+    ApiError::Method { path: crate::record::clip(parts.uri.path()), method: parts.method.to_string(), allow }
 }
 
 /// A path's segment, decoded.
@@ -211,7 +211,7 @@ fn media_form(parts: &Parts) -> Result<Form, ApiError> {
     }
     match essence.split_once('/') {
         Some((kind, subtype)) if !kind.is_empty() && !subtype.is_empty() => Ok(Form::Raw(Some(Bytes::copy_from_slice(text.as_bytes())))),
-        _ => Err(ApiError::MediaType(format!("`{}` is no media type", crate::publish::clip(essence)))),
+        _ => Err(ApiError::MediaType(format!("`{}` is no media type", crate::record::clip(essence)))),
     }
 }
 

@@ -213,7 +213,7 @@ impl ApiError {
                         S::PAYLOAD_TOO_LARGE,
                         Code::InvalidArgument,
                         "Too large",
-                        "Publish a smaller record, or raise `limits.record_bytes` and the broker's own limit.",
+                        "Publish a smaller record, or raise `limits.record_size` and the broker's own limit.",
                     ),
                     PublishError::QueueFull { .. } => again(row(
                         S::TOO_MANY_REQUESTS,
@@ -334,7 +334,7 @@ impl ApiError {
                 S::PAYLOAD_TOO_LARGE,
                 Code::InvalidArgument,
                 "Too large",
-                "Send fewer records in a request, publish smaller ones, or raise `limits.record_bytes`.",
+                "Send fewer records in a request, publish smaller ones, or raise `limits.record_size`.",
             ),
             Self::TooMany { .. } => {
                 row("too-many-records", S::PAYLOAD_TOO_LARGE, Code::InvalidArgument, "Too many records", "Split the request.")

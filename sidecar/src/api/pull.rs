@@ -43,7 +43,7 @@ pub(super) fn desk(api: &Api, caller: Caller, route: &str, pull: bool) -> Result
     let callers = &api.inner.callers;
     let desk = api.inner.desks.get(route).ok_or_else(|| match api.inner.draining.is_cancelled() {
         true => ApiError::Draining,
-        false => ApiError::UnknownRoute { route: crate::publish::clip(route), mode: wants },
+        false => ApiError::UnknownRoute { route: crate::record::clip(route), mode: wants },
     })?;
     if !callers.is(caller, desk.service()) {
         let caller = callers.name(caller).map_or_else(String::new, |name| name.to_string());
@@ -338,9 +338,7 @@ fn read_outcome(raw: &RawValue, buffer: &Bytes) -> Result<Answer, String> {
     let read: OutcomeIn<'_> = serde_json::from_str(raw.get()).map_err(|error| error.to_string())?;
     let id = match read.id {
         Id::Number(id) => id,
-        Id::Text(text) => {
-            text.parse().map_err(|_| format!("the field `id` is `{}`, which no delivery has", crate::publish::clip(&text)))?
-        }
+        Id::Text(text) => text.parse().map_err(|_| format!("the field `id` is `{}`, which no delivery has", crate::record::clip(&text)))?,
     };
     let outcome = match (read.reply, read.ignore, read.retry, read.reject) {
         (Some(reply), None, None, None) => read_reply(reply, buffer)?,

@@ -241,6 +241,7 @@ async fn watch(health: Health, metrics: Metrics, broker: Arc<dyn Broker>, contro
         health.set(Condition::Broker, broker_state);
         let generation = table.borrow_and_update().as_ref().map(|table| table.generation);
         metrics.process().table_generation.set(generation.unwrap_or_default());
+        metrics.process().table_refused.set(u64::from(control.refused().is_some()));
         let settled = *ready.borrow_and_update();
         // A mesh without a table is ready: it can publish, and waits for its first `apply`.
         let state = match (settled, control.waiting()) {

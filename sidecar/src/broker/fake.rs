@@ -22,6 +22,8 @@ pub(crate) enum Mode {
     /// Never answers.
     Silent,
     Fail(ProduceErrorKind),
+    /// Fails for this topic alone.
+    FailTopic(ProduceErrorKind, &'static str),
 }
 
 #[derive(Debug)]
@@ -144,8 +146,13 @@ impl Producer for Fake {
                 let failed = records.iter().map(|_| Err(ProduceError { kind, detail: format!("{kind:?}") })).collect();
                 Box::pin(async { failed })
             }
-            Mode::Store => {
+            mode => {
                 let stored = records.into_iter().map(|outgoing| {
+                    if let Mode::FailTopic(kind, topic) = mode
+                        && *outgoing.topic == *topic
+                    {
+                        return Err(ProduceError { kind, detail: format!("{kind:?}") });
+                    }
                     let log = state.topics.get_mut(&*outgoing.topic).expect("an unknown topic was sent to");
                     log.push(outgoing.record);
                     Ok(Position { partition: TopicPartition::new(outgoing.topic, 0), offset: log.len() as i64 - 1 })

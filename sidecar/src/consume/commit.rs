@@ -194,6 +194,7 @@ impl RouteLoop {
                 slot.give_away(epoch);
             }
         }
+        self.owned_count = self.owned().count();
         if revoke.revoking.done.send(commits).is_err() {
             tracing::debug!(route = %self.route.name, "the consumer did not wait for the last commit");
         }

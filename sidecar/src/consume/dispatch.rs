@@ -24,7 +24,7 @@ use tokio::time::Instant;
 impl RouteLoop {
     pub(super) fn dispatch(&mut self, now: Instant) {
         let room = self.route.concurrency.min(self.parts.leaf.room());
-        while self.out < room {
+        while self.out < room && self.outbox.has_room() {
             match self.breaker.allowance(now) {
                 Allowance::Free => {}
                 Allowance::Probe if self.out == 0 => {}

@@ -20,12 +20,15 @@ use crate::{
     watermark::Watermark,
 };
 
-/// Records of a partition that wait or run at most; beyond, the partition is held. Twice the concurrency keeps every lane busy.
-const WAITING: usize = 512;
+/// Records of a partition that wait or run at most; beyond, the partition is held. Many, so that a key that waits for its next attempt, with
+/// its later records behind it, does not keep other keys out.
+const WAITING: usize = 2_048;
 /// Offsets that a partition's watermark tracks at most, complete ones above it included: one slow record does not make memory grow.
 const SPAN: usize = 10_000;
-/// Bytes of a partition's records that are read and not complete, at most.
-const BYTES: usize = 8 << 20;
+/// Bytes of a route's records that are read and not complete, at most; its partitions share them evenly.
+const BYTES: usize = 16 << 20;
+/// A partition's share of them at least.
+const SHARE: usize = 256 << 10;
 
 impl RouteLoop {
     pub(super) fn on_event(&mut self, event: Event) {
@@ -72,6 +75,7 @@ impl RouteLoop {
                 }
             }
         }
+        self.owned_count = self.owned().count();
         self.parts.metrics.rebalances.inc();
         self.lag_due = Instant::now();
         self.lag_measured_ms = 0;
@@ -157,10 +161,12 @@ impl RouteLoop {
 
     pub(super) fn hold_or_release(&mut self, index: u32) {
         let waiting_limit = WAITING.max(2 * self.route.concurrency);
+        let bytes_limit = (BYTES / self.owned_count.max(1)).max(SHARE);
         let draining = self.draining.is_some();
         let slot = &mut self.slots[index as usize];
         let w = &slot.watermark;
-        let over = |part: usize| w.incomplete() * part > waiting_limit * 2 || w.span() * part > SPAN * 2 || w.bytes() * part > BYTES * 2;
+        let over =
+            |part: usize| w.incomplete() * part > waiting_limit * 2 || w.span() * part > SPAN * 2 || w.bytes() * part > bytes_limit * 2;
         if !slot.held && (over(2) || draining) {
             slot.held = true;
             self.consumer.hold(&slot.partition);

@@ -118,3 +118,74 @@ pub(crate) fn view<'a>(record: &'a Record, partition: &'a TopicPartition, offset
         headers: record,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::{consume::test_delivery, outcome::ReplyRecord};
+
+    fn answer(status: u16, body: &'static str) -> Outcome {
+        let body = Some(Bytes::from(body)).filter(|body| !body.is_empty());
+        let records = body.iter().map(|value| ReplyRecord { value: Some(value.clone()), ..ReplyRecord::default() }).collect();
+        Outcome::Reply(Reply { status, records, body, retry_after: Some(Duration::from_secs(3)) })
+    }
+
+    /// What it comes to, in a word: destinations, or the verdict's name.
+    fn word(verdict: Verdict) -> String {
+        match verdict {
+            Verdict::Forward(topics, _) => topics.join("+"),
+            Verdict::Void => "void".to_owned(),
+            Verdict::Ignored { empty: true } => "empty".to_owned(),
+            Verdict::Ignored { empty: false } => "ignored".to_owned(),
+            Verdict::Retry { after, .. } => format!("retry {}", after.map_or(0, |after| after.as_secs())),
+            Verdict::DeadLetter { reason, .. } => format!("dead {}", reason.as_str()),
+            Verdict::Away { .. } => "away".to_owned(),
+        }
+    }
+
+    #[test]
+    fn the_first_row_of_the_table_that_fits_decides() {
+        let route = "ignore_status: [204, 418], cases: [{ status: 202, to: [review] }, { status: 409, to: void }, { when: 'reply.json.n > 1', to: [big] }]";
+        for (status, body, first, last) in [
+            (200, "{\"n\":1}", "out", "out"),
+            (201, "{\"n\":2}", "big", "big"),
+            (200, "", "empty", "empty"),
+            (200, "not json", "dead expression", "dead expression"),
+            (202, "not json", "review", "review"),
+            (202, "", "empty", "empty"),
+            (204, "", "ignored", "ignored"),
+            (418, "a body all the same", "ignored", "ignored"),
+            (409, "x", "void", "void"),
+            (301, "x", "dead status", "dead status"),
+            (400, "x", "dead status", "dead status"),
+            (410, "", "dead status", "dead status"),
+            (404, "x", "retry 3", "dead attempts"),
+            (408, "x", "retry 3", "dead attempts"),
+            (425, "x", "retry 3", "dead attempts"),
+            (429, "x", "retry 3", "dead attempts"),
+            (500, "<html>", "retry 3", "dead attempts"),
+            (504, "x", "retry 3", "dead attempts"),
+            (503, "x", "away", "away"),
+        ] {
+            for (attempt, wanted) in [(1, first), (10, last)] {
+                let delivery = Delivery { attempt, ..test_delivery(route, 0) };
+                assert_eq!(word(judge(&delivery, answer(status, body))), wanted, "{status} {body:?}, attempt {attempt}");
+            }
+        }
+    }
+
+    #[test]
+    fn outcomes_that_are_no_answers() {
+        let delivery = test_delivery("", 0);
+        let reason = || "why".to_owned();
+        assert_eq!(word(judge(&delivery, Outcome::Ignore)), "ignored");
+        assert_eq!(word(judge(&delivery, Outcome::Retry { reason: reason(), after: None })), "retry 0");
+        assert_eq!(word(judge(&delivery, Outcome::Reject { reason: reason() })), "dead status");
+        assert_eq!(word(judge(&delivery, Outcome::NoService { reason: reason() })), "away");
+        let last = Delivery { attempt: 10, ..delivery };
+        assert_eq!(word(judge(&last, Outcome::Retry { reason: reason(), after: None })), "dead attempts");
+        assert_eq!(word(judge(&last, Outcome::NoService { reason: reason() })), "away", "no attempt is counted, however often");
+    }
+}

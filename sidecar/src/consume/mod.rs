@@ -1,6 +1,6 @@
 //! The routes of this process: which run, by the table in force. Floor 4.
 //!
-//! Each route is one task ([`route`]); the [`Supervisor`] owns them all. When the table changes, a route that did not change is not touched; one
+//! Each route is one task (`route`); the [`Supervisor`] owns them all. When the table changes, a route that did not change is not touched; one
 //! whose consumer can stay as it is takes the change in place; one whose group, sources or order changed is drained and started anew.
 //!
 //! Invariant: two loops never run with one consumer group in this process, so that a swap reorders nothing.
@@ -129,8 +129,11 @@ impl Supervisor {
                 tracing::error!(%error, "a route failed while it drained");
             }
         }
+        // A call that hangs beyond the drain's deadline ends with the runtime: nobody waits for its answer any more.
         self.leaves.close();
-        self.leaves.wait().await;
+        if tokio::time::timeout(RESTART, self.leaves.wait()).await.is_err() {
+            tracing::warn!(calls = self.leaves.len(), "calls of services were still open at the end of the drain");
+        }
     }
 
     /// Takes a table: what is wanted, and what has to be done for it.
@@ -273,5 +276,26 @@ async fn sleep_until(time: Option<Instant>) {
     match time {
         Some(time) => tokio::time::sleep_until(time).await,
         None => std::future::pending().await,
+    }
+}
+
+/// A delivery of `in/0/<offset>` on a route `work` to `out`, with these further fields.
+#[cfg(test)]
+fn test_delivery(fields: &str, offset: i64) -> crate::outcome::Delivery {
+    let comma = if fields.is_empty() { "" } else { ", " };
+    let text = format!(
+        "apiVersion: mesh/v1\nkind: RoutingTable\nmetadata: {{ mesh: test }}\nspec:\n  routes:\n  - {{ name: work, service: worker, from: [in], handler: /work, to: [out]{comma}{fields} }}\n"
+    );
+    let table = mesh_routing::parse("test.yaml", &text).and_then(|table| mesh_routing::compile(&table)).unwrap();
+    let position = crate::record::Position { partition: crate::record::TopicPartition::new("in", 0), offset };
+    crate::outcome::Delivery {
+        id: 0,
+        route: table.routes[0].clone(),
+        record: Arc::default(),
+        mesh_id: reply::mesh_id(&crate::record::Record::default(), &position),
+        position,
+        attempt: 1,
+        hops: 0,
+        traceparent: bytes::Bytes::new(),
     }
 }

@@ -26,6 +26,12 @@ const AHEAD: usize = 1;
 /// …until there are so many. A broker's work is per request rather than per record, so what is sent together costs a fraction of what is sent
 /// one by one; an outbox with nothing under way sends at once.
 const GATHER: usize = 512;
+
+/// Publications that are not acknowledged, at most, and the bytes of their answers: beyond, the route calls its service no more until the
+/// broker has caught up.
+const ROOM: usize = 4_096;
+const ROOM_BYTES: usize = 16 << 20;
+
 /// The pause before a publication is sent again.
 const PAUSE: Duration = Duration::from_millis(500);
 
@@ -39,6 +45,16 @@ pub(crate) struct Publication {
     pub(crate) what: What,
     /// The context of the span that processed the record.
     pub(crate) context: Option<TraceContext>,
+}
+
+impl Publication {
+    /// The bytes that it holds in memory until it is acknowledged.
+    fn size(&self) -> usize {
+        match &self.what {
+            What::Reply { reply, .. } => reply.records.iter().map(|record| record.value.as_ref().map_or(0, bytes::Bytes::len)).sum(),
+            What::DeadLetter { .. } => self.delivery.record.size(),
+        }
+    }
 }
 
 /// What is published.
@@ -69,18 +85,22 @@ struct Pending {
     sent: usize,
 }
 
+/// A batch with what became of its records.
+type Sent = (Vec<Pending>, Vec<Result<Position, ProduceError>>);
+
 /// See the module.
 pub(crate) struct Outbox {
     producer: Arc<dyn Producer>,
     tracer: Tracer,
     system: &'static str,
     queue: VecDeque<Pending>,
-    sending: FuturesUnordered<BoxFuture<'static, (Vec<Pending>, Vec<Result<Position, ProduceError>>)>>,
+    sending: FuturesUnordered<BoxFuture<'static, Sent>>,
     /// What has to be sent again, by sequence, and when.
     again: BTreeMap<u64, Pending>,
     pause_until: Option<Instant>,
     trouble: Option<ProduceError>,
     count: usize,
+    bytes: usize,
     sequence: u64,
 }
 
@@ -96,6 +116,7 @@ impl Outbox {
             pause_until: None,
             trouble: None,
             count: 0,
+            bytes: 0,
             sequence: 0,
         }
     }
@@ -103,6 +124,11 @@ impl Outbox {
     /// Publications that are not acknowledged.
     pub(crate) fn len(&self) -> usize {
         self.count
+    }
+
+    /// Whether more may be put. A bound for whoever dispatches; what is at the service already is taken all the same.
+    pub(crate) fn has_room(&self) -> bool {
+        self.count < ROOM && self.bytes < ROOM_BYTES
     }
 
     /// Why publications wait to be sent again.
@@ -119,6 +145,7 @@ impl Outbox {
     pub(crate) fn put(&mut self, publication: Publication) {
         self.sequence += 1;
         self.count += 1;
+        self.bytes += publication.size();
         self.queue.push_back(Pending { sequence: self.sequence, publication, acknowledged: Vec::new(), spans: Vec::new(), sent: 0 });
     }
 
@@ -229,6 +256,7 @@ impl Outbox {
             match failure {
                 None => {
                     self.count -= 1;
+                    self.bytes -= pending.publication.size();
                     if self.again.is_empty() {
                         self.trouble = None;
                     }
@@ -243,8 +271,10 @@ impl Outbox {
         let refused = matches!(error.kind, ProduceErrorKind::TooLarge | ProduceErrorKind::Refused | ProduceErrorKind::UnknownPartition);
         if refused && matches!(pending.publication.what, What::Reply { .. }) {
             // A copy that is in another topic already stays there; the record itself is not lost.
+            self.bytes -= pending.publication.size();
             pending.publication.what = What::DeadLetter { reason: Reason::Reply, detail: error.detail };
             pending.acknowledged.clear();
+            self.bytes += pending.publication.size();
         } else {
             if pending.acknowledged.is_empty() {
                 pending.acknowledged = outcome;
@@ -283,4 +313,78 @@ fn done(publication: Publication) -> Done {
 pub(crate) fn now_ms() -> i64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        broker::fake::{Fake, Mode},
+        consume::test_delivery,
+        outcome::ReplyRecord,
+        record::Record,
+    };
+
+    fn outbox(fake: &Fake) -> Outbox {
+        Outbox::new(Arc::new(fake.clone()), Tracer::disabled(), "fake")
+    }
+
+    fn publication(number: i64) -> Publication {
+        let topics: Arc<[Arc<str>]> = ["one".into(), "two".into()].into();
+        let record = ReplyRecord { value: Some(number.to_string().into()), ..ReplyRecord::default() };
+        let reply = Reply { status: 200, records: vec![record], body: None, retry_after: None };
+        Publication { slot: 0, epoch: 1, delivery: test_delivery("", number), what: What::Reply { topics, reply }, context: None }
+    }
+
+    fn values(records: &[Record]) -> Vec<String> {
+        records.iter().map(|record| String::from_utf8_lossy(record.value.as_deref().unwrap()).into_owned()).collect()
+    }
+
+    async fn acknowledged(outbox: &mut Outbox) -> Vec<i64> {
+        let mut done = Vec::new();
+        let _ = tokio::time::timeout(Duration::from_millis(1), outbox.acknowledged(&mut done)).await;
+        done.iter().map(|done| done.offset).collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_failed_is_sent_again_in_order_and_only_where_it_failed() {
+        let fake = Fake::new(&["one", "two"]);
+        let mut outbox = outbox(&fake);
+        fake.set(Mode::FailTopic(ProduceErrorKind::Unavailable, "two"));
+        outbox.put(publication(0));
+        outbox.put(publication(1));
+        outbox.flush(Instant::now());
+        assert!(acknowledged(&mut outbox).await.is_empty());
+        assert_eq!(outbox.trouble().map(|trouble| trouble.kind), Some(ProduceErrorKind::Unavailable));
+        // What is put later waits behind what failed.
+        fake.set(Mode::Store);
+        outbox.put(publication(2));
+        outbox.flush(Instant::now());
+        assert!(acknowledged(&mut outbox).await.is_empty());
+        assert_eq!(outbox.len(), 3);
+        tokio::time::advance(PAUSE).await;
+        assert!(outbox.wake().is_some_and(|wake| wake <= Instant::now()));
+        outbox.flush(Instant::now());
+        assert_eq!(acknowledged(&mut outbox).await, [0, 1, 2]);
+        assert_eq!((outbox.len(), outbox.trouble().is_none(), outbox.has_room()), (0, true, true));
+        assert_eq!(values(&fake.records("one")), ["0", "1", "2"], "what was acknowledged is not sent twice");
+        assert_eq!(values(&fake.records("two")), ["0", "1", "2"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_the_broker_refuses_for_good_becomes_a_dead_letter() {
+        let fake = Fake::new(&["one", "two", "work.dlq"]);
+        let mut outbox = outbox(&fake);
+        fake.set(Mode::FailTopic(ProduceErrorKind::TooLarge, "two"));
+        outbox.put(publication(7));
+        outbox.flush(Instant::now());
+        assert!(acknowledged(&mut outbox).await.is_empty());
+        outbox.flush(Instant::now());
+        let mut done = Vec::new();
+        outbox.acknowledged(&mut done).await;
+        assert_eq!((done[0].disposition, done[0].reason, outbox.len()), (Disposition::DeadLettered, "reply", 0));
+        let letters = fake.records("work.dlq");
+        assert_eq!(letters[0].header_str("mesh-dlq-reason"), Some("reply"));
+        assert_eq!(letters[0].header_str("mesh-dlq-offset"), Some("7"));
+    }
 }

@@ -103,6 +103,8 @@ pub(crate) struct RouteLoop {
     pub(super) route: Arc<Route>,
     pub(super) consumer: Box<dyn Consumer>,
     pub(super) slots: Vec<Slot>,
+    /// Partitions owned here.
+    pub(super) owned_count: usize,
     pub(super) by_partition: HashMap<TopicPartition, u32>,
     pub(super) lanes: Lanes<Job>,
     pub(super) hasher: RandomState,
@@ -166,6 +168,7 @@ impl RouteLoop {
             route,
             consumer,
             slots: Vec::new(),
+            owned_count: 0,
             by_partition: HashMap::new(),
             hasher,
             out: 0,
@@ -235,7 +238,7 @@ impl RouteLoop {
         }
     }
 
-    fn owned(&self) -> impl Iterator<Item = (u32, &Slot)> {
+    pub(super) fn owned(&self) -> impl Iterator<Item = (u32, &Slot)> {
         self.slots.iter().enumerate().filter(|(_, slot)| slot.owned).map(|(index, slot)| (index as u32, slot))
     }
 

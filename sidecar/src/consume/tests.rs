@@ -295,7 +295,7 @@ async fn members_come_and_go() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     third.end().await;
-    let seen = seen.lock().unwrap();
+    let seen = std::mem::take(&mut *seen.lock().unwrap());
     let distinct: BTreeSet<i64> = seen.iter().map(|(_, number)| *number).collect();
     assert_eq!(distinct.len(), COUNT, "nothing is lost");
     assert_eq!(seen.len(), COUNT, "every handover drained in time: nothing is delivered twice");

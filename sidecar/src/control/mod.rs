@@ -149,6 +149,11 @@ impl Control {
         self.0.ready.subscribe()
     }
 
+    /// Why the newest table of the mesh is refused here; `None` if it is not.
+    pub fn refused(&self) -> Option<String> {
+        self.0.local.borrow().refused.clone()
+    }
+
     /// The name of this instance: the configured one, or `<service>-<random>`.
     pub fn instance(&self) -> &str {
         &self.0.instance

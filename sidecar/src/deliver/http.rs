@@ -276,3 +276,54 @@ impl Uris {
         uri
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
+        pairs.iter().map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value))).collect()
+    }
+
+    fn records(pairs: &[(&'static str, &'static str)], body: &'static str) -> Vec<ReplyRecord> {
+        match outcome(StatusCode::OK, &headers(pairs), body.into()) {
+            Outcome::Reply(reply) => reply.records,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn an_answer_may_set_key_headers_and_a_null_value() {
+        let one = records(&[("mesh-key", "a%20b"), ("mesh-header-colour", "blue"), ("x-other", "1"), ("content-type", "text/plain")], "v")
+            .remove(0);
+        assert_eq!((one.key.as_deref(), one.value.as_deref()), (Some(&b"a b"[..]), Some(&b"v"[..])));
+        assert_eq!(one.headers, [Header::new("colour", "blue")]);
+        assert_eq!(one.content_type.as_deref(), Some(&b"text/plain"[..]));
+        let null = records(&[("mesh-tombstone", "true"), ("mesh-key-base64", "/w==")], "").remove(0);
+        assert_eq!((null.key.as_deref(), null.value), (Some(&[0xff][..]), None));
+        assert!(records(&[], "").is_empty());
+    }
+
+    #[test]
+    fn an_answer_may_be_several_records() {
+        let batch = records(
+            &[("content-type", "application/vnd.mesh.records+json")],
+            r#"{"records":[{"key":"k","value":{"json":{"a":1}}},{"value":"two","headers":[["h","1"]]}]}"#,
+        );
+        assert_eq!(batch.len(), 2);
+        assert_eq!((batch[0].key.as_deref(), batch[0].value.as_deref()), (Some(&b"k"[..]), Some(&br#"{"a":1}"#[..])));
+        assert_eq!((batch[1].value.as_deref(), batch[1].headers.len()), (Some(&b"two"[..]), 1));
+        let lines = records(&[("content-type", "application/x-ndjson; charset=utf-8")], "{\"value\":\"one\"}\n\n{\"value\":null}\n");
+        assert_eq!((lines[0].value.as_deref(), lines[1].value.as_deref()), (Some(&b"one"[..]), None));
+        let broken = outcome(StatusCode::OK, &headers(&[("content-type", "application/x-ndjson")]), "{\"value\":1}\n{".into());
+        assert!(matches!(broken, Outcome::Reject { reason } if reason.contains("record 1")), "it names the record");
+    }
+
+    #[test]
+    fn retry_after_is_seconds_or_a_date() {
+        assert_eq!(retry_after(b"7"), Some(Duration::from_secs(7)));
+        assert_eq!(retry_after(b"soon"), None);
+        assert_eq!(retry_after(b"Wed, 21 Oct 2015 07:28:00 GMT"), None, "it is over");
+        assert!(retry_after(b"Fri, 01 Jan 2100 00:00:00 GMT").is_some());
+    }
+}

@@ -37,7 +37,7 @@ pub struct Leaf {
 }
 
 enum Way {
-    Push(PushPool),
+    Push(Box<PushPool>),
     Stream(HandlerStream),
     Desk(std::sync::Arc<Desk>, Desks),
 }
@@ -65,7 +65,7 @@ impl Leaf {
                 let client = grpc::client(push::channel(address)?, limit);
                 Way::Stream(HandlerStream::new(client, pool, ROOM, sender.clone(), tasks))
             }
-            _ => Way::Push(pool),
+            _ => Way::Push(Box::new(pool)),
         };
         Ok(Self { way, room: ROOM, answers, sender })
     }
@@ -87,10 +87,11 @@ impl Leaf {
         match &mut self.way {
             Way::Push(pool) => pool.dispatch(delivery),
             Way::Stream(stream) => {
-                if let Err(delivery) = stream.dispatch(delivery) {
+                let id = delivery.id;
+                if !stream.dispatch(delivery) {
                     let outcome = Outcome::NoService { reason: "the stream's task is gone".to_owned() };
                     // There is room: the delivery that is answered was let in.
-                    let _ = self.sender.try_send(Answer { id: delivery.id, outcome });
+                    let _ = self.sender.try_send(Answer { id, outcome });
                 }
             }
             Way::Desk(desk, _) => desk.put([delivery]),

@@ -43,9 +43,9 @@ impl HandlerStream {
         Self { deliveries }
     }
 
-    /// Hands a delivery over; there is room for each that may be out. Gives it back if the owner is gone.
-    pub(crate) fn dispatch(&mut self, delivery: Delivery) -> Result<(), Delivery> {
-        self.deliveries.try_send(delivery).map_err(mpsc::error::TrySendError::into_inner)
+    /// Hands a delivery over; there is room for each that may be out. `false` if the owner is gone.
+    pub(crate) fn dispatch(&mut self, delivery: Delivery) -> bool {
+        self.deliveries.try_send(delivery).is_ok()
     }
 }
 

@@ -32,7 +32,6 @@ mod topic;
 pub use crate::record::Draft;
 pub use error::PublishError;
 pub use topic::check_name;
-pub(crate) use topic::clip;
 
 /// How many topics are remembered; beyond, the memory begins anew.
 const TOPICS: usize = 10_000;
@@ -485,7 +484,7 @@ impl Drop for InFlight {
 }
 
 fn check_header(name: &str) -> Result<(), PublishError> {
-    let invalid = |reason| Err(PublishError::InvalidHeader { name: clip(name), reason });
+    let invalid = |reason| Err(PublishError::InvalidHeader { name: crate::record::clip(name), reason });
     if name.is_empty() {
         return invalid("has no name");
     }

@@ -1,6 +1,7 @@
 //! Topic names: Kafka's rules, and the mesh's own.
 
 use super::PublishError;
+use crate::record::clip;
 
 /// The word that stands for "forward nothing" in a routing table; never a topic.
 const VOID: &str = "void";
@@ -30,15 +31,6 @@ pub fn check_name(name: &str) -> Result<(), PublishError> {
         return Err(PublishError::ReservedTopic { topic: name.to_owned() });
     }
     Ok(())
-}
-
-/// Shortens what a caller sent, for messages.
-pub(crate) fn clip(text: &str) -> String {
-    const MOST: usize = 64;
-    match text.char_indices().nth(MOST) {
-        None => text.to_owned(),
-        Some((at, _)) => format!("{}…", &text[..at]),
-    }
 }
 
 #[cfg(test)]

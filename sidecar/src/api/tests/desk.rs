@@ -25,7 +25,7 @@ impl Open {
             "apiVersion: mesh/v1\nkind: RoutingTable\nmetadata: {{ mesh: m }}\nspec:\n  routes:\n  - {{ name: r, service: a, from: [orders], deliver: {mode}, to: void, concurrency: 2, timeout: 5s }}\n"
         );
         let table = mesh_routing::compile(&mesh_routing::parse("t.yaml", &table).unwrap()).unwrap();
-        let route = table.routes.iter().next().unwrap().clone();
+        let route = table.routes.first().unwrap().clone();
         let (sender, answers) = mpsc::channel(64);
         let desks = Desks::default();
         let desk = desks.open(route.clone(), sender);

@@ -32,6 +32,13 @@ use services::Hop;
 
 const TABLE: &str = include_str!("../../../../deploy/example/routes.yaml");
 
+/// The same as a picture; a test holds its names against the table.
+const PICTURE: &str = "
+  orders ─▶ pricing ─┬─▶ priced-orders ─┬─▶ fraud ────▶ reviews            if: 204 forwards nothing
+                     │                  └─▶ shipping ─▶ parcels ─▶ packing  for: ↻ onto parcels, until 204
+                     └─▶ audit ─────────────▶ archive                      void: counted, forwarded nowhere
+";
+
 /// How long the flow may take before the demo says that something is wrong.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -93,13 +100,7 @@ async fn show(args: &Args, screen: &Screen, folder: PathBuf, began: Instant) -> 
 
     screen.line("");
     screen.line(&screen.bold("  A mesh of five services, one routing table, one process"));
-    for line in mesh_routing::parse("deploy/example/routes.yaml", TABLE)
-        .map(|table| mesh_routing::graph(&table, mesh_routing::GraphFormat::Text))
-        .unwrap_or_default()
-        .lines()
-    {
-        screen.line(&format!("  {line}"));
-    }
+    screen.line(PICTURE);
     let listen = app.listen();
     screen.line(&format!(
         "  ready in {:.0} ms: api {} · admin {} · probe {}",
@@ -163,30 +164,33 @@ async fn flow(
     hops: &mut mpsc::Receiver<Hop>,
 ) -> Result<(), String> {
     let began = Instant::now();
-    for (key, item, quantity, price) in ORDERS {
-        let body = serde_json::json!({ "item": item, "quantity": quantity, "price": price }).to_string();
-        let at = remote::publish(listen.api, "orders", key, body).await?;
-        screen.line(&format!(
-            "  {} {key:<8} {} {item}, {quantity} × {price}: acknowledged at {at}",
-            screen.faint(&format!("{:>7.1} ms", began.elapsed().as_secs_f64() * 1e3)),
-            screen.bold("published"),
-        ));
-    }
-    let mut ticks = tokio::time::interval(Duration::from_millis(20));
-    loop {
-        tokio::select! {
-            Some(hop) = hops.recv() => screen.hop(hop.at - began, &hop, table),
-            _ = ticks.tick() => {
-                let missing = missing(before, &ends(board));
-                if missing.is_empty() {
-                    break;
-                }
-                if began.elapsed() > PATIENCE {
-                    return Err(format!("after {PATIENCE:?} these ends are still missing: {}", missing.join(", ")));
+    let publish = async {
+        for (key, item, quantity, price) in ORDERS {
+            let body = serde_json::json!({ "item": item, "quantity": quantity, "price": price }).to_string();
+            let at = remote::publish(listen.api, "orders", key, body).await?;
+            screen.published(began.elapsed(), key, &format!("{quantity} × {item} for {price}"), &at);
+        }
+        Ok::<(), String>(())
+    };
+    let watch = async {
+        // The board tells counts, and no events: it is looked at often enough for a person.
+        let mut ticks = tokio::time::interval(Duration::from_millis(20));
+        loop {
+            tokio::select! {
+                Some(hop) = hops.recv() => screen.hop(hop.at - began, &hop, table),
+                _ = ticks.tick() => {
+                    let missing = missing(before, &ends(board));
+                    if missing.is_empty() {
+                        return Ok(());
+                    }
+                    if began.elapsed() > PATIENCE {
+                        return Err(format!("after {PATIENCE:?} these ends are still missing: {}", missing.join(", ")));
+                    }
                 }
             }
         }
-    }
+    };
+    tokio::try_join!(publish, watch)?;
     while let Ok(hop) = hops.try_recv() {
         screen.hop(hop.at - began, &hop, table);
     }
@@ -269,5 +273,26 @@ async fn stay(screen: &Screen, table: &Arc<CompiledTable>, hops: &mut mpsc::Rece
             _ = tokio::signal::ctrl_c() => return,
             () = async { match &mut terminate { Some(signal) => { signal.recv().await; } None => std::future::pending().await } } => return,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// Every service and topic of the table is in the picture, and no other.
+    #[test]
+    fn the_picture_shows_the_table() {
+        let table = mesh_routing::compile(&mesh_routing::parse("routes.yaml", TABLE).unwrap()).unwrap();
+        let services = table.routes.iter().map(|route| route.service.to_string());
+        let topics = table.topic_names().iter().filter(|topic| topic.dead_letter_of.is_empty()).map(|topic| topic.name.to_string());
+        let wanted: BTreeSet<String> = services.chain(topics).collect();
+        let drawn = PICTURE
+            .lines()
+            .map(|line| line.split("  if:").next().unwrap().split("  for:").next().unwrap().split("  void:").next().unwrap());
+        let words = drawn.flat_map(|line| line.split(|c: char| !c.is_ascii_alphabetic() && c != '-')).filter(|word| !word.is_empty());
+        assert_eq!(words.map(str::to_owned).collect::<BTreeSet<_>>(), wanted);
     }
 }

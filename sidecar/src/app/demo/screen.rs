@@ -39,6 +39,17 @@ impl Screen {
         let _ = out.flush();
     }
 
+    /// A record that went in.
+    pub(super) fn published(&self, since: Duration, key: &str, what: &str, at: &str) {
+        self.line(&format!(
+            "  {} {} {} {}",
+            self.faint(&format!("{:>7.1} ms", since.as_secs_f64() * 1e3)),
+            self.paint("35", &format!("{key:<8}")),
+            format_args!("{:>13} →   {} {what:<30}", "you", self.paint("32", "publish  ")),
+            format_args!("→ {}", self.paint("36", at)),
+        ));
+    }
+
     /// A hop: when, whose record, who worked on it, where its answer goes.
     pub(super) fn hop(&self, since: Duration, hop: &Hop, table: &CompiledTable) {
         let route = table.routes_from(&hop.topic).iter().find(|route| *route.service == *hop.service);

@@ -25,11 +25,15 @@ pub(super) struct Hop {
     pub(super) said: String,
 }
 
+/// What a service says: the status, the answer, and a word for people.
+type Said = Result<(StatusCode, Value, String), String>;
+type Handle = fn(&Value) -> Said;
+
 /// A service: its name in the routing table, its path, and what it does with a body.
 struct Service {
     name: &'static str,
     path: &'static str,
-    handle: fn(&Value) -> Result<(StatusCode, Value, String), String>,
+    handle: Handle,
 }
 
 const SERVICES: [Service; 5] = [
@@ -56,8 +60,6 @@ pub(super) async fn start(hops: mpsc::Sender<Hop>) -> io::Result<(JoinSet<io::Re
     Ok((tasks, addresses))
 }
 
-type Handle = fn(&Value) -> Result<(StatusCode, Value, String), String>;
-
 async fn serve(
     State((service, handle, hops)): State<(&'static str, Handle, mpsc::Sender<Hop>)>,
     headers: HeaderMap,
@@ -80,7 +82,7 @@ fn number(body: &Value, field: &str) -> Result<u64, String> {
 }
 
 /// Adds the total.
-fn price(order: &Value) -> Result<(StatusCode, Value, String), String> {
+fn price(order: &Value) -> Said {
     let total = number(order, "quantity")?.checked_mul(number(order, "price")?).ok_or("quantity: too large")?;
     let mut priced = order.clone();
     priced["total"] = total.into();
@@ -88,7 +90,7 @@ fn price(order: &Value) -> Result<(StatusCode, Value, String), String> {
 }
 
 /// The `if`: 204 says that nothing is to be forwarded.
-fn check(order: &Value) -> Result<(StatusCode, Value, String), String> {
+fn check(order: &Value) -> Said {
     const LIMIT: u64 = 1_000;
     let total = number(order, "total")?;
     if total <= LIMIT {
@@ -98,13 +100,13 @@ fn check(order: &Value) -> Result<(StatusCode, Value, String), String> {
 }
 
 /// One parcel with as many items left to pack as were ordered.
-fn ship(order: &Value) -> Result<(StatusCode, Value, String), String> {
+fn ship(order: &Value) -> Said {
     let left = number(order, "quantity")?;
     Ok((StatusCode::OK, json!({ "item": order["item"], "left": left }), format!("a parcel for {left}")))
 }
 
 /// The `for`: each round packs one item, until 204 ends it.
-fn pack(parcel: &Value) -> Result<(StatusCode, Value, String), String> {
+fn pack(parcel: &Value) -> Said {
     let Some(left) = number(parcel, "left")?.checked_sub(1) else {
         return Ok((StatusCode::NO_CONTENT, Value::Null, "packed: the round is over".to_owned()));
     };
@@ -114,6 +116,6 @@ fn pack(parcel: &Value) -> Result<(StatusCode, Value, String), String> {
 }
 
 /// The end: what it answers is ignored.
-fn keep(_: &Value) -> Result<(StatusCode, Value, String), String> {
+fn keep(_: &Value) -> Said {
     Ok((StatusCode::OK, json!({ "kept": true }), "kept".to_owned()))
 }

@@ -56,8 +56,8 @@ struct Inner {
 pub struct ProcessMetrics {
     /// The generation of the table in force; 0 without one, and for a pinned one.
     pub table_generation: Level,
-    /// Tables that were offered and not taken: a bad signature, does not compile, an older generation.
-    pub tables_refused: Counter,
+    /// 1 while the newest routing table is refused here: a bad signature, does not compile, an older generation.
+    pub table_refused: Level,
     /// 1 while the broker can be reached.
     pub broker_up: Level,
     /// Spans that were lost on their way to the collector.
@@ -194,7 +194,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 fn register(to: &mut Registry, process: &ProcessMetrics, families: &Families) {
     let ProcessMetrics {
         table_generation,
-        tables_refused,
+        table_refused,
         broker_up,
         dropped_spans,
         malformed_traceparents,
@@ -202,7 +202,7 @@ fn register(to: &mut Registry, process: &ProcessMetrics, families: &Families) {
         publish_in_flight,
     } = process;
     to.register("mesh_table_generation", "The generation of the table in force", table_generation.clone());
-    to.register("mesh_tables_refused", "Tables that were offered and not taken", tables_refused.clone());
+    to.register("mesh_table_refused", "1 while the newest routing table is refused here", table_refused.clone());
     to.register("mesh_broker_up", "1 while the broker can be reached", broker_up.clone());
     to.register("mesh_dropped_spans", "Spans that were lost on their way to the collector", dropped_spans.clone());
     to.register(
@@ -234,7 +234,7 @@ fn register(to: &mut Registry, process: &ProcessMetrics, families: &Families) {
     to.register("mesh_in_flight_deliveries", "Deliveries at the service now", f.in_flight);
     to.register_with_unit("mesh_watermark_stall", "How long the watermark stands, although there is work", Unit::Seconds, f.stall);
     to.register_with_unit("mesh_queue", "Records fetched and not complete", Unit::Bytes, f.queue_bytes);
-    to.register("mesh_breaker_state", "The breaker: 0 closed, 1 half open, 2 open", f.breaker);
+    to.register("mesh_breaker_state", "The breaker: 0 closed, 1 open", f.breaker);
     to.register("mesh_route_state", "1 for the state that the route is in, 0 for the others", f.state);
 
     to.register("mesh_build", "The build", Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]));

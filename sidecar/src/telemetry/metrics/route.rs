@@ -62,8 +62,6 @@ pub struct RouteHandles {
 pub enum BreakerState {
     /// Deliveries go through.
     Closed,
-    /// One delivery tries.
-    HalfOpen,
     /// Deliveries wait.
     Open,
 }
@@ -92,8 +90,8 @@ const ENDS: [(Disposition, &str); 11] = [
     (Disposition::DeadLettered, "attempts"),
     (Disposition::DeadLettered, "status"),
     (Disposition::DeadLettered, "expression"),
-    (Disposition::DeadLettered, "rejected"),
     (Disposition::DeadLettered, "hops"),
+    (Disposition::DeadLettered, "reply"),
 ];
 
 const STATES: [(RouteState, &str); 6] = [
@@ -184,7 +182,7 @@ impl RouteHandles {
         self.delivery_duration.observe(duration);
     }
 
-    /// Counts records that ended. `reason` is a word of the program (`status`, `empty`, `attempts`, `expression`, `rejected`, `hops`, …); empty
+    /// Counts records that ended. `reason` is a word of the program (`status`, `empty`, `attempts`, `expression`, `hops`, `reply`, …); empty
     /// where the disposition says it all. A pair that the route has from the start costs an addition, another one a lock.
     pub fn ended(&self, disposition: Disposition, reason: &'static str, records: u64) {
         let known = ENDS.iter().zip(&self.ends).find(|(pair, _)| **pair == (disposition, reason));
@@ -202,8 +200,7 @@ impl RouteHandles {
     pub fn breaker(&self, state: BreakerState) {
         self.breaker.set(match state {
             BreakerState::Closed => 0,
-            BreakerState::HalfOpen => 1,
-            BreakerState::Open => 2,
+            BreakerState::Open => 1,
         });
     }
 
