@@ -129,7 +129,11 @@ impl Topics {
             match self.client.fetch_watermarks(topic, partition, TIMEOUT) {
                 Ok((_, high)) => return Ok(high),
                 Err(error) if Instant::now() > end => return Err(error).with_context(|| format!("{topic}/{partition}")),
-                Err(_) => thread::park_timeout(Duration::from_millis(20)),
+                Err(_) => {
+                    // Asking by name brings a topic that was made a moment ago into the client's cache.
+                    drop(self.client.fetch_metadata(Some(topic), TIMEOUT));
+                    thread::park_timeout(Duration::from_millis(20));
+                }
             }
         }
     }

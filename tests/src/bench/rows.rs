@@ -59,6 +59,8 @@ pub struct Effort {
     pub warmup: f64,
     /// Settings of librdkafka in the sidecar, in place of its own.
     pub kafka: Vec<(String, String)>,
+    /// Variables of the sidecar's environment: `MESH_…` is its configuration.
+    pub env: Vec<(String, String)>,
 }
 
 /// What was measured of a row.
@@ -175,7 +177,7 @@ impl Bench {
     }
 
     fn sidecar(&self, stage: &Stage, name: &str) -> Builder {
-        let builder = stage.sidecar(name);
+        let builder = self.effort.env.iter().fold(stage.sidecar(name), |builder, (name, value)| builder.env(name, value));
         match &self.broker {
             Broker::Kafka(bootstrap) if !self.effort.kafka.is_empty() => {
                 let mut settings: serde_json::Map<_, _> =

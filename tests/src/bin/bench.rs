@@ -37,6 +37,9 @@ struct Args {
     /// `key=value` of librdkafka in the sidecar, in place of its own setting; several are allowed.
     #[arg(long, value_parser = setting)]
     kafka: Vec<(String, String)>,
+    /// `NAME=value` of the sidecar's environment, such as `MESH_LIMITS_BUFFER=64MiB`; several are allowed.
+    #[arg(long, value_parser = setting)]
+    env: Vec<(String, String)>,
     /// The form of the output.
     #[arg(long, value_enum, default_value = "markdown")]
     output: Output,
@@ -94,6 +97,7 @@ async fn bench(args: Args) -> Result<ExitCode> {
         seconds: args.seconds.unwrap_or(if args.quick { 3.0 } else { 8.0 }).max(0.1),
         warmup: if args.quick { 1.0 } else { 2.0 },
         kafka: args.kafka,
+        env: args.env,
     };
     let mut benches = Vec::new();
     if args.broker != Brokers::Embedded {
