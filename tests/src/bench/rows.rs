@@ -264,7 +264,7 @@ impl Bench {
         let name = format!("target{round}");
         let target = stage.topic(&name);
         self.create(&target).await?;
-        let builder = self.sidecar(&stage, &format!("sidecar{round}"));
+        let builder = self.sidecar(stage, &format!("sidecar{round}"));
         let (builder, deliver, concurrency) = match kind {
             Kind::PushHttp => (builder.app(SERVICE, &format!("http://127.0.0.1:{port}")), "push", CONCURRENCY[0]),
             Kind::PushStream => (builder.app(SERVICE, &format!("grpc://127.0.0.1:{port}")), "push", CONCURRENCY[1]),
