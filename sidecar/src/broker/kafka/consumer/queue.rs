@@ -4,7 +4,9 @@
 //!
 //! Invariant: events that are not about records come before all records, so an assignment is seen before its first record.
 //! Invariant: while the barrier is up (a revocation is unanswered), no record leaves.
-//! Invariant: a partition that reaches its high mark is paused until half of it is drained; nothing ever blocks.
+//! Invariant: nothing ever blocks. While the partitions together have as much as their high marks, the polling thread rests and leaves the
+//! records with librdkafka, whose own queue is bounded. Only when the rest takes long, those at their mark are paused until half of it is
+//! drained: a pause makes librdkafka drop what it prefetched, and fetch it again.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -47,6 +49,8 @@ pub(super) struct Queue {
     turn: VecDeque<TopicPartition>,
     resume: Vec<TopicPartition>,
     high: usize,
+    /// The polling thread rests; it is to be woken when a partition has room again.
+    resting: bool,
     /// How many commits run now.
     pub(super) committing: usize,
     /// The consumer is to be closed.
@@ -94,6 +98,10 @@ impl Queue {
                 buffer.queued = true;
                 self.turn.push_back(partition.clone());
             }
+            if self.resting && self.share_taken(2) {
+                self.resting = false;
+                resume = true;
+            }
             let event = match item {
                 Item::Records { records, .. } => Event::Records(Batch { partition, records }),
                 Item::Expired { from, to } => Event::Expired { partition, from, to },
@@ -112,9 +120,9 @@ impl Queue {
         self.events.push_back(event);
     }
 
-    /// Takes in records of a partition; says whether it must be paused now.
-    pub(super) fn records(&mut self, partition: &TopicPartition, mut records: Vec<(i64, Record)>, bytes: usize) -> bool {
-        let Some(buffer) = self.buffers.get_mut(partition).filter(|buffer| !buffer.leaving) else { return false };
+    /// Takes in records of a partition.
+    pub(super) fn records(&mut self, partition: &TopicPartition, mut records: Vec<(i64, Record)>, bytes: usize) {
+        let Some(buffer) = self.buffers.get_mut(partition).filter(|buffer| !buffer.leaving) else { return };
         buffer.bytes += bytes;
         match buffer.items.back_mut() {
             Some(Item::Records { records: last, bytes: size })
@@ -125,10 +133,33 @@ impl Queue {
             }
             _ => buffer.items.push_back(Item::Records { records, bytes }),
         }
-        let pause = !buffer.paused && buffer.bytes >= self.high;
-        buffer.paused |= pause;
         self.enqueue(partition);
-        pause
+    }
+
+    /// Whether the partitions that are not paused have as much as their high marks together, so that the polling thread may rest until half of
+    /// it is drained.
+    pub(super) fn rest(&mut self) -> bool {
+        self.resting = !self.share_taken(1);
+        self.resting
+    }
+
+    /// Whether less than this part of the high marks of the open partitions is left in their buffers.
+    fn share_taken(&self, part: usize) -> bool {
+        let open = self.buffers.values().filter(|buffer| !buffer.paused && !buffer.leaving);
+        let (count, bytes) = open.fold((0, 0), |(count, bytes), buffer| (count + 1, bytes + buffer.bytes));
+        count == 0 || bytes * part < count * self.high
+    }
+
+    /// Marks all partitions at their high mark as paused; gives them.
+    pub(super) fn pause_full(&mut self) -> Vec<TopicPartition> {
+        let high = self.high;
+        self.resting = false;
+        let full = self.buffers.iter_mut().filter(|(_, buffer)| !buffer.paused && !buffer.leaving && buffer.bytes >= high);
+        full.map(|(partition, buffer)| {
+            buffer.paused = true;
+            partition.clone()
+        })
+        .collect()
     }
 
     /// Offsets of a partition were deleted unread, behind the records taken in so far.
@@ -252,16 +283,35 @@ mod tests {
     }
 
     #[test]
-    fn pauses_at_the_mark_and_resumes_at_half() {
+    fn rests_when_all_have_enough_and_wakes_at_half() {
+        let mut queue = Queue::default();
+        queue.set_high(100);
+        assert!(!queue.rest(), "with nothing to read there is nothing to rest from");
+        queue.add(partition(0));
+        queue.add(partition(1));
+        queue.records(&partition(0), some(0, 512), 90);
+        queue.records(&partition(0), some(512, 512), 60);
+        assert!(!queue.rest(), "150 of 200");
+        queue.records(&partition(0), some(1024, 512), 60);
+        assert!(queue.rest(), "one may take the share of all");
+        assert!(!queue.pop().unwrap().resume, "120 of 200 are left");
+        assert!(queue.pop().unwrap().resume, "60 of 200 are left: the thread is woken");
+        assert!(!queue.pop().unwrap().resume, "once");
+    }
+
+    #[test]
+    fn a_long_rest_pauses_what_is_full_until_half_of_it_is_drained() {
         let mut queue = Queue::default();
         queue.set_high(100);
         queue.add(partition(0));
-        assert!(!queue.records(&partition(0), some(0, 512), 60));
-        assert!(queue.records(&partition(0), some(512, 512), 60));
-        assert!(!queue.records(&partition(0), some(1024, 1), 60), "paused only once");
+        queue.add(partition(1));
+        queue.records(&partition(0), some(0, 512), 120);
+        queue.records(&partition(0), some(512, 512), 120);
+        assert!(queue.rest());
+        assert_eq!(queue.pause_full(), [partition(0)]);
+        assert!(!queue.rest(), "the other one is hungry");
         assert!(!queue.pop().unwrap().resume);
         assert!(queue.take_resume().is_empty());
-        assert!(!queue.pop().unwrap().resume, "60 of 100 are left");
         assert!(queue.pop().unwrap().resume);
         assert_eq!(queue.take_resume(), [partition(0)]);
         assert!(queue.take_resume().is_empty());

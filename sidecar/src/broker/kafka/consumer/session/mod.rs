@@ -42,6 +42,9 @@ const COMMIT: Duration = Duration::from_secs(5);
 const ASK: Duration = Duration::from_secs(10);
 /// How often the thread looks after itself when nothing happens.
 const TICK: Duration = Duration::from_secs(1);
+/// How long the thread leaves librdkafka's queue alone while the partitions have enough. Rebalances wait behind the records there, so a rest
+/// that takes longer ends with a pause.
+const REST: Duration = Duration::from_millis(200);
 /// How long a consumer that was fenced waits before it joins again.
 const REJOIN: Duration = Duration::from_secs(5);
 
@@ -88,6 +91,8 @@ pub(super) struct Session {
     /// An assignment was answered without being told, because the next rebalance waited.
     abandoned: bool,
     fatal: Option<BrokerError>,
+    /// Since when the partitions have enough.
+    full_since: Option<Instant>,
 }
 
 impl Session {
@@ -114,6 +119,7 @@ impl Session {
             out_of_range: false,
             abandoned: false,
             fatal: None,
+            full_since: None,
         };
         session.connect()?;
         Ok(session)
@@ -181,7 +187,8 @@ impl Session {
 
     fn work(&mut self, client: &Arc<Client>) {
         while !self.shared.closing() && self.fatal.is_none() {
-            let more = self.pump(client);
+            let rests = self.rests(client);
+            let more = !rests && self.pump(client);
             while let Some(rebalance) = client.context().take_rebalance() {
                 match rebalance {
                     Rebalance::Assign(list) => self.assign(client, &list),
@@ -196,9 +203,28 @@ impl Session {
                 self.next_tick = Instant::now() + TICK;
             }
             if !more && !client.context().rebalance_waits() && !self.out_of_range {
-                self.shared.wakeup.wait(self.next_tick.saturating_duration_since(Instant::now()));
+                let until_tick = self.next_tick.saturating_duration_since(Instant::now());
+                self.shared.wakeup.wait(if rests { until_tick.min(REST) } else { until_tick });
             }
         }
+    }
+
+    /// Whether the thread leaves librdkafka's queue alone for now: the partitions have enough.
+    fn rests(&mut self, client: &Arc<Client>) -> bool {
+        if !lock(&self.shared.queue).rest() {
+            self.full_since = None;
+            return false;
+        }
+        if self.full_since.get_or_insert_with(Instant::now).elapsed() < REST {
+            return true;
+        }
+        // The service is slow, or away: what is prefetched here is dropped, and the queue is free for rebalances.
+        self.full_since = None;
+        let full = lock(&self.shared.queue).pause_full();
+        if let Err(error) = client.pause(&plain_list(&full)) {
+            tracing::warn!(%error, "kafka: pause failed");
+        }
+        false
     }
 
     /// Drains librdkafka's queue, up to a round's size. Says whether there may be more.
@@ -237,7 +263,7 @@ impl Session {
                 None => {}
             }
         }
-        self.flush(client);
+        self.flush();
         for (code, reason) in context.take_errors() {
             self.client_error(code, &reason);
         }
@@ -264,7 +290,7 @@ impl Session {
     }
 
     /// Hands the round to the async side.
-    fn flush(&mut self, client: &Arc<Client>) {
+    fn flush(&mut self) {
         if self.locals.iter().all(|local| local.raw.is_empty()) {
             return;
         }
@@ -278,21 +304,13 @@ impl Session {
                 rounds.push((local.partition.clone(), records, bytes));
             }
         }
-        let mut pause = Vec::new();
         {
             let mut queue = lock(&self.shared.queue);
             for (partition, records, bytes) in rounds {
-                if queue.records(&partition, records, bytes) {
-                    pause.push(partition);
-                }
+                queue.records(&partition, records, bytes);
             }
         }
         self.shared.ready.notify_one();
-        if !pause.is_empty()
-            && let Err(error) = client.pause(&plain_list(&pause))
-        {
-            tracing::warn!(%error, "kafka: pause failed");
-        }
     }
 
     /// Runs a blocking call beside the polling. `None` if it took too long or the consumer is being closed; the call then ends by its own
