@@ -21,11 +21,6 @@ use crate::{
     telemetry::trace::{Span, SpanKind, TraceContext, Tracer},
 };
 
-/// While a batch waits for its acknowledgement, publications gather until there are so many, or for so long: a broker's work is per request
-/// rather than per record. An outbox with nothing under way sends at once.
-const GATHER: usize = 512;
-const GATHER_TIME: Duration = Duration::from_millis(5);
-
 /// Publications that are not acknowledged, at most, and the bytes of their answers: beyond, the route calls its service no more until the
 /// broker has caught up.
 const ROOM: usize = 4_096;
@@ -97,8 +92,6 @@ pub(crate) struct Outbox {
     /// What has to be sent again, by sequence, and when.
     again: BTreeMap<u64, Pending>,
     pause_until: Option<Instant>,
-    /// What gathers is sent then at the latest: one partition that answers slowly holds the others up for no longer.
-    gather_until: Option<Instant>,
     trouble: Option<ProduceError>,
     count: usize,
     bytes: usize,
@@ -115,7 +108,6 @@ impl Outbox {
             sending: FuturesUnordered::new(),
             again: BTreeMap::new(),
             pause_until: None,
-            gather_until: None,
             trouble: None,
             count: 0,
             bytes: 0,
@@ -140,10 +132,7 @@ impl Outbox {
 
     /// When [`Outbox::flush`] has something to do again.
     pub(crate) fn wake(&self) -> Option<Instant> {
-        match self.again.is_empty() {
-            true => self.gather_until.filter(|_| !self.queue.is_empty()),
-            false => self.pause_until.filter(|_| self.sending.is_empty()),
-        }
+        self.pause_until.filter(|_| self.sending.is_empty())
     }
 
     /// Adds a publication; it leaves with the next flush.
@@ -154,7 +143,7 @@ impl Outbox {
         self.queue.push_back(Pending { sequence: self.sequence, publication, acknowledged: Vec::new(), spans: Vec::new(), sent: 0 });
     }
 
-    /// Sends all that may be sent, as one batch; or gathers more until what is under way is acknowledged.
+    /// Sends all that may be sent, as one batch. What is sent while the broker is busy gathers in the producer.
     pub(crate) fn flush(&mut self, now: Instant) {
         if !self.again.is_empty() {
             // What fails later must go in front of what was put later: first everything comes back.
@@ -170,10 +159,6 @@ impl Outbox {
         if self.queue.is_empty() {
             return;
         }
-        if !self.sending.is_empty() && self.queue.len() < GATHER && now < *self.gather_until.get_or_insert(now + GATHER_TIME) {
-            return;
-        }
-        self.gather_until = None;
         let mut batch: Vec<Pending> = self.queue.drain(..).collect();
         let mut records = Vec::with_capacity(batch.len());
         for pending in &mut batch {
@@ -378,27 +363,6 @@ mod tests {
         assert_eq!((outbox.len(), outbox.trouble().is_none(), outbox.has_room()), (0, true, true));
         assert_eq!(values(&fake.records("one")), ["0", "1", "2"], "what was acknowledged is not sent twice");
         assert_eq!(values(&fake.records("two")), ["0", "1", "2"]);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn what_comes_while_a_batch_is_under_way_gathers_for_a_bounded_time() {
-        let fake = Fake::new(&["one", "two"]);
-        let mut outbox = outbox(&fake);
-        fake.set(Mode::Silent);
-        let now = Instant::now();
-        outbox.put(publication(0));
-        outbox.flush(now);
-        assert_eq!((fake.0.lock().unwrap().sends, outbox.wake()), (1, None), "with nothing under way it is sent at once");
-        outbox.put(publication(1));
-        outbox.flush(now);
-        outbox.put(publication(2));
-        outbox.flush(now + GATHER_TIME / 2);
-        assert_eq!((fake.0.lock().unwrap().sends, outbox.wake()), (1, Some(now + GATHER_TIME)));
-        outbox.flush(now + GATHER_TIME);
-        assert_eq!((fake.0.lock().unwrap().sends, outbox.wake()), (2, None));
-        (0..GATHER as i64).for_each(|offset| outbox.put(publication(offset)));
-        outbox.flush(now + GATHER_TIME);
-        assert_eq!(fake.0.lock().unwrap().sends, 3, "so many are not kept back");
     }
 
     #[tokio::test(start_paused = true)]

@@ -75,10 +75,10 @@ impl Settings {
     pub(super) fn producer(&self) -> ClientConfig {
         let mut config = self.base();
         config
-            // At once when idle, in batches under load: while one request is under way, the next one gathers. With more requests under way, a
+            // At once when idle, in batches under load: while two requests are under way, the next one gathers. With more of them under way, a
             // busy sidecar sends its records nearly one by one, which costs it and the broker a multiple.
             .set("linger.ms", "0")
-            .set("max.in.flight.requests.per.connection", "1")
+            .set("max.in.flight.requests.per.connection", "2")
             .set("message.timeout.ms", "0")
             .set("partitioner", "murmur2_random")
             .set("queue.buffering.max.kbytes", (self.options.queue_bytes / 1024).max(1024).to_string())
