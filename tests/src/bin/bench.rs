@@ -22,7 +22,7 @@ struct Args {
     /// Which rows; all without it.
     #[arg(long, value_delimiter = ',')]
     rows: Vec<Kind>,
-    /// One short round: two minutes on one broker.
+    /// One short round.
     #[arg(long)]
     quick: bool,
     /// Rounds of each row; medians of them are shown.
