@@ -281,7 +281,7 @@ mod tests {
             (r#"mesh_dispositions_total{route="price",service="pricing",disposition="dead_lettered",reason="attempts"}"#, "2"),
             (r#"mesh_dispositions_total{route="price",service="pricing",disposition="dead_lettered",reason="of another kind"}"#, "5"),
             (r#"mesh_dispositions_total{route="price",service="pricing",disposition="forwarded",reason=""}"#, "0"),
-            (r#"mesh_breaker_state{route="price",service="pricing"}"#, "2"),
+            (r#"mesh_breaker_state{route="price",service="pricing"}"#, "1"),
             (r#"mesh_route_state{route="price",service="pricing",state="waiting_for_service"}"#, "1"),
             (r#"mesh_route_state{route="price",service="pricing",state="joining"}"#, "0"),
             (r#"mesh_lag_seconds{route="price",service="pricing"}"#, "1.5"),
