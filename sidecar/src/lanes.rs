@@ -4,12 +4,15 @@
 //! record is its own). A record that waits for its next attempt stays the head of its lane, and other lanes go on.
 //!
 //! Invariant: of one lane, at most one job is handed out, and jobs are handed out in the order in which they were pushed.
+//! Invariant: of all jobs that may run, the one that was pushed first is handed out first: what completes stays close to the watermark, so that a
+//! crash repeats little.
 //! Invariant: a lane outlives its partition's assignment while its head still runs, so that a record that comes back with a new assignment
 //! waits for the old delivery.
-//! Every operation is O(1), [`Lanes::clear`] aside.
+//! Every operation costs O(log ready), [`Lanes::clear`] aside.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    cmp::Reverse,
+    collections::{BinaryHeap, HashMap},
     hash::{BuildHasherDefault, Hasher},
 };
 
@@ -52,7 +55,8 @@ pub struct Lanes<T> {
     free: Vec<u32>,
     /// The last job of each lane that has any.
     tails: HashMap<Lane, JobId, BuildHasherDefault<LaneHasher>>,
-    ready: VecDeque<JobId>,
+    /// What may run, by the order of pushing.
+    ready: BinaryHeap<Reverse<(u64, JobId)>>,
     pushed: u64,
     waiting: usize,
 }
@@ -78,7 +82,7 @@ enum State {
 
 impl<T> Default for Lanes<T> {
     fn default() -> Self {
-        Self { jobs: Vec::new(), free: Vec::new(), tails: HashMap::default(), ready: VecDeque::new(), pushed: 0, waiting: 0 }
+        Self { jobs: Vec::new(), free: Vec::new(), tails: HashMap::default(), ready: BinaryHeap::new(), pushed: 0, waiting: 0 }
     }
 }
 
@@ -104,7 +108,7 @@ impl<T> Lanes<T> {
                     job.next = Some(id);
                 }
             }
-            None => self.ready.push_back(id),
+            None => self.ready.push(Reverse((self.pushed, id))),
         }
         id
     }
@@ -112,7 +116,7 @@ impl<T> Lanes<T> {
     /// Hands out the next job that may run.
     pub fn next_ready(&mut self) -> Option<JobId> {
         // A job that was cleared away may still stand in the queue.
-        while let Some(id) = self.ready.pop_front() {
+        while let Some(Reverse((_, id))) = self.ready.pop() {
             if let Some(job) = self.job_mut(id).filter(|job| job.state == State::Waiting) {
                 job.state = State::Out;
                 self.waiting -= 1;
@@ -122,12 +126,13 @@ impl<T> Lanes<T> {
         None
     }
 
-    /// Takes back a job that was handed out: it is the next to run, and stays the head of its lane.
+    /// Takes back a job that was handed out: it is the next of its lane to run.
     pub fn put_back(&mut self, id: JobId) {
         if let Some(job) = self.job_mut(id).filter(|job| job.state == State::Out) {
             job.state = State::Waiting;
+            let sequence = job.sequence;
             self.waiting += 1;
-            self.ready.push_front(id);
+            self.ready.push(Reverse((sequence, id)));
         }
     }
 
@@ -140,7 +145,11 @@ impl<T> Lanes<T> {
             self.waiting -= 1;
         }
         match (job.next, job.lane) {
-            (Some(next), _) => self.ready.push_back(next),
+            (Some(next), _) => {
+                if let Some(sequence) = self.job_mut(next).map(|job| job.sequence) {
+                    self.ready.push(Reverse((sequence, next)));
+                }
+            }
             (None, Some(lane)) => {
                 self.tails.remove(&lane);
             }
@@ -179,13 +188,14 @@ impl<T> Lanes<T> {
                 self.waiting -= 1;
             }
         }
-        // What is left of each lane is chained anew, in the order of pushing.
+        // What is left of each lane is chained anew, in the order of pushing; what has no lane is ready.
         let mut left: Vec<(u64, JobId)> =
             self.jobs.iter().flatten().filter(|job| job.lane.is_some()).map(|job| (job.sequence, job.id)).collect();
         left.sort_unstable();
         self.tails.clear();
-        self.ready.retain(|id| self.jobs.get(id.index()).is_some_and(|job| job.as_ref().is_some_and(|job| job.id == *id)));
-        for (_, id) in left {
+        let free = self.jobs.iter().flatten().filter(|job| job.lane.is_none() && job.state == State::Waiting);
+        self.ready = free.map(|job| Reverse((job.sequence, job.id))).collect();
+        for (sequence, id) in left {
             let Some(job) = self.job_mut(id) else { continue };
             job.next = None;
             let (Some(lane), waiting) = (job.lane, job.state == State::Waiting) else { continue };
@@ -195,7 +205,7 @@ impl<T> Lanes<T> {
                         job.next = Some(id);
                     }
                 }
-                None if waiting && !self.ready.contains(&id) => self.ready.push_back(id),
+                None if waiting => self.ready.push(Reverse((sequence, id))),
                 None => {}
             }
         }
