@@ -121,6 +121,12 @@ pub(crate) fn clip(text: &str) -> String {
     }
 }
 
+/// The present, in milliseconds since 1970-01-01 UTC: the unit of every timestamp here.
+pub(crate) fn now_ms() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}
+
 /// A partition of a topic.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TopicPartition {

@@ -17,7 +17,7 @@ use super::{judge::Reason, reply};
 use crate::{
     broker::{Outgoing, ProduceError, ProduceErrorKind, Producer},
     outcome::{Delivery, Disposition, Reply},
-    record::Position,
+    record::{Position, now_ms},
     telemetry::trace::{Span, SpanKind, TraceContext, Tracer},
 };
 
@@ -301,12 +301,6 @@ fn done(publication: Publication) -> Done {
         reason,
         context: publication.context,
     }
-}
-
-/// Milliseconds since 1970-01-01 UTC.
-pub(crate) fn now_ms() -> i64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]

@@ -5,10 +5,10 @@ use std::{sync::Arc, time::Duration};
 use futures_util::{FutureExt as _, future::BoxFuture};
 use tokio::time::Instant;
 
-use super::{outbox::now_ms, route::RouteLoop};
+use super::route::RouteLoop;
 use crate::{
     broker::{Admin, BrokerErrorKind, ProduceErrorKind},
-    record::TopicPartition,
+    record::{TopicPartition, now_ms},
     status::{RouteState, RouteStatus},
 };
 

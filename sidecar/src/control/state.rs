@@ -6,13 +6,13 @@ use std::{
     collections::BTreeMap,
     fmt,
     sync::{Arc, Mutex, PoisonError},
-    time::{SystemTime, UNIX_EPOCH},
 };
 
 use mesh_proto::v1;
 use tokio::sync::{Semaphore, watch};
 
 use super::{log::Log, report::Peers, snapshot::Snapshot};
+pub(super) use crate::record::now_ms;
 use crate::{
     broker::Broker,
     config::Config,
@@ -153,12 +153,6 @@ pub(super) fn origin_of(origin: TableOrigin) -> v1::TableOrigin {
         TableOrigin::Cache => v1::TableOrigin::Cache,
         TableOrigin::Pinned => v1::TableOrigin::Pinned,
     }
-}
-
-/// The present, in milliseconds since 1970-01-01 UTC.
-pub(super) fn now_ms() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
 /// Pauses between tries: doubling, bounded.

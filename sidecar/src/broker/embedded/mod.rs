@@ -24,7 +24,7 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::JoinHandle,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::Duration,
 };
 
 use futures_util::future::BoxFuture;
@@ -102,10 +102,7 @@ impl EmbeddedConfig {
             max_store_bytes: None,
             revoke_timeout: Duration::from_secs(5),
             housekeeping: Duration::from_secs(30),
-            clock: Arc::new(|| {
-                let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-                i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
-            }),
+            clock: Arc::new(crate::record::now_ms),
         }
     }
 
