@@ -5,9 +5,12 @@
 //!
 //! Invariant: the watermark never passes an offset that is entered and not complete.
 //! Invariant: an acknowledgement of another epoch changes nothing.
-//! Entering and completing cost O(1) amortised, the search for an offset O(log in flight).
+//! Invariant: an offset that a commit recorded as complete ([`Snapshot`]) stays recorded in every later commit until the watermark passes it.
+//! Entering and completing cost O(1) amortised, the search for an offset O(log in flight), a snapshot O(offsets tracked).
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, ops::Range};
+
+use crate::completed;
 
 /// Tracks one partition during one assignment.
 #[derive(Debug)]
@@ -19,6 +22,10 @@ pub struct Watermark {
     next: i64,
     incomplete: usize,
     bytes: usize,
+    /// Offsets from `next` on that an earlier assignment completed, ascending.
+    restored: VecDeque<Range<i64>>,
+    /// How many offsets were completed in this assignment.
+    completed: u64,
 }
 
 #[derive(Debug)]
@@ -27,6 +34,30 @@ struct Entry {
     timestamp_ms: i64,
     bytes: u32,
     complete: bool,
+}
+
+/// What became of an offset that was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entered {
+    /// It is to be processed.
+    New,
+    /// It was read before.
+    Again,
+    /// An earlier assignment completed it, and a commit recorded that.
+    Complete,
+}
+
+/// What a commit records of a partition.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// The watermark.
+    pub offset: i64,
+    /// The completed offsets above it, as the commit's metadata.
+    pub metadata: String,
+    /// How many offsets had been completed in this assignment.
+    pub completed: u64,
+    /// How many of them it does not record, since there was no room.
+    pub unrecorded: u64,
 }
 
 /// What an acknowledgement did.
@@ -43,7 +74,14 @@ pub enum Completion {
 impl Watermark {
     /// Begins an assignment: everything below `position` is complete.
     pub fn new(epoch: u64, position: i64) -> Self {
-        Self { epoch, entries: VecDeque::new(), next: position, incomplete: 0, bytes: 0 }
+        Self { epoch, entries: VecDeque::new(), next: position, incomplete: 0, bytes: 0, restored: VecDeque::new(), completed: 0 }
+    }
+
+    /// Begins an assignment at a committed offset, with the commit's metadata: what it says was completed is not done again. Metadata that is
+    /// not ours says nothing.
+    pub fn restore(epoch: u64, position: i64, metadata: &str) -> Self {
+        let restored = completed::decode(position, metadata).unwrap_or_default().into();
+        Self { restored, ..Self::new(epoch, position) }
     }
 
     /// The assignment's epoch; every acknowledgement carries it.
@@ -51,22 +89,53 @@ impl Watermark {
         self.epoch
     }
 
-    /// Enters an offset that was read. Offsets below the reading position are refused with `false`: they were read before.
-    pub fn enter(&mut self, offset: i64, timestamp_ms: i64, bytes: usize) -> bool {
+    /// Enters an offset that was read.
+    pub fn enter(&mut self, offset: i64, timestamp_ms: i64, bytes: usize) -> Entered {
         if offset < self.next {
-            return false;
+            return Entered::Again;
         }
+        self.skip_to(offset);
+        let complete = self.restored.front().is_some_and(|range| range.contains(&offset));
+        self.skip_to(offset + 1);
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
-        self.entries.push_back(Entry { offset, timestamp_ms, bytes, complete: false });
-        self.next = offset + 1;
+        if complete {
+            // In front of all, it only moves the watermark.
+            if !self.entries.is_empty() {
+                self.entries.push_back(Entry { offset, timestamp_ms, bytes, complete });
+            }
+            return Entered::Complete;
+        }
+        self.entries.push_back(Entry { offset, timestamp_ms, bytes, complete });
         self.incomplete += 1;
         self.bytes += bytes as usize;
-        true
+        Entered::New
     }
 
     /// Reading goes on at `next`: what lies between does not exist (any more).
     pub fn skip_to(&mut self, next: i64) {
         self.next = self.next.max(next);
+        while self.restored.front().is_some_and(|range| range.end <= self.next) {
+            self.restored.pop_front();
+        }
+        if let Some(range) = self.restored.front_mut() {
+            range.start = range.start.max(self.next);
+        }
+    }
+
+    /// What to commit now.
+    pub fn snapshot(&self) -> Snapshot {
+        let mut ranges: Vec<Range<i64>> = Vec::new();
+        let tracked = self.entries.iter().filter(|entry| entry.complete).map(|entry| entry.offset..entry.offset + 1);
+        for range in tracked.chain(self.restored.iter().cloned()) {
+            match ranges.last_mut().filter(|last| last.end == range.start) {
+                Some(last) => last.end = range.end,
+                None => ranges.push(range),
+            }
+        }
+        let offset = self.offset();
+        let encoded = completed::encode(offset, &ranges);
+        let unrecorded = self.entries.iter().rev().take_while(|entry| entry.offset >= encoded.end).filter(|entry| entry.complete).count();
+        Snapshot { offset, metadata: encoded.text, completed: self.completed, unrecorded: unrecorded as u64 }
     }
 
     /// Completes an offset.
@@ -81,6 +150,7 @@ impl Watermark {
             return Completion::Stale;
         };
         entry.complete = true;
+        self.completed += 1;
         self.incomplete -= 1;
         self.bytes -= entry.bytes as usize;
         if index > 0 {
@@ -88,6 +158,10 @@ impl Watermark {
         }
         while self.entries.front().is_some_and(|entry| entry.complete) {
             self.entries.pop_front();
+        }
+        // Nothing is in flight, and what comes next was completed before: the watermark goes on behind that.
+        if let Some(range) = self.restored.front().filter(|range| self.entries.is_empty() && range.start == self.next) {
+            self.skip_to(range.end);
         }
         Completion::Advanced
     }
@@ -100,6 +174,11 @@ impl Watermark {
     /// Where reading goes on.
     pub fn next(&self) -> i64 {
         self.next
+    }
+
+    /// How many offsets were completed in this assignment.
+    pub fn completed(&self) -> u64 {
+        self.completed
     }
 
     /// Records that are entered and not complete.
@@ -134,7 +213,7 @@ mod tests {
     #[test]
     fn a_late_acknowledgement_of_an_old_epoch_is_dropped() {
         let mut watermark = Watermark::new(2, 10);
-        assert!(watermark.enter(10, 0, 5));
+        assert_eq!(watermark.enter(10, 0, 5), Entered::New);
         assert_eq!(watermark.complete(1, 10), Completion::Stale);
         assert_eq!(watermark.offset(), 10);
         assert_eq!(watermark.complete(2, 10), Completion::Advanced);
@@ -145,15 +224,15 @@ mod tests {
     #[test]
     fn gaps_are_passed_and_never_waited_for() {
         let mut watermark = Watermark::new(0, 0);
-        assert!(watermark.enter(3, 0, 1));
-        assert!(watermark.enter(1_000_000, 0, 1));
+        assert_eq!(watermark.enter(3, 0, 1), Entered::New);
+        assert_eq!(watermark.enter(1_000_000, 0, 1), Entered::New);
         assert_eq!(watermark.offset(), 3);
         assert_eq!(watermark.complete(0, 1_000_000), Completion::Above);
         assert_eq!(watermark.complete(0, 3), Completion::Advanced);
         assert_eq!(watermark.offset(), 1_000_001);
         watermark.skip_to(2_000_000);
         assert_eq!(watermark.offset(), 2_000_000);
-        assert!(!watermark.enter(1_999_999, 0, 1), "read before");
+        assert_eq!(watermark.enter(1_999_999, 0, 1), Entered::Again);
         assert_eq!(watermark.bytes(), 0);
     }
 
@@ -166,7 +245,7 @@ mod tests {
             for (gap, pick, enter) in steps {
                 if enter || model.is_empty() {
                     let offset = next + gap;
-                    prop_assert!(watermark.enter(offset, 0, 3));
+                    prop_assert_eq!(watermark.enter(offset, 0, 3), Entered::New);
                     model.insert(offset);
                     next = offset + 1;
                 } else {
@@ -177,6 +256,51 @@ mod tests {
                 prop_assert_eq!(watermark.offset(), model.first().copied().unwrap_or(next));
                 prop_assert_eq!(watermark.incomplete(), model.len());
                 prop_assert_eq!(watermark.bytes(), 3 * model.len());
+            }
+        }
+
+        /// Crashes and restarts, each from the last commit: nothing that a commit recorded is processed again, nothing is left out.
+        #[test]
+        fn nothing_that_a_commit_recorded_is_processed_again(
+            steps in proptest::collection::vec((0u8..12, any::<prop::sample::Index>()), 1..400),
+            gap in 1i64..3,
+        ) {
+            let last = 120 * gap;
+            let mut watermark = Watermark::new(0, 0);
+            let (mut read, mut running) = (0i64, BTreeSet::new());
+            let (mut recorded, mut done) = (BTreeSet::new(), BTreeSet::new());
+            let mut committed = (0i64, String::new());
+            for (action, pick) in steps {
+                match action {
+                    0..=5 if read < last => {
+                        let entered = watermark.enter(read, 0, 1);
+                        prop_assert_eq!(entered != Entered::New, recorded.contains(&read), "{}", read);
+                        if entered == Entered::New {
+                            running.insert(read);
+                        }
+                        read += gap;
+                    }
+                    6..=8 if !running.is_empty() => {
+                        let offset = *pick.get(&running.iter().copied().collect::<Vec<_>>());
+                        running.remove(&offset);
+                        watermark.complete(watermark.epoch(), offset);
+                        done.insert(offset);
+                    }
+                    9..=10 => {
+                        let snapshot = watermark.snapshot();
+                        prop_assert_eq!(snapshot.unrecorded, 0);
+                        committed = (snapshot.offset, snapshot.metadata);
+                        recorded = done.clone();
+                    }
+                    11 => {
+                        watermark = Watermark::restore(watermark.epoch() + 1, committed.0, &committed.1);
+                        read = (committed.0 + gap - 1) / gap * gap;
+                        prop_assert!((0..read).step_by(gap as usize).all(|offset| recorded.contains(&offset)));
+                        running.clear();
+                        done = recorded.clone();
+                    }
+                    _ => {}
+                }
             }
         }
     }

@@ -13,7 +13,7 @@ use crate::{
     broker::{BrokerErrorKind, Commit, Revoking},
     outcome::Disposition,
     telemetry::trace::{SpanKind, TraceContext},
-    watermark::Completion,
+    watermark::{Completion, Snapshot},
 };
 
 /// How long a revoke waits for what is at the service. The consumer's own deadline is longer.
@@ -62,15 +62,19 @@ impl RouteLoop {
     }
 
     /// What has to be committed of these partitions.
-    fn commits(&self, slots: impl Iterator<Item = u32>) -> Vec<(u32, u64, Commit)> {
-        slots
-            .filter_map(|index| {
-                let slot = self.slots.get(index as usize)?;
-                let offset = slot.watermark.offset();
-                let commit = Commit { partition: slot.partition.clone(), offset, metadata: String::new() };
-                (offset > slot.committed).then(|| (index, slot.watermark.epoch(), commit))
-            })
-            .collect()
+    fn commits(&self, slots: impl Iterator<Item = u32>) -> Vec<(u32, u64, Snapshot)> {
+        let slots = slots.filter_map(|index| Some((index, self.slots.get(index as usize)?)));
+        let due = slots.filter(|(_, slot)| slot.watermark.offset() > slot.committed || slot.watermark.completed() > slot.recorded);
+        due.map(|(index, slot)| (index, slot.watermark.epoch(), slot.watermark.snapshot())).collect()
+    }
+
+    /// The same for the broker.
+    fn as_commits(&self, snapshots: &[(u32, u64, Snapshot)]) -> Vec<Commit> {
+        let commits = snapshots.iter().filter_map(|(index, _, snapshot)| {
+            let partition = self.slots.get(*index as usize)?.partition.clone();
+            Some(Commit { partition, offset: snapshot.offset, metadata: snapshot.metadata.clone() })
+        });
+        commits.collect()
     }
 
     /// Starts the next commit, if there is something to commit and none is under way.
@@ -83,7 +87,6 @@ impl RouteLoop {
         if due.is_empty() {
             return;
         }
-        let offsets = due.iter().map(|(index, epoch, commit)| (*index, *epoch, commit.offset)).collect();
         let contexts = std::mem::take(&mut self.commit_contexts);
         let mut span = contexts
             .first()
@@ -97,7 +100,7 @@ impl RouteLoop {
             span.set("messaging.consumer.group.name", || self.route.group.clone().into());
             span.set("mesh.route", || self.route.name.clone().into());
         }
-        let commit = self.consumer.commit(due.into_iter().map(|(_, _, commit)| commit).collect());
+        let commit = self.consumer.commit(self.as_commits(&due));
         self.commit = Some(
             commit
                 .map(move |result| {
@@ -105,7 +108,7 @@ impl RouteLoop {
                         span.fail("commit", || error.to_string());
                     }
                     drop(span);
-                    CommitResult { commits: offsets, began: now, result }
+                    CommitResult { commits: due, began: now, result }
                 })
                 .boxed(),
         );
@@ -117,9 +120,11 @@ impl RouteLoop {
             Ok(()) => {
                 self.parts.metrics.commits.inc();
                 self.parts.metrics.commit_duration.observe(done.began.elapsed());
-                for (index, epoch, offset) in done.commits {
+                for (index, epoch, snapshot) in done.commits {
                     if let Some(slot) = self.slots.get_mut(index as usize).filter(|slot| slot.watermark.epoch() == epoch) {
-                        slot.committed = slot.committed.max(offset);
+                        slot.committed = slot.committed.max(snapshot.offset);
+                        slot.recorded = snapshot.completed;
+                        slot.unrecorded = snapshot.unrecorded;
                     }
                 }
             }
@@ -182,7 +187,7 @@ impl RouteLoop {
         let Some(revoke) = self.revoke.take() else { return };
         let commits = match revoke.revoking.lost {
             true => Vec::new(),
-            false => self.commits(revoke.slots.iter().copied()).into_iter().map(|(_, _, commit)| commit).collect(),
+            false => self.as_commits(&self.commits(revoke.slots.iter().copied())),
         };
         if busy > 0 {
             tracing::info!(route = %self.route.name, busy, "partitions given away before all answers came: those records are delivered again");
@@ -222,11 +227,8 @@ impl RouteLoop {
             self.on_committed(done);
         }
         self.answer_revoke(Instant::now() + REVOKE);
-        let last: Vec<Commit> = self
-            .commits(self.slots.iter().enumerate().filter(|(_, slot)| slot.owned).map(|(index, _)| index as u32))
-            .into_iter()
-            .map(|c| c.2)
-            .collect();
+        let owned: Vec<u32> = self.owned().map(|(index, _)| index).collect();
+        let last = self.as_commits(&self.commits(owned.into_iter()));
         if !last.is_empty()
             && let Err(error) = self.consumer.commit(last).await
         {

@@ -17,7 +17,7 @@ use crate::{
     lanes::Lane,
     outcome::{Delivery, Disposition},
     record::{Batch, Position, Record, TopicPartition},
-    watermark::Watermark,
+    watermark::{Entered, Watermark},
 };
 
 /// Records of a partition that wait or run at most; beyond, the partition is held. Many, so that a key that waits for its next attempt, with
@@ -55,13 +55,15 @@ impl RouteLoop {
         self.joined = true;
         let names: Vec<String> = partitions.iter().map(|assigned| assigned.partition.to_string()).collect();
         tracing::info!(route = %self.route.name, partitions = names.join(" "), "partitions assigned");
-        for Assigned { partition, position, metadata: _ } in partitions {
+        for Assigned { partition, position, metadata } in partitions {
             let slot = Slot {
                 partition: partition.clone(),
                 owned: true,
                 revoking: false,
-                watermark: Watermark::new(self.epoch, position),
+                watermark: Watermark::restore(self.epoch, position, &metadata),
                 committed: position,
+                recorded: 0,
+                unrecorded: 0,
                 busy: 0,
                 held: false,
                 high: position,
@@ -104,7 +106,8 @@ impl RouteLoop {
     /// Takes a record in: its offset enters the watermark, and it gets its lane, or its end.
     fn take(&mut self, index: u32, offset: i64, record: Record) {
         let slot = &mut self.slots[index as usize];
-        if !slot.watermark.enter(offset, record.timestamp_ms.unwrap_or_default(), record.size()) {
+        if slot.watermark.enter(offset, record.timestamp_ms.unwrap_or_default(), record.size()) != Entered::New {
+            // Read before, or complete as the last commit says: whoever completed it has counted it.
             return;
         }
         let epoch = slot.watermark.epoch();

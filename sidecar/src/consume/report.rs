@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use futures_util::{FutureExt as _, future::BoxFuture};
 use tokio::time::Instant;
 
-use super::route::RouteLoop;
+use super::route::{RouteLoop, Slot};
 use crate::{
     broker::{Admin, BrokerErrorKind, ProduceErrorKind},
     record::{TopicPartition, now_ms},
@@ -92,6 +92,8 @@ impl RouteLoop {
         metrics.lag_records.set(lag_records);
         metrics.lag_seconds.set(lag_seconds);
         metrics.queue_bytes.set(owned().map(|slot| slot.watermark.bytes() as u64).sum());
+        let unrecorded = |slot: &Slot| slot.busy as u64 + slot.unrecorded + slot.watermark.completed().saturating_sub(slot.recorded);
+        metrics.replay_records.set(owned().map(unrecorded).sum::<u64>() + self.backoffs.len() as u64);
         let stalled = owned().filter(|slot| slot.watermark.incomplete() > 0).map(|slot| now.saturating_duration_since(slot.moved)).max();
         metrics.watermark_stall_seconds.set(stalled.unwrap_or_default().as_secs_f64());
         if status != self.posted {

@@ -40,7 +40,7 @@ use crate::{
         metrics::RouteMetrics,
         trace::{Span, TraceContext, Tracer},
     },
-    watermark::Watermark,
+    watermark::{Snapshot, Watermark},
 };
 
 /// How often lag is measured.
@@ -81,6 +81,9 @@ pub(super) struct Slot {
     pub(super) revoking: bool,
     pub(super) watermark: Watermark,
     pub(super) committed: i64,
+    /// How many offsets had been completed at the last commit, and how many of them it had no room for.
+    pub(super) recorded: u64,
+    pub(super) unrecorded: u64,
     /// Records at the service, or on their way to the broker.
     pub(super) busy: usize,
     pub(super) held: bool,
@@ -134,7 +137,8 @@ pub(crate) struct RouteLoop {
 
 /// What a commit came to.
 pub(super) struct CommitResult {
-    pub(super) commits: Vec<(u32, u64, i64)>,
+    /// For each partition's slot and epoch what was committed.
+    pub(super) commits: Vec<(u32, u64, Snapshot)>,
     pub(super) began: Instant,
     pub(super) result: Result<(), BrokerError>,
 }

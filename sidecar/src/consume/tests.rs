@@ -11,7 +11,7 @@ use tokio::task::JoinHandle;
 use super::*;
 use crate::{
     broker::{
-        ConsumerConfig, Event, Outgoing, StartOffset,
+        ConsumerConfig, Event, NewTopic, Outgoing, StartOffset,
         embedded::{EmbeddedBroker, EmbeddedConfig},
     },
     config::{BrokerConfig, Limits, Listen, LogFormat, ServiceConfig, TelemetryConfig},
@@ -304,6 +304,51 @@ async fn members_come_and_go() {
         assert!(last.insert(key, *number).is_none_or(|before| before < *number), "{key}: in order over members");
     }
     assert_eq!(read(&broker, "out").await.len(), COUNT);
+}
+
+/// A crash while one slow record holds the watermark back: what commits recorded above it is not delivered again.
+#[tokio::test(start_paused = true)]
+async fn after_a_crash_only_what_no_commit_recorded_is_delivered_again() {
+    const COUNT: i64 = 500;
+    const ROUTE: &str = "  - { name: work, service: worker, deliver: stream, from: [in], to: void, order: none, concurrency: 8 }";
+    let broker = broker();
+    let topic = NewTopic { name: "in".to_owned(), partitions: Some(1), ..NewTopic::default() };
+    broker.admin().create_topics(vec![topic]).await.unwrap();
+    let mesh = Mesh::on(broker.clone(), ROUTE);
+    mesh.publish("in", numbered(COUNT as usize)).await;
+    let desk = mesh.desk("work").await;
+    let mut slow = None;
+    for _ in 1..COUNT {
+        while slow.is_none() {
+            slow = desk.take(1, Duration::from_secs(1)).await.unwrap().pop();
+        }
+        for delivery in desk.take(1, Duration::from_secs(1)).await.unwrap() {
+            desk.answer(vec![Answer { id: delivery.id, outcome: Outcome::Ignore }]);
+        }
+    }
+    mesh.ended("work", COUNT as u64 - 1).await;
+    let partition = TopicPartition::new("in", 0);
+    loop {
+        let committed = broker.admin().committed("test.work", vec![partition.clone()]).await.unwrap().remove(0).unwrap();
+        assert_eq!(committed.offset, 0);
+        if crate::completed::decode(0, &committed.metadata).is_some_and(|ranges| ranges.iter().eq([&(1..COUNT)])) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    mesh.running.abort();
+    drop((desk, mesh.running.await));
+
+    let mesh = Mesh::on(broker.clone(), ROUTE);
+    let desk = mesh.desk("work").await;
+    let again = desk.take(8, Duration::from_secs(60)).await.unwrap();
+    assert_eq!(again.iter().map(|delivery| delivery.position.offset).collect::<Vec<_>>(), [0]);
+    desk.answer(vec![Answer { id: again[0].id, outcome: Outcome::Ignore }]);
+    assert_eq!(mesh.ended("work", 1).await, BTreeMap::from([(Disposition::Ignored, 1)]));
+    mesh.stop.cancel();
+    mesh.running.await.unwrap();
+    let committed = broker.admin().committed("test.work", vec![partition]).await.unwrap().remove(0).unwrap();
+    assert_eq!((committed.offset, committed.metadata.as_str()), (COUNT, ""));
 }
 
 /// A changed route is swapped in place: what is out keeps its destination, what follows takes the new one, nothing is lost or repeated.

@@ -88,6 +88,7 @@ struct Families {
     in_flight: Family<Labels, Gauge>,
     stall: Family<Labels, Seconds>,
     queue_bytes: Family<Labels, Level>,
+    replay_records: Family<Labels, Level>,
     breaker: Family<Labels, Level>,
     state: Family<Labels, Level>,
 }
@@ -234,6 +235,7 @@ fn register(to: &mut Registry, process: &ProcessMetrics, families: &Families) {
     to.register("mesh_in_flight_deliveries", "Deliveries at the service now", f.in_flight);
     to.register_with_unit("mesh_watermark_stall", "How long the watermark stands, although there is work", Unit::Seconds, f.stall);
     to.register_with_unit("mesh_queue", "Records fetched and not complete", Unit::Bytes, f.queue_bytes);
+    to.register("mesh_replay_records", "Records that would be delivered again if the sidecar died now", f.replay_records);
     to.register("mesh_breaker_state", "The breaker: 0 closed, 1 open", f.breaker);
     to.register("mesh_route_state", "1 for the state that the route is in, 0 for the others", f.state);
 

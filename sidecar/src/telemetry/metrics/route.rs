@@ -46,6 +46,8 @@ pub struct RouteHandles {
     pub watermark_stall_seconds: Seconds,
     /// Bytes of records fetched and not complete.
     pub queue_bytes: Level,
+    /// Records that would be delivered again if the sidecar died now: delivered, and not recorded by a commit.
+    pub replay_records: Level,
     breaker: Level,
     deliveries: [Counter; OUTCOMES.len()],
     ends: [Counter; ENDS.len()],
@@ -128,6 +130,7 @@ impl RouteMetrics {
             in_flight: f.in_flight.get_or_create_owned(&labels),
             watermark_stall_seconds: f.stall.get_or_create_owned(&labels),
             queue_bytes: f.queue_bytes.get_or_create_owned(&labels),
+            replay_records: f.replay_records.get_or_create_owned(&labels),
             breaker: f.breaker.get_or_create_owned(&labels),
             deliveries: OUTCOMES.map(|outcome| f.deliveries.get_or_create_owned(&with(&labels, "outcome", outcome))),
             ends: ENDS.map(|(disposition, reason)| f.dispositions.get_or_create_owned(&end(&labels, disposition, reason))),
@@ -156,6 +159,7 @@ impl RouteMetrics {
         f.in_flight.remove(labels);
         f.stall.remove(labels);
         f.queue_bytes.remove(labels);
+        f.replay_records.remove(labels);
         f.breaker.remove(labels);
         for result in ["ok", "failed"] {
             f.commits.remove(&with(labels, "result", result));
