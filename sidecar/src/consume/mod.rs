@@ -7,6 +7,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    hash::{BuildHasher as _, RandomState},
     sync::Arc,
     time::Duration,
 };
@@ -232,6 +233,7 @@ impl Supervisor {
             buffer_bytes: context.config.limits.buffer_bytes,
             drain_timeout: context.config.limits.drain_timeout,
             stop,
+            seed: RandomState::new().hash_one(0u8),
         };
         RouteLoop::new(parts).map_err(|error| error.to_string())
     }

@@ -11,8 +11,11 @@
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BinaryHeap, HashMap},
-    hash::{BuildHasher as _, RandomState},
+    future::{Future as _, pending, poll_fn},
+    hash::{BuildHasher, DefaultHasher, Hasher as _},
+    pin::pin,
     sync::Arc,
+    task::Poll,
     time::Duration,
 };
 
@@ -23,17 +26,17 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    outbox::Outbox,
+    outbox::{Done, Outbox},
     report::{Measured, watch_lag},
 };
 use crate::{
-    broker::{Broker, BrokerError, Consumer, ConsumerConfig, Revoking, StartOffset},
+    broker::{Broker, BrokerError, Consumer, ConsumerConfig, Event, Revoking, StartOffset},
     deliver::{
         Leaf,
         breaker::{Allowance, Breaker},
     },
     lanes::{JobId, Lanes},
-    outcome::{Delivery, Disposition},
+    outcome::{Answer, Delivery, Disposition},
     record::{Record, TopicPartition, header},
     status::{Board, RouteStatus},
     telemetry::{
@@ -62,7 +65,39 @@ pub(crate) struct Parts {
     pub(crate) drain_timeout: Duration,
     /// Cancelled to drain.
     pub(crate) stop: CancellationToken,
+    /// A number that nobody outside knows: the lanes' hashes, the ids of deliveries and the order in which what is ready is looked at follow
+    /// from it. With the same one, and everything else the same, a loop does the same.
+    pub(crate) seed: u64,
 }
+
+/// Hashes keys for their lanes, with a secret, so that nobody can choose keys that share a lane.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LaneKeys(u64);
+
+impl BuildHasher for LaneKeys {
+    type Hasher = DefaultHasher;
+
+    fn build_hasher(&self) -> DefaultHasher {
+        let mut hasher = DefaultHasher::new();
+        hasher.write_u64(self.0);
+        hasher
+    }
+}
+
+/// What ended a wait.
+enum Woken {
+    Event(Event),
+    Answers,
+    Published,
+    Committed(CommitResult),
+    Lag(Measured),
+    Time,
+    Changed,
+    Stop,
+}
+
+/// How many things a wait waits for.
+const SOURCES: u64 = 8;
 
 /// A record in a lane.
 pub(super) struct Job {
@@ -110,7 +145,9 @@ pub(crate) struct RouteLoop {
     pub(super) owned_count: usize,
     pub(super) by_partition: HashMap<TopicPartition, u32>,
     pub(super) lanes: Lanes<Job>,
-    pub(super) hasher: RandomState,
+    pub(super) hasher: LaneKeys,
+    /// Waits so far, for their order.
+    waits: u64,
     /// Deliveries that are out.
     pub(super) out: usize,
     pub(super) breaker: Breaker,
@@ -163,7 +200,7 @@ impl RouteLoop {
             buffer_bytes: parts.buffer_bytes,
         })?;
         let outbox = Outbox::new(parts.broker.producer(), parts.tracer.clone(), parts.broker.system());
-        let hasher = RandomState::new();
+        let hasher = LaneKeys(parts.seed);
         let now = Instant::now();
         Ok(Self {
             breaker: Breaker::new(route.breaker.failures, route.breaker.open),
@@ -175,6 +212,7 @@ impl RouteLoop {
             owned_count: 0,
             by_partition: HashMap::new(),
             hasher,
+            waits: 0,
             out: 0,
             backoffs: BinaryHeap::new(),
             outbox,
@@ -206,18 +244,64 @@ impl RouteLoop {
                 break;
             }
             let wake = self.wake(now);
-            tokio::select! {
-                event = self.consumer.next() => self.on_event(event),
-                () = self.parts.leaf.answers(&mut answers) => answers.drain(..).for_each(|answer| self.on_answer(answer)),
-                () = self.outbox.acknowledged(&mut done) => done.drain(..).for_each(|done| self.on_published(done)),
-                result = maybe(&mut self.commit) => self.on_committed(result),
-                lag = maybe(&mut self.lag) => self.on_lag(lag),
-                () = tokio::time::sleep_until(wake) => {}
-                Ok(()) = self.parts.route.changed() => self.swap(),
-                () = self.parts.stop.cancelled(), if self.draining.is_none() => self.drain(),
+            match self.wait(wake, &mut answers, &mut done).await {
+                Woken::Event(event) => self.on_event(event),
+                Woken::Answers => answers.drain(..).for_each(|answer| self.on_answer(answer)),
+                Woken::Published => done.drain(..).for_each(|done| self.on_published(done)),
+                Woken::Committed(result) => self.on_committed(result),
+                Woken::Lag(lag) => self.on_lag(lag),
+                Woken::Time => {}
+                Woken::Changed => self.swap(),
+                Woken::Stop => self.drain(),
             }
         }
         self.leave().await;
+    }
+
+    /// Waits for the next thing to do. Who is asked first changes every time, so that nothing that is always ready keeps the others waiting;
+    /// it follows from the seed, where `select!` would draw it from a generator that no test can set. Cancel-safe, as its parts are.
+    async fn wait(&mut self, wake: Instant, answers: &mut Vec<Answer>, done: &mut Vec<Done>) -> Woken {
+        self.waits = self.waits.wrapping_add(1);
+        let first = (self.parts.seed ^ self.waits).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
+        let draining = self.draining.is_some();
+        let Parts { leaf, route, stop, .. } = &mut self.parts;
+        let mut event = pin!(self.consumer.next());
+        let mut answered = pin!(leaf.answers(answers));
+        let mut published = pin!(self.outbox.acknowledged(done));
+        let mut committed = pin!(maybe(&mut self.commit));
+        let mut measured = pin!(maybe(&mut self.lag));
+        let mut time = pin!(tokio::time::sleep_until(wake));
+        let mut changed = pin!(async {
+            if route.changed().await.is_err() {
+                // Nobody changes it any more.
+                pending::<()>().await;
+            }
+        });
+        let mut stopped = pin!(async {
+            if draining {
+                pending::<()>().await;
+            }
+            stop.cancelled().await;
+        });
+        poll_fn(|cx| {
+            for source in 0..SOURCES {
+                let ready = match (first + source) % SOURCES {
+                    0 => event.as_mut().poll(cx).map(Woken::Event),
+                    1 => answered.as_mut().poll(cx).map(|()| Woken::Answers),
+                    2 => published.as_mut().poll(cx).map(|()| Woken::Published),
+                    3 => committed.as_mut().poll(cx).map(Woken::Committed),
+                    4 => measured.as_mut().poll(cx).map(Woken::Lag),
+                    5 => time.as_mut().poll(cx).map(|()| Woken::Time),
+                    6 => changed.as_mut().poll(cx).map(|()| Woken::Changed),
+                    _ => stopped.as_mut().poll(cx).map(|()| Woken::Stop),
+                };
+                if ready.is_ready() {
+                    return ready;
+                }
+            }
+            Poll::Pending
+        })
+        .await
     }
 
     /// What is done each time something happened.
@@ -315,6 +399,6 @@ pub(super) fn parent(record: &Record) -> Option<TraceContext> {
 async fn maybe<T>(future: &mut Option<BoxFuture<'static, T>>) -> T {
     match future {
         Some(future) => future.await,
-        None => std::future::pending().await,
+        None => pending().await,
     }
 }
