@@ -206,6 +206,10 @@ impl Consumer for FakeConsumer {
         self.holding.send_modify(|held| held.retain(|other| other != partition));
     }
 
+    fn assign(&mut self, _partitions: Vec<(TopicPartition, i64)>) {}
+
+    fn unassign(&mut self, _partitions: &[TopicPartition]) {}
+
     fn commit(&self, offsets: Vec<Commit>) -> BoxFuture<'static, Result<(), BrokerError>> {
         self.committing.send_modify(|commits| commits.extend(offsets));
         Box::pin(async { Ok(()) })

@@ -117,7 +117,7 @@ pub enum ProduceErrorKind {
 pub struct ConsumerConfig {
     /// The consumer group; `None` reads all partitions by itself, from `start`, and keeps no offsets.
     pub group: Option<String>,
-    /// The topics. One that does not exist yet is waited for.
+    /// The topics. One that does not exist yet is waited for. None at all, without a group: it reads what [`Consumer::assign`] names.
     pub topics: Vec<Arc<str>>,
     /// Static membership: the name that is kept over restarts.
     pub instance: Option<String>,
@@ -149,7 +149,16 @@ pub trait Consumer: Send + 'static {
     /// Undoes [`Consumer::hold`].
     fn release(&mut self, partition: &TopicPartition);
 
-    /// Commits, synchronously at the broker. The future is `'static` so that it can run beside `next`; one at a time.
+    /// Lets a consumer without group and topics read these partitions too, each from its offset. Nothing is told of it: the records follow.
+    /// A partition that it reads already is read anew from there. The partition must exist; the offset need not exist any more
+    /// ([`Event::Expired`]), and one beyond the end waits for records. Ignored by other consumers.
+    fn assign(&mut self, partitions: Vec<(TopicPartition, i64)>);
+
+    /// Undoes [`Consumer::assign`]: when it returns, no record of these partitions comes any more.
+    fn unassign(&mut self, partitions: &[TopicPartition]);
+
+    /// Commits, synchronously at the broker. A member may commit partitions of topics that its group does not read; of its own only what it
+    /// owns. The future is `'static` so that it can run beside `next`; one at a time.
     ///
     /// # Errors
     /// [`BrokerErrorKind::Fenced`] if the partition belongs to somebody else by now; others may be tried again.

@@ -224,6 +224,10 @@ impl Consumer for Reader {
 
     fn release(&mut self, _: &TopicPartition) {}
 
+    fn assign(&mut self, _: Vec<(TopicPartition, i64)>) {}
+
+    fn unassign(&mut self, _: &[TopicPartition]) {}
+
     fn commit(&self, _: Vec<Commit>) -> BoxFuture<'static, Result<(), BrokerError>> {
         unreachable!("the control plane commits nothing")
     }

@@ -78,6 +78,38 @@ pub(super) async fn a_reader_without_a_group(broker: Arc<dyn Broker>) -> Result<
     Ok(())
 }
 
+pub(super) async fn a_reader_of_chosen_partitions(broker: Arc<dyn Broker>) -> Result<()> {
+    let topic = topic(&broker, "chosen", 3).await?;
+    produce(&broker, (0..30).map(|index| to(&topic, index % 3, record(None, &(index / 3).to_string()))).collect()).await?;
+    let mut reader = Reader { consumer: broker.consumer(config(None, &[], StartOffset::Earliest))?, assigned: Vec::new() };
+    let name = |number| TopicPartition::new(topic.clone(), number);
+    let offsets = |read: &[(Position, Record)], number: i32| -> Vec<i64> {
+        read.iter().filter(|(position, _)| position.partition.partition == number).map(|(position, _)| position.offset).collect()
+    };
+    reader.consumer.assign(vec![(name(0), 4), (name(1), 8)]);
+    let read = reader.read(8).await?;
+    ensure!(offsets(&read, 0) == [4, 5, 6, 7, 8, 9] && offsets(&read, 1) == [8, 9], "{:?}", read.iter().map(|r| &r.0).collect::<Vec<_>>());
+    // Anew, from another place, while the others go on; an end is no end.
+    reader.consumer.assign(vec![(name(0), 9), (name(2), 10)]);
+    produce(&broker, (0..3).map(|number| to(&topic, number, record(None, "new"))).collect()).await?;
+    let read = reader.read(4).await?;
+    ensure!(offsets(&read, 0) == [9, 10] && offsets(&read, 1) == [10] && offsets(&read, 2) == [10]);
+    // No more of one; back and forth between polls.
+    reader.consumer.unassign(&[name(0), name(1)]);
+    reader.consumer.assign(vec![(name(1), 0)]);
+    reader.consumer.unassign(&[name(1)]);
+    reader.consumer.assign(vec![(name(1), 9)]);
+    produce(&broker, (0..3).map(|number| to(&topic, number, record(None, "newer"))).collect()).await?;
+    let read = reader.read(4).await?;
+    ensure!(offsets(&read, 0).is_empty() && offsets(&read, 1) == [9, 10, 11] && offsets(&read, 2) == [11]);
+    // Held ones stay held until they are assigned anew.
+    reader.consumer.hold(&name(2));
+    reader.consumer.assign(vec![(name(2), 0)]);
+    ensure!(offsets(&reader.read(12).await?, 2).len() == 12);
+    ensure!(reader.assigned.is_empty(), "an assignment was told that the reader chose itself");
+    reader.close().await
+}
+
 pub(super) async fn next_may_be_dropped(broker: Arc<dyn Broker>) -> Result<()> {
     const COUNT: usize = 2000;
     let topic = topic(&broker, "dropped", 1).await?;

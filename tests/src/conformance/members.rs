@@ -215,3 +215,41 @@ pub(super) async fn a_silent_member_loses_its_partitions(broker: Arc<dyn Broker>
     old.close().await?;
     new.close().await
 }
+
+/// So a route hands over its retry topics, which its group does not read, together with their source.
+pub(super) async fn commits_of_other_topics_go_with_a_hand_over(broker: Arc<dyn Broker>) -> Result<()> {
+    let topic = topic(&broker, "handed", 2).await?;
+    let retries = self::topic(&broker, "handed-retries", 2).await?;
+    let group = fresh("handed");
+    let mut first = Reader::start(&broker, config(Some(&group), &[&topic], StartOffset::Earliest), 2).await?;
+    let second = tokio::spawn(async move {
+        let second = Reader::start(&broker, config(Some(&group), &[&topic], StartOffset::Earliest), 1).await?;
+        Ok::<_, anyhow::Error>((broker, group, second))
+    });
+    loop {
+        if let Event::Revoking(revoking) = first.event("revocation").await? {
+            let partitions = (0..2).map(|number| TopicPartition::new(retries.clone(), number));
+            let commits = partitions.map(|partition| Commit { partition, offset: 7, metadata: "m".to_owned() });
+            ensure!(revoking.done.send(commits.collect()).is_ok(), "nobody waits for the last commits");
+            break;
+        }
+    }
+    // The other one is assigned only after the hand-over.
+    let joined = async {
+        loop {
+            first.event("nothing").await?;
+        }
+    };
+    let (broker, group, second) = tokio::select! {
+        joined = within("assignment of the second", second) => joined???,
+        failed = joined => return failed,
+    };
+    for number in 0..2 {
+        let partition = TopicPartition::new(retries.clone(), number);
+        let committed = within("committed offsets", broker.admin().committed(&group, vec![partition.clone()])).await??;
+        let offset = committed.first().and_then(Option::as_ref).map(|commit| commit.offset);
+        ensure!(offset == Some(7), "{partition} is committed at {offset:?}");
+    }
+    second.close().await?;
+    first.close().await
+}

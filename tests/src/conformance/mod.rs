@@ -69,6 +69,8 @@ pub async fn run_cases(broker: &Arc<dyn Broker>) -> Vec<String> {
         consume::starts,
         consume::a_topic_that_comes_later,
         consume::a_reader_without_a_group,
+        consume::a_reader_of_chosen_partitions,
+        members::commits_of_other_topics_go_with_a_hand_over,
         consume::next_may_be_dropped,
         consume::hold_and_release,
         consume::commits_are_seen,

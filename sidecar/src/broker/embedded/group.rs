@@ -230,8 +230,13 @@ async fn hand_over(group: Arc<Group>, shared: Arc<Shared>, begun: Begun, deadlin
     match answered {
         Ok(Ok(commits)) if !commits.is_empty() => {
             let epochs: HashMap<_, _> = partitions.iter().map(|handover| (&handover.partition, handover.epoch)).collect();
-            // A partition that is not handed over has no business here; epoch 0 was never given, so the writer refuses it.
-            let offsets = commits.into_iter().map(|commit| (Some(epochs.get(&commit.partition).copied().unwrap_or(0)), commit)).collect();
+            // Of the group's own topics, a partition that is not handed over has no business here: epoch 0 was never given, so the writer
+            // refuses it.
+            let epoch = |commit: &Commit| match epochs.get(&commit.partition) {
+                Some(epoch) => Some(*epoch),
+                None => group.state().managed(&commit.partition.topic).then_some(0),
+            };
+            let offsets = commits.into_iter().map(|commit| (epoch(&commit), commit)).collect();
             let committed = tokio::time::timeout_at(deadline + Duration::from_secs(1), shared.commit(group.clone(), member, offsets));
             match committed.await {
                 Ok(Ok(())) => {}

@@ -20,7 +20,7 @@ use super::{
     Shared,
     group::{Group, GroupEvent, Handover, Losing},
     inbox::{Gain, Inbox, Notice, Resolved},
-    log::{Row, Subscription},
+    log::{Partition, Row, Subscription},
     queue::Job,
 };
 use crate::{
@@ -44,6 +44,8 @@ pub(super) struct EmbeddedConsumer {
     start: StartOffset,
     buffer_bytes: usize,
     cursors: HashMap<TopicPartition, Cursor>,
+    /// Chosen partitions that do not exist yet, with their positions.
+    absent: HashMap<TopicPartition, i64>,
     held: HashSet<TopicPartition>,
     /// Gained, but their positions are not known yet; not announced.
     resolving: HashMap<TopicPartition, u64>,
@@ -107,6 +109,7 @@ impl EmbeddedConsumer {
             start: config.start,
             buffer_bytes: config.buffer_bytes,
             cursors: HashMap::new(),
+            absent: HashMap::new(),
             held: HashSet::new(),
             resolving: HashMap::new(),
             revoking: None,
@@ -188,8 +191,27 @@ impl EmbeddedConsumer {
                 let new = partitions.filter(|p| !self.cursors.contains_key(&p.name) && !self.resolving.contains_key(&p.name));
                 let gains = new.map(|partition| Gain { partition: partition.clone(), epoch: 0 }).collect();
                 self.resolve(gains);
+                let absent = std::mem::take(&mut self.absent);
+                self.choose(absent);
             }
         }
+    }
+
+    /// Begins to read chosen partitions, those that exist.
+    fn choose(&mut self, partitions: impl IntoIterator<Item = (TopicPartition, i64)>) {
+        for (name, position) in partitions {
+            match self.shared.catalog.partition(&name) {
+                Some(partition) => self.begin(&partition, 0, position),
+                None => drop(self.absent.insert(name, position)),
+            }
+        }
+    }
+
+    fn begin(&mut self, partition: &Arc<Partition>, epoch: u64, position: i64) {
+        self.held.remove(&partition.name);
+        let subscription = partition.subscribe(&self.inbox);
+        let cursor = Cursor { subscription, epoch, next: position, rows: VecDeque::new(), charged: 0, fetching: false, parked: false };
+        self.cursors.insert(partition.name.clone(), cursor);
     }
 
     fn group_event(&mut self, event: GroupEvent) {
@@ -260,10 +282,7 @@ impl EmbeddedConsumer {
                 continue;
             }
             self.resolving.remove(&partition.name);
-            self.held.remove(&partition.name);
-            let subscription = partition.subscribe(&self.inbox);
-            let cursor = Cursor { subscription, epoch, next: position, rows: VecDeque::new(), charged: 0, fetching: false, parked: false };
-            self.cursors.insert(partition.name.clone(), cursor);
+            self.begin(&partition, epoch, position);
             assigned.push(Assigned { partition: partition.name.clone(), position, metadata });
         }
         if !assigned.is_empty() {
@@ -356,6 +375,28 @@ impl Consumer for EmbeddedConsumer {
             && let Some(cursor) = self.cursors.get(partition)
         {
             cursor.subscription.ready();
+        }
+    }
+
+    fn assign(&mut self, partitions: Vec<(TopicPartition, i64)>) {
+        if self.group.is_none() && self.topics.is_empty() {
+            let names: Vec<_> = partitions.iter().map(|(name, _)| name.clone()).collect();
+            self.unassign(&names);
+            self.choose(partitions);
+        }
+    }
+
+    fn unassign(&mut self, partitions: &[TopicPartition]) {
+        if self.group.is_some() || !self.topics.is_empty() {
+            return;
+        }
+        for name in partitions {
+            self.absent.remove(name);
+            self.held.remove(name);
+            self.out.retain(|event| !matches!(event, Event::Expired { partition, .. } if partition == name));
+            if let Some(cursor) = self.cursors.remove(name) {
+                self.uncharge(cursor.charged);
+            }
         }
     }
 

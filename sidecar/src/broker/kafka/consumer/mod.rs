@@ -61,6 +61,11 @@ impl Shared {
         self.ready.notify_one();
     }
 
+    /// Whether it reads what it is told, partition by partition.
+    fn chooses(&self) -> bool {
+        self.config.group.is_none() && self.topics.is_empty()
+    }
+
     fn closing(&self) -> bool {
         lock(&self.queue).closing
     }
@@ -94,8 +99,8 @@ pub(super) struct KafkaConsumer {
 
 impl KafkaConsumer {
     pub(super) fn open(settings: &Settings, config: ConsumerConfig, health: Arc<Health>) -> Result<Self, BrokerError> {
-        if config.topics.is_empty() {
-            return Err(BrokerError::new(BrokerErrorKind::Config, "a consumer needs at least one topic"));
+        if config.topics.is_empty() && config.group.is_some() {
+            return Err(BrokerError::new(BrokerErrorKind::Config, "a consumer of a group needs at least one topic"));
         }
         for topic in &config.topics {
             super::admin::check_name(topic)?;
@@ -159,6 +164,20 @@ impl Consumer for KafkaConsumer {
     fn release(&mut self, partition: &TopicPartition) {
         lock(&self.shared.queue).hold(partition, false);
         self.shared.ready.notify_one();
+    }
+
+    fn assign(&mut self, partitions: Vec<(TopicPartition, i64)>) {
+        if self.shared.chooses() {
+            lock(&self.shared.queue).choose(partitions);
+            self.shared.wakeup.set();
+        }
+    }
+
+    fn unassign(&mut self, partitions: &[TopicPartition]) {
+        if self.shared.chooses() {
+            lock(&self.shared.queue).unchoose(partitions);
+            self.shared.wakeup.set();
+        }
     }
 
     fn commit(&self, offsets: Vec<Commit>) -> BoxFuture<'static, Result<(), BrokerError>> {

@@ -49,6 +49,8 @@ pub(super) struct Queue {
     turn: VecDeque<TopicPartition>,
     resume: Vec<TopicPartition>,
     high: usize,
+    /// What the async side wants to read from now on, from where, or (`None`) no more: for the polling thread, in order.
+    choices: Vec<(TopicPartition, Option<i64>)>,
     /// The polling thread rests; it is to be woken when a partition has room again.
     resting: bool,
     /// How many commits run now.
@@ -198,6 +200,39 @@ impl Queue {
     pub(super) fn remove(&mut self, partition: &TopicPartition) {
         self.buffers.remove(partition);
         self.turn.retain(|queued| queued != partition);
+    }
+
+    /// Partitions are to be read from these offsets. What is buffered of them is dropped.
+    pub(super) fn choose(&mut self, partitions: Vec<(TopicPartition, i64)>) {
+        for (partition, position) in partitions {
+            self.unchoose(std::slice::from_ref(&partition));
+            self.choices.push((partition, Some(position)));
+        }
+    }
+
+    /// Partitions are not to be read any more: nothing of them leaves from now on.
+    pub(super) fn unchoose(&mut self, partitions: &[TopicPartition]) {
+        for partition in partitions {
+            self.remove(partition);
+            self.events.retain(|event| match event {
+                Event::Assigned(assigned) => assigned.iter().all(|one| one.partition != *partition),
+                Event::Revoking(revoking) => !revoking.partitions.contains(partition),
+                _ => true,
+            });
+            // What the thread has not seen yet is over.
+            self.choices.retain(|(chosen, _)| chosen != partition);
+            self.choices.push((partition.clone(), None));
+        }
+    }
+
+    /// What is chosen, for the polling thread.
+    pub(super) fn take_choices(&mut self) -> Vec<(TopicPartition, Option<i64>)> {
+        std::mem::take(&mut self.choices)
+    }
+
+    /// Whether a partition was chosen otherwise meanwhile.
+    pub(super) fn chosen_anew(&self, partition: &TopicPartition) -> bool {
+        self.choices.iter().any(|(chosen, _)| chosen == partition)
     }
 
     /// Whether a partition is ours, leaving or not.

@@ -195,6 +195,7 @@ impl Session {
                     Rebalance::Revoke { list, lost } => self.revoke(client, &list, lost),
                 }
             }
+            self.take_choices(client);
             if std::mem::take(&mut self.out_of_range) {
                 self.find_range(client);
             }

@@ -1,6 +1,7 @@
 //! Partitions that come and go, and those whose offsets do not exist.
 
 use std::{
+    collections::BTreeMap,
     future::Future as _,
     pin::Pin,
     sync::Arc,
@@ -100,11 +101,13 @@ impl Session {
         self.reindex();
         {
             let mut queue = lock(&self.shared.queue);
-            for one in &assigned {
-                queue.add(one.partition.clone());
+            for one in assigned.iter().filter(|one| !queue.chosen_anew(&one.partition)).map(|one| one.partition.clone()).collect::<Vec<_>>()
+            {
+                queue.add(one);
             }
             self.set_high(&mut queue);
-            if !assigned.is_empty() {
+            // Whoever chose the partitions knows them.
+            if !assigned.is_empty() && !self.shared.chooses() {
                 queue.event(Event::Assigned(assigned));
             }
         }
@@ -112,6 +115,39 @@ impl Session {
         self.trouble(Cause::Access, None);
         self.trouble(Cause::Fenced, None);
         self.log_failed("assign", client.incremental_assign(&list));
+    }
+
+    /// Does what the async side chose to read, and not to read any more.
+    pub(super) fn take_choices(&mut self, client: &Arc<Client>) {
+        let choices = lock(&self.shared.queue).take_choices();
+        if choices.is_empty() {
+            return;
+        }
+        let known = |session: &Self, partition: &TopicPartition| session.locals.iter().any(|local| local.partition == *partition);
+        let mut gone: Vec<TopicPartition> = Vec::new();
+        let mut chosen: BTreeMap<TopicPartition, i64> = BTreeMap::new();
+        for (partition, position) in choices {
+            if known(self, &partition) && !gone.contains(&partition) {
+                gone.push(partition.clone());
+            }
+            match position {
+                Some(position) => chosen.insert(partition, position),
+                None => chosen.remove(&partition),
+            };
+        }
+        if !gone.is_empty() {
+            self.forget(&gone);
+            self.log_failed("unassign", client.incremental_unassign(&plain_list(&gone)));
+        }
+        if chosen.is_empty() {
+            return;
+        }
+        let assigned: Vec<Assigned> =
+            chosen.into_iter().map(|(partition, position)| Assigned { partition, position, metadata: String::new() }).collect();
+        let list = plain_list(&assigned.iter().map(|one| one.partition.clone()).collect::<Vec<_>>());
+        self.begin(client, assigned);
+        // One that was full when it was read before may be paused still.
+        self.log_failed("resume", client.resume(&list));
     }
 
     fn set_high(&self, queue: &mut Queue) {
@@ -273,6 +309,12 @@ impl Session {
     /// The position is behind the partition's end: the topic was made anew, or its log cut. Begins as a new group would, and visibly:
     /// the partition is lost and assigned again.
     fn beyond(&mut self, client: &Arc<Client>, partition: &TopicPartition, next: i64, high: i64) {
+        if self.shared.chooses() {
+            // Its reader says where to begin: it is asked again after a while, should records come.
+            tracing::error!(%partition, position = next, end = high, "kafka: the position is beyond the end: waiting for records there");
+            self.poll_until(client, Duration::from_millis(500), |session| session.fatal.is_some());
+            return self.restart(client, partition, next);
+        }
         tracing::error!(%partition, position = next, end = high, "kafka: the position is beyond the end: the topic was made anew or cut");
         let detail = format!(
             "{partition}: the position {next} is beyond the end {high}: the topic was deleted and made anew, or its log was cut; reading begins \
