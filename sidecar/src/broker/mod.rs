@@ -237,6 +237,12 @@ pub trait Admin: Send + Sync + 'static {
     /// The lowest offset that exists, and the one after the newest.
     fn watermarks(&self, partition: &TopicPartition) -> BoxFuture<'_, Result<(i64, i64), BrokerError>>;
 
+    /// Whether a consumer that begins at `from` finds a record there or later. Where transactions were written, the newest offsets of a log may
+    /// be their markers, and no records. Where every offset is a record's, the answer may always be `true`.
+    fn readable(&self, _partition: &TopicPartition, _from: i64) -> BoxFuture<'_, Result<bool, BrokerError>> {
+        Box::pin(std::future::ready(Ok(true)))
+    }
+
     /// For each partition of the topic, the first offset whose record is not older; the high watermark if there is none.
     fn offsets_at(&self, topic: &str, timestamp_ms: i64) -> BoxFuture<'_, Result<Vec<i64>, BrokerError>>;
 

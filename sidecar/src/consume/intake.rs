@@ -67,6 +67,7 @@ impl RouteLoop {
                 busy: 0,
                 held: false,
                 high: position,
+                end: None,
                 moved: Instant::now(),
             };
             match self.by_partition.get(&partition) {

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::route::{RouteLoop, Slot};
 use crate::{
-    broker::{Admin, BrokerErrorKind, ProduceErrorKind},
+    broker::{Admin, BrokerError, BrokerErrorKind, ProduceErrorKind},
     record::{TopicPartition, now_ms},
     status::{RouteState, RouteStatus},
 };
@@ -21,33 +21,78 @@ pub(super) struct Measured {
     at_ms: i64,
     /// The assignment for which it was asked.
     epoch: u64,
-    highs: Vec<(u32, i64)>,
+    ends: Vec<(u32, i64, Option<End>)>,
     complete: bool,
 }
 
+/// From `from` to `high` there is no record: markers of transactions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct End {
+    from: i64,
+    high: i64,
+}
+
+/// A partition whose lag is measured.
+pub(super) struct Asked {
+    slot: u32,
+    partition: TopicPartition,
+    /// What was measured last.
+    high: i64,
+    end: Option<End>,
+    /// Where reading goes on, if all that was read is complete.
+    idle: Option<i64>,
+}
+
+impl Asked {
+    pub(super) fn new(index: u32, slot: &Slot) -> Self {
+        let idle = (slot.watermark.incomplete() == 0 && !slot.held).then(|| slot.watermark.next());
+        Self { slot: index, partition: slot.partition.clone(), high: slot.high, end: slot.end, idle }
+    }
+
+    /// The newest offset + 1, and whether it is not a record's but a transaction's marker. That is looked up once, when nothing happens.
+    async fn measure(&self, admin: &dyn Admin) -> Result<(i64, Option<End>), BrokerError> {
+        let (_, high) = admin.watermarks(&self.partition).await?;
+        let Some(from) = self.idle.filter(|from| *from < high && high == self.high) else { return Ok((high, None)) };
+        let end = End { from, high };
+        let known = self.end == Some(end) || !admin.readable(&self.partition, from).await?;
+        Ok((high, known.then_some(end)))
+    }
+}
+
 /// Asks the broker for the newest offsets of partitions; one that it does not tell is left out.
-pub(super) fn watch_lag(admin: Arc<dyn Admin>, epoch: u64, partitions: Vec<(u32, TopicPartition)>) -> BoxFuture<'static, Measured> {
+pub(super) fn watch_lag(admin: Arc<dyn Admin>, epoch: u64, partitions: Vec<Asked>) -> BoxFuture<'static, Measured> {
     async move {
         let (at_ms, asked) = (now_ms(), partitions.len());
-        let mut highs = Vec::with_capacity(asked);
-        for (slot, partition) in partitions {
-            match admin.watermarks(&partition).await {
-                Ok((_, high)) => highs.push((slot, high)),
-                Err(error) => tracing::debug!(%partition, %error, "no watermark for the lag"),
+        let mut ends = Vec::with_capacity(asked);
+        for asked in partitions {
+            match asked.measure(&*admin).await {
+                Ok((high, end)) => ends.push((asked.slot, high, end)),
+                Err(error) => tracing::debug!(partition = %asked.partition, %error, "no watermark for the lag"),
             }
         }
-        let complete = highs.len() == asked;
-        Measured { at_ms, epoch, highs, complete }
+        let complete = ends.len() == asked;
+        Measured { at_ms, epoch, ends, complete }
     }
     .boxed()
+}
+
+/// Records behind: those that are read and not complete, and those that were not read yet.
+fn behind(slot: &Slot) -> u64 {
+    let next = slot.watermark.next();
+    let end = match slot.end {
+        Some(end) if end.from == next => next,
+        _ => slot.high.max(next),
+    };
+    end.saturating_sub(slot.watermark.offset()).max(0).unsigned_abs()
 }
 
 impl RouteLoop {
     pub(super) fn on_lag(&mut self, measured: Measured) {
         self.lag = None;
-        for (index, high) in measured.highs {
+        for (index, high, end) in measured.ends {
             if let Some(slot) = self.slots.get_mut(index as usize) {
                 slot.high = high;
+                slot.end = end;
             }
         }
         if measured.complete && measured.epoch == self.epoch {
@@ -69,8 +114,7 @@ impl RouteLoop {
             _ => now_ms(),
         };
         let owned = || self.slots.iter().filter(|slot| slot.owned);
-        let lag_records =
-            owned().map(|slot| slot.high.max(slot.watermark.next()).saturating_sub(slot.watermark.offset()).max(0).unsigned_abs()).sum();
+        let lag_records = owned().map(behind).sum();
         let oldest = owned().filter_map(|slot| slot.watermark.oldest_timestamp_ms()).min();
         let lag_seconds = oldest.map_or(0.0, |oldest| now_ms().saturating_sub(oldest).max(0) as f64 / 1e3);
         let status = RouteStatus {

@@ -27,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     outbox::{Done, Outbox},
-    report::{Measured, watch_lag},
+    report::{Asked, End, Measured, watch_lag},
 };
 use crate::{
     broker::{Broker, BrokerError, Consumer, ConsumerConfig, Event, Revoking, StartOffset},
@@ -124,6 +124,8 @@ pub(super) struct Slot {
     pub(super) held: bool,
     /// The newest offset + 1 at the broker, as last measured.
     pub(super) high: i64,
+    /// What is left up to there is no record.
+    pub(super) end: Option<End>,
     /// When the watermark last moved, or there was nothing to do.
     pub(super) moved: Instant,
 }
@@ -318,7 +320,7 @@ impl RouteLoop {
         self.answer_revoke(now);
         if self.lag.is_none() && now >= self.lag_due {
             self.lag_due = now + LAG;
-            let owned = self.owned().map(|(slot, s)| (slot, s.partition.clone())).collect();
+            let owned = self.owned().map(|(index, slot)| Asked::new(index, slot)).collect();
             self.lag = Some(watch_lag(self.parts.broker.admin(), self.epoch, owned));
         }
         if now >= self.post_due {

@@ -9,6 +9,7 @@ mod control;
 mod crash;
 mod faults;
 mod flows;
+mod pitfalls;
 mod routes;
 mod subscribe;
 mod trace;

@@ -11,6 +11,7 @@ use std::{
 
 use futures_util::future::BoxFuture;
 use rdkafka::{
+    ClientConfig,
     admin::{AdminClient, AdminOptions, NewTopic as KafkaTopic, TopicReplication},
     config::FromClientConfigAndContext,
     consumer::{BaseConsumer, Consumer as _},
@@ -287,6 +288,20 @@ impl Admin for Asker {
         })
     }
 
+    fn readable(&self, partition: &TopicPartition, from: i64) -> BoxFuture<'_, Result<bool, BrokerError>> {
+        let partition = partition.clone();
+        Box::pin(async move {
+            check_name(&partition.topic)?;
+            let _slot = self.slots.acquire().await;
+            let (mut config, health) = (self.settings.admin(Some("mesh-reader")), self.health.clone());
+            config.set("enable.partition.eof", "true").set("fetch.wait.max.ms", "50").set("queued.min.messages", "1");
+            let asked = tokio::task::spawn_blocking(move || readable(&config, health, &partition, from));
+            asked
+                .await
+                .unwrap_or_else(|error| Err(BrokerError::new(BrokerErrorKind::Other, format!("the question was not finished: {error}"))))
+        })
+    }
+
     fn offsets_at(&self, topic: &str, timestamp_ms: i64) -> BoxFuture<'_, Result<Vec<i64>, BrokerError>> {
         let topic = topic.to_owned();
         Box::pin(async move {
@@ -322,6 +337,27 @@ impl Admin for Asker {
             asked.await.unwrap_or_else(|error| Err(BrokerError::new(BrokerErrorKind::Other, format!("committed offsets: {error}"))))
         })
     }
+}
+
+/// Reads until there is a record, or the end.
+fn readable(config: &ClientConfig, health: Arc<Health>, partition: &TopicPartition, from: i64) -> Result<bool, BrokerError> {
+    let what = || format!("{partition} from {from}");
+    let client: BaseConsumer<Reporter> =
+        BaseConsumer::from_config_and_context(config, Reporter(health)).map_err(|error| broker_error(what(), &error))?;
+    let mut list = TopicPartitionList::with_capacity(1);
+    list.add_partition_offset(&partition.topic, partition.partition, Offset::Offset(from)).map_err(|error| broker_error(what(), &error))?;
+    client.assign(&list).map_err(|error| broker_error(what(), &error))?;
+    let until = Instant::now() + TIMEOUT;
+    while Instant::now() < until {
+        match client.poll(until.saturating_duration_since(Instant::now())) {
+            Some(Ok(_)) => return Ok(true),
+            Some(Err(KafkaError::PartitionEOF(_))) => return Ok(false),
+            // Connections come and go: it is tried until the time is over.
+            Some(Err(error)) => tracing::debug!("kafka: {}: {error}", what()),
+            None => {}
+        }
+    }
+    Err(BrokerError::new(BrokerErrorKind::Unreachable, format!("{}: nothing was read within {TIMEOUT:?}", what())))
 }
 
 /// The first offset of each partition that is not older; the high watermark where there is none.
