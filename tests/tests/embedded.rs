@@ -43,7 +43,8 @@ fn out(topic: &str, partition: i32, key: Option<&str>, value: Vec<u8>) -> Outgoi
 
 fn reader(broker: &EmbeddedBroker, topic: &str) -> Box<dyn Consumer> {
     let topics = vec![topic.into()];
-    let config = ConsumerConfig { group: None, topics, instance: None, start: StartOffset::Earliest, buffer_bytes: 1 << 20 };
+    let config =
+        ConsumerConfig { group: None, topics, instance: None, start: StartOffset::Earliest, buffer_bytes: 1 << 20, transactional_id: None };
     broker.consumer(config).expect("a consumer")
 }
 
@@ -85,7 +86,8 @@ async fn victim() {
     let producer = broker.producer();
     let topics = vec!["t".into()];
     let group = Some("g".to_owned());
-    let config = ConsumerConfig { group, topics, instance: None, start: StartOffset::Earliest, buffer_bytes: 1 << 20 };
+    let config =
+        ConsumerConfig { group, topics, instance: None, start: StartOffset::Earliest, buffer_bytes: 1 << 20, transactional_id: None };
     producer.learn_topic("t", PATIENCE).await.expect("exists");
     let mut consumer = broker.consumer(config).expect("a consumer");
     tokio::spawn(async move {
@@ -383,7 +385,8 @@ async fn a_large_log_is_read_from_disk_within_the_buffer() {
     drop(broker);
     let broker = open();
     let topics = vec!["t".into()];
-    let config = ConsumerConfig { group: None, topics, instance: None, start: StartOffset::Earliest, buffer_bytes: 100_000 };
+    let config =
+        ConsumerConfig { group: None, topics, instance: None, start: StartOffset::Earliest, buffer_bytes: 100_000, transactional_id: None };
     let mut consumer = broker.consumer(config).expect("a consumer");
     let mut next: BTreeMap<i32, i64> = BTreeMap::new();
     while next.values().sum::<i64>() < 80_000 {

@@ -69,6 +69,7 @@ fn config(group: Option<&str>, topics: &[Arc<str>]) -> ConsumerConfig {
         instance: None,
         start: StartOffset::Earliest,
         buffer_bytes: 8 * 1024 * 1024,
+        transactional_id: None,
     }
 }
 

@@ -163,6 +163,7 @@ pub(super) async fn open(api: &Api, caller: Caller, topics: &[String], group: &s
         instance: None,
         start,
         buffer_bytes: config.limits.buffer_bytes,
+        transactional_id: None,
     };
     Ok(Subscription::open(&api.inner.broker, consumer, &api.inner.tasks)?)
 }

@@ -117,7 +117,7 @@ impl Broker for Fake {
         let (holding, held) = watch::channel(Vec::new());
         let (open, closed) = watch::channel(false);
         self.0.lock().unwrap().consumers.push(FakeHandle { config, events, commits, held, closed });
-        Ok(Box::new(FakeConsumer { receiver, committing, holding, open }))
+        Ok(Box::new(FakeConsumer { broker: self.clone(), receiver, committing, holding, open }))
     }
 
     fn admin(&self) -> Arc<dyn Admin> {
@@ -182,6 +182,7 @@ impl Producer for Fake {
 }
 
 struct FakeConsumer {
+    broker: Fake,
     receiver: mpsc::Receiver<Event>,
     committing: watch::Sender<Vec<Commit>>,
     holding: watch::Sender<Vec<TopicPartition>>,
@@ -211,6 +212,27 @@ impl Consumer for FakeConsumer {
     fn unassign(&mut self, _partitions: &[TopicPartition]) {}
 
     fn commit(&self, offsets: Vec<Commit>) -> BoxFuture<'static, Result<(), BrokerError>> {
+        self.committing.send_modify(|commits| commits.extend(offsets));
+        Box::pin(async { Ok(()) })
+    }
+
+    fn transact(&self, records: Vec<Outgoing>, offsets: Vec<Commit>) -> BoxFuture<'static, Result<(), TransactionError>> {
+        let mode = self.broker.0.lock().unwrap().mode.clone();
+        let refused = |kind, topic: &str| {
+            let refused = records.iter().enumerate().filter(|(_, outgoing)| *outgoing.topic == *topic);
+            let error = |index| (index, ProduceError { kind, detail: format!("{kind:?}") });
+            refused.map(|(index, _)| error(index)).collect::<Vec<_>>()
+        };
+        let error = match mode {
+            Mode::Silent => return Box::pin(std::future::pending()),
+            Mode::Fail(kind) => Some(TransactionError::Aborted(BrokerError::new(BrokerErrorKind::Other, format!("{kind:?}")))),
+            Mode::FailTopic(kind, topic) => Some(refused(kind, topic)).filter(|refused| !refused.is_empty()).map(TransactionError::Refused),
+            Mode::Store => None,
+        };
+        if let Some(error) = error {
+            return Box::pin(async { Err(error) });
+        }
+        drop(self.broker.send(records));
         self.committing.send_modify(|commits| commits.extend(offsets));
         Box::pin(async { Ok(()) })
     }

@@ -7,6 +7,7 @@
 //!
 //! Invariant: a broker that is away is waited for. An implementation reports it ([`Event::Trouble`]) and recovers by itself.
 //! Invariant: `Producer::send` enqueues before it returns, so that the order of calls is the order in a partition.
+//! Invariant: readers see records of a transaction only once it is committed, and never those of one that was aborted.
 //! Invariant: nothing above this module names an implementation, `app` aside.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
@@ -125,6 +126,9 @@ pub struct ConsumerConfig {
     pub start: StartOffset,
     /// How many bytes are fetched ahead at most.
     pub buffer_bytes: usize,
+    /// The identity of its transactions ([`Consumer::transact`]); `None`: it makes none. Whoever begins with an identity ends what an earlier
+    /// holder left unfinished, and fences it.
+    pub transactional_id: Option<String>,
 }
 
 /// Where a partition without a committed offset begins.
@@ -163,6 +167,14 @@ pub trait Consumer: Send + 'static {
     /// # Errors
     /// [`BrokerErrorKind::Fenced`] if the partition belongs to somebody else by now; others may be tried again.
     fn commit(&self, offsets: Vec<Commit>) -> BoxFuture<'static, Result<(), BrokerError>>;
+
+    /// One whole transaction: the records are stored and the offsets committed, or neither. A reader sees none of the records before all of
+    /// it is stored. Begins when it is called; one at a time, and none beside a [`Consumer::commit`]. While it runs, a partition of it is not
+    /// given away. Dropping the future does not take it back.
+    ///
+    /// # Errors
+    /// See [`TransactionError`]: but for [`TransactionError::Lost`], nothing of it is stored.
+    fn transact(&self, records: Vec<Outgoing>, offsets: Vec<Commit>) -> BoxFuture<'static, Result<(), TransactionError>>;
 
     /// Leaves the group and frees everything. What was not committed is not. For a static member the membership stays until its timeout.
     fn close(self: Box<Self>) -> BoxFuture<'static, ()>;
@@ -224,6 +236,26 @@ pub struct Commit {
     pub offset: i64,
     /// The commit's metadata; at most 4,096 characters.
     pub metadata: String,
+}
+
+/// Why a transaction was not stored.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum TransactionError {
+    /// It was taken back, through no fault of its records; it may be done again.
+    #[error("the transaction was aborted: {0}")]
+    Aborted(BrokerError),
+    /// The broker refuses these of its records for good, by index; the others may be sent again without them.
+    #[error("the transaction was aborted: {} of its records are refused: {}", .0.len(), .0.first().map_or("", |(_, error)| &error.detail))]
+    Refused(Vec<(usize, ProduceError)>),
+    /// The broker refuses some of its records for good and does not tell which: to be done again in smaller ones.
+    #[error("the transaction was aborted: some of its records are refused: {0}")]
+    Split(ProduceError),
+    /// A partition belongs to somebody else by now.
+    #[error("the transaction was not begun: {0}")]
+    Fenced(BrokerError),
+    /// Its end is not known. The consumer reports its partitions as lost and assigns them again at what is committed.
+    #[error("the end of a transaction is not known: {0}")]
+    Lost(BrokerError),
 }
 
 /// Topics, watermarks, groups.

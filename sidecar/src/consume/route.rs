@@ -200,6 +200,7 @@ impl RouteLoop {
                 Start::At(time) => StartOffset::At(time),
             },
             buffer_bytes: parts.buffer_bytes,
+            transactional_id: None,
         })?;
         let outbox = Outbox::new(parts.broker.producer(), parts.tracer.clone(), parts.broker.system());
         let hasher = LaneKeys(parts.seed);

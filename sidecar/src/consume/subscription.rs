@@ -313,7 +313,8 @@ mod tests {
         let fake = Fake::new(&["t"]);
         let broker: Arc<dyn Broker> = Arc::new(fake.clone());
         let (group, topics) = (group.map(str::to_owned), vec!["t".into()]);
-        let config = ConsumerConfig { group, topics, instance: None, start: StartOffset::Earliest, buffer_bytes: 1024 };
+        let config =
+            ConsumerConfig { group, topics, instance: None, start: StartOffset::Earliest, buffer_bytes: 1024, transactional_id: None };
         let tasks = TaskTracker::new();
         let subscription = Subscription::open(&broker, config, &tasks).unwrap();
         tasks.close();

@@ -55,6 +55,7 @@ async fn try_to_begin(shared: &Shared) -> Result<(Box<dyn Consumer>, (i64, i64))
         instance: None,
         start: StartOffset::Earliest,
         buffer_bytes: BUFFER,
+        transactional_id: None,
     };
     Ok((shared.broker.consumer(config)?, bounds))
 }

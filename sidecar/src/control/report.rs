@@ -265,6 +265,7 @@ async fn try_to_begin(shared: &Shared) -> Result<(Box<dyn Consumer>, Ends), Brok
         instance: None,
         start: StartOffset::Earliest,
         buffer_bytes: 1 << 20,
+        transactional_id: None,
     };
     Ok((shared.broker.consumer(config)?, ends))
 }

@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use crate::{
     broker::{
         Acks, Admin, Broker, BrokerError, BrokerErrorKind, Commit, Consumer, ConsumerConfig, Event, NewTopic, Outgoing, ProduceError,
-        ProduceErrorKind, Producer,
+        ProduceErrorKind, Producer, TransactionError,
     },
     record::{Batch, Position, Record, TopicPartition},
 };
@@ -230,6 +230,10 @@ impl Consumer for Reader {
 
     fn commit(&self, _: Vec<Commit>) -> BoxFuture<'static, Result<(), BrokerError>> {
         unreachable!("the control plane commits nothing")
+    }
+
+    fn transact(&self, _: Vec<Outgoing>, _: Vec<Commit>) -> BoxFuture<'static, Result<(), TransactionError>> {
+        unreachable!("the control plane makes no transactions")
     }
 
     fn close(self: Box<Self>) -> BoxFuture<'static, ()> {

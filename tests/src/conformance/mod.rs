@@ -17,6 +17,7 @@ use futures_util::future::BoxFuture;
 use mesh_sidecar::{
     broker::{
         Assigned, Broker, BrokerErrorKind, Commit, Consumer, ConsumerConfig, Event, NewTopic, Outgoing, ProduceErrorKind, StartOffset,
+        TransactionError,
     },
     record::{Header, Position, Record, TopicPartition},
 };
@@ -25,6 +26,7 @@ use tokio::sync::{Notify, oneshot};
 mod consume;
 mod log;
 mod members;
+mod transactions;
 
 /// How long an expected event may take.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -77,6 +79,11 @@ pub async fn run_cases(broker: &Arc<dyn Broker>) -> Vec<String> {
         members::members_share_and_hand_over,
         members::a_late_commit_is_fenced,
         members::a_silent_member_loses_its_partitions,
+        transactions::records_and_offsets_are_stored_together,
+        transactions::an_aborted_transaction_leaves_nothing,
+        transactions::a_refused_record_is_found,
+        transactions::whoever_takes_the_identity_fences_the_holder,
+        transactions::an_offset_of_anothers_partition_is_refused,
     ];
     let mut failures = Vec::new();
     for (name, case) in cases {
@@ -126,7 +133,7 @@ async fn produce(broker: &Arc<dyn Broker>, records: Vec<Outgoing>) -> Result<Vec
 
 fn config(group: Option<&str>, topics: &[&Arc<str>], start: StartOffset) -> ConsumerConfig {
     let topics = topics.iter().map(|topic| (*topic).clone()).collect();
-    ConsumerConfig { group: group.map(str::to_owned), topics, instance: None, start, buffer_bytes: 1 << 20 }
+    ConsumerConfig { group: group.map(str::to_owned), topics, instance: None, start, buffer_bytes: 1 << 20, transactional_id: None }
 }
 
 /// A consumer with what it was assigned.

@@ -293,3 +293,27 @@ impl Groups {
         }
     }
 }
+
+/// Who holds which identity of transactions.
+#[derive(Debug, Default)]
+pub(super) struct Identities(Mutex<HashMap<String, u64>>);
+
+impl Identities {
+    /// The member takes the identity; whoever held it is fenced.
+    pub(super) fn take(&self, identity: &str, member: u64) {
+        lock(&self.0).insert(identity.to_owned(), member);
+    }
+
+    /// Whether the member still holds the identity.
+    pub(super) fn holds(&self, identity: &str, member: u64) -> bool {
+        lock(&self.0).get(identity) == Some(&member)
+    }
+
+    /// The member gives the identity up, if it still holds it.
+    pub(super) fn give_up(&self, identity: &str, member: u64) {
+        let mut holders = lock(&self.0);
+        if holders.get(identity) == Some(&member) {
+            holders.remove(identity);
+        }
+    }
+}

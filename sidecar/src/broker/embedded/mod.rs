@@ -35,7 +35,7 @@ use self::{
     checkpoint::Checkpoints,
     client::{EmbeddedAdmin, EmbeddedProducer},
     consumer::EmbeddedConsumer,
-    group::Groups,
+    group::{Groups, Identities},
     inbox::Inbox,
     log::{Catalog, lock},
     queue::{Job, NotQueued, Queue},
@@ -131,6 +131,7 @@ struct Shared {
     checkpoints: Checkpoints,
     groups: Groups,
     loners: Mutex<Vec<Weak<Inbox>>>,
+    identities: Identities,
     failing: AtomicBool,
     failure: Mutex<Option<BrokerError>>,
     ids: AtomicU64,
@@ -150,6 +151,7 @@ impl Shared {
             checkpoints: Checkpoints::default(),
             groups: Groups::default(),
             loners: Mutex::default(),
+            identities: Identities::default(),
             failing: AtomicBool::new(false),
             failure: Mutex::default(),
             ids: AtomicU64::new(1),
@@ -416,7 +418,7 @@ mod tests {
 
     fn config(topic: &str) -> ConsumerConfig {
         let (group, topics) = (Some("g".to_owned()), vec![topic.into()]);
-        ConsumerConfig { group, topics, instance: None, start: StartOffset::Earliest, buffer_bytes: 1 << 20 }
+        ConsumerConfig { group, topics, instance: None, start: StartOffset::Earliest, buffer_bytes: 1 << 20, transactional_id: None }
     }
 
     async fn records(consumer: &mut Box<dyn Consumer>) -> (TopicPartition, usize) {

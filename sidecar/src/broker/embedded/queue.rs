@@ -17,7 +17,7 @@ use super::{
     log::lock,
 };
 use crate::{
-    broker::{BrokerError, Commit, NewTopic, Outgoing, ProduceError, StartOffset},
+    broker::{BrokerError, Commit, NewTopic, Outgoing, ProduceError, StartOffset, TransactionError},
     record::Position,
 };
 
@@ -29,14 +29,26 @@ pub(super) type Results = Vec<Result<Position, ProduceError>>;
 pub(super) enum Job {
     Append { records: Vec<Outgoing>, bytes: usize, reply: oneshot::Sender<Results> },
     Commit { group: Arc<Group>, member: u64, offsets: Vec<(Option<u64>, Commit)>, reply: oneshot::Sender<Result<(), BrokerError>> },
+    Transact { transaction: Transaction, bytes: usize, reply: oneshot::Sender<Result<(), TransactionError>> },
     Resolve { group: Option<Arc<Group>>, gains: Vec<Gain>, start: StartOffset, inbox: Arc<Inbox> },
     CreateTopics { topics: Vec<NewTopic>, reply: oneshot::Sender<Result<BTreeMap<String, i32>, BrokerError>> },
+}
+
+/// Records and offsets that are stored together.
+#[derive(Debug)]
+pub(super) struct Transaction {
+    pub(super) group: Arc<Group>,
+    pub(super) member: u64,
+    /// The identity that the member must still hold.
+    pub(super) identity: String,
+    pub(super) records: Vec<Outgoing>,
+    pub(super) offsets: Vec<(Option<u64>, Commit)>,
 }
 
 impl Job {
     fn bytes(&self) -> usize {
         match self {
-            Self::Append { bytes, .. } => *bytes,
+            Self::Append { bytes, .. } | Self::Transact { bytes, .. } => *bytes,
             _ => 0,
         }
     }

@@ -22,11 +22,11 @@ use super::{
     log::{Partition, Row, Topic},
     names,
     partitioner::partition_of,
-    queue::{Job, Results, Taken},
+    queue::{Job, Results, Taken, Transaction},
     store::{NewRow, Store, WriteError},
 };
 use crate::{
-    broker::{BrokerError, BrokerErrorKind, Commit, NewTopic, Outgoing, ProduceError, ProduceErrorKind, StartOffset},
+    broker::{BrokerError, BrokerErrorKind, Commit, NewTopic, Outgoing, ProduceError, ProduceErrorKind, StartOffset, TransactionError},
     record::{Position, TopicPartition},
 };
 
@@ -106,6 +106,7 @@ struct Plan {
     offsets: Vec<(Arc<str>, i64, i64, String)>,
     appended: Vec<(oneshot::Sender<Results>, Results)>,
     committed: Vec<(oneshot::Sender<Committed>, Committed)>,
+    transacted: Vec<oneshot::Sender<Result<(), TransactionError>>>,
     resolve: Vec<Resolve>,
 }
 
@@ -191,6 +192,11 @@ impl Writer {
                     let result = self.plan_commit(&mut plan, &group, member, offsets);
                     plan.committed.push((reply, result));
                 }
+                Job::Transact { transaction, reply, .. } => match self.plan_transaction(&mut plan, transaction, now) {
+                    Ok(()) => plan.transacted.push(reply),
+                    // Whoever dropped its receiver does not want to know.
+                    Err(error) => drop(reply.send(Err(error))),
+                },
                 Job::Resolve { group, gains, start, inbox } => plan.resolve.push(Resolve { group, gains, start, inbox }),
                 Job::CreateTopics { topics, reply } => {
                     // Nobody may wait any more.
@@ -240,6 +246,7 @@ impl Writer {
                 // Whoever dropped its receiver does not want to know.
                 plan.appended.into_iter().for_each(|(reply, results)| drop(reply.send(results)));
                 plan.committed.into_iter().for_each(|(reply, result)| drop(reply.send(result)));
+                plan.transacted.into_iter().for_each(|reply| drop(reply.send(Ok(()))));
                 if wrote && self.shared.is_failing() {
                     self.shared.recovered();
                 }
@@ -298,22 +305,9 @@ impl Writer {
         now: i64,
         stuck: &mut usize,
     ) -> Result<Position, ProduceError> {
+        self.check_record(topic, &outgoing)?;
         let Outgoing { partition, record, .. } = outgoing;
-        let error = |kind, detail| Err(ProduceError { kind, detail });
         let size = stored_size(&record);
-        let limit = topic.settings.max_record.unwrap_or(self.shared.config.max_record_bytes);
-        if size > limit {
-            return error(
-                ProduceErrorKind::TooLarge,
-                format!("topic '{}': the record has {size} bytes; the embedded broker takes {limit} at most", topic.name),
-            );
-        }
-        if topic.settings.compact && record.key.is_none() {
-            return error(
-                ProduceErrorKind::Refused,
-                format!("topic '{}' is compacted, so a record needs a key, and this one has none", topic.name),
-            );
-        }
         let count = topic.count();
         let number = match (partition, &record.key) {
             (Some(number), _) => number,
@@ -327,12 +321,7 @@ impl Writer {
                 self.sticky % count.max(1)
             }
         };
-        let Some(partition) = topic.partition(number) else {
-            return error(
-                ProduceErrorKind::UnknownPartition,
-                format!("topic '{}' has partitions 0 to {}, there is no partition {number}", topic.name, count - 1),
-            );
-        };
+        let partition = topic.partition(number).ok_or_else(|| no_partition(topic, number))?;
         let growth = plan.growth(partition);
         if growth.encoder.count() > 0 && growth.encoder.len() + size > ROW_BYTES {
             growth.close_row();
@@ -346,6 +335,67 @@ impl Writer {
             growth.close_row();
         }
         Ok(Position { partition: partition.name.clone(), offset })
+    }
+
+    /// Whether the topic takes the record.
+    fn check_record(&self, topic: &Topic, outgoing: &Outgoing) -> Result<(), ProduceError> {
+        let error = |kind, detail| Err(ProduceError { kind, detail });
+        let size = stored_size(&outgoing.record);
+        let limit = topic.settings.max_record.unwrap_or(self.shared.config.max_record_bytes);
+        if size > limit {
+            return error(
+                ProduceErrorKind::TooLarge,
+                format!("topic '{}': the record has {size} bytes; the embedded broker takes {limit} at most", topic.name),
+            );
+        }
+        if topic.settings.compact && outgoing.record.key.is_none() {
+            return error(
+                ProduceErrorKind::Refused,
+                format!("topic '{}' is compacted, so a record needs a key, and this one has none", topic.name),
+            );
+        }
+        match outgoing.partition {
+            Some(number) if topic.partition(number).is_none() => Err(no_partition(topic, number)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes a transaction into the plan: all of it, or nothing.
+    fn plan_transaction(&mut self, plan: &mut Plan, transaction: Transaction, now: i64) -> Result<(), TransactionError> {
+        let Transaction { group, member, identity, records, offsets } = transaction;
+        if !self.shared.identities.holds(&identity, member) {
+            let detail = format!("transactions of '{identity}': another consumer took the identity, or this one is closed");
+            return Err(TransactionError::Fenced(BrokerError::new(BrokerErrorKind::Fenced, detail)));
+        }
+        let mut refused = Vec::new();
+        for (index, outgoing) in records.iter().enumerate() {
+            match self.topic(&outgoing.topic).and_then(|topic| self.check_record(&topic, outgoing)) {
+                Ok(()) => {}
+                Err(error) if matches!(error.kind, ProduceErrorKind::Unavailable | ProduceErrorKind::UnknownTopic) => {
+                    return Err(TransactionError::Aborted(BrokerError::new(BrokerErrorKind::Storage, error.detail)));
+                }
+                Err(error) => refused.push((index, error)),
+            }
+        }
+        if !refused.is_empty() {
+            return Err(TransactionError::Refused(refused));
+        }
+        for (epoch, commit) in &offsets {
+            self.check_commit(&group, member, *epoch, commit).map_err(|error| match error.kind {
+                BrokerErrorKind::Fenced => TransactionError::Fenced(error),
+                _ => TransactionError::Aborted(error),
+            })?;
+        }
+        // From here on nothing can be refused.
+        let refused = self.plan_append(plan, records, now).into_iter().filter_map(Result::err).next();
+        let committed = self.plan_commit(plan, &group, member, offsets);
+        match (refused, committed) {
+            (None, Ok(())) => {}
+            (refused, committed) => {
+                tracing::error!(?refused, ?committed, "a part of a transaction was refused after all of it was checked")
+            }
+        }
+        Ok(())
     }
 
     /// The topic; created if it does not exist.
@@ -391,32 +441,39 @@ impl Writer {
     /// Takes what may be committed into the plan. The rest is refused by name; it does not hold the others up.
     fn plan_commit(&mut self, plan: &mut Plan, group: &Group, member: u64, offsets: Vec<(Option<u64>, Commit)>) -> Result<(), BrokerError> {
         let mut result = Ok(());
-        for (epoch, Commit { partition, offset, metadata }) in offsets {
-            let refused = match self.shared.catalog.partition(&partition) {
-                None => Some((BrokerErrorKind::UnknownTopic, format!("there is no partition {partition}"))),
-                Some(_) if !group.may_commit(member, &partition, epoch) => {
-                    Some((BrokerErrorKind::Fenced, format!("partition {partition} belongs to another member by now, or to none")))
-                }
-                Some(_) if offset < 0 => Some((BrokerErrorKind::Other, format!("offset {offset} of {partition} is below 0"))),
-                Some(_) if metadata.len() > MAX_METADATA => Some((
-                    BrokerErrorKind::Other,
-                    format!("the metadata for {partition} has {} characters; at most {MAX_METADATA} are allowed", metadata.len()),
-                )),
-                Some(known) => {
-                    plan.offsets.push((group.name.clone(), known.id, offset, metadata));
-                    None
-                }
-            };
-            if let Some((kind, detail)) = refused {
-                let error = BrokerError::new(kind, format!("commit of group '{}' refused: {detail}", group.name));
+        for (epoch, commit) in offsets {
+            match self.check_commit(group, member, epoch, &commit) {
+                Ok(partition) => plan.offsets.push((group.name.clone(), partition, commit.offset, commit.metadata)),
                 // Of several reasons the weightiest is reported.
-                if result.is_ok() || kind == BrokerErrorKind::Fenced {
-                    result = Err(error);
-                }
+                Err(error) if result.is_ok() || error.kind == BrokerErrorKind::Fenced => result = Err(error),
+                Err(_) => {}
             }
         }
         result
     }
+
+    /// Whether the member may commit this; the partition's number in the store.
+    fn check_commit(&self, group: &Group, member: u64, epoch: Option<u64>, commit: &Commit) -> Result<i64, BrokerError> {
+        let Commit { partition, offset, metadata } = commit;
+        let (kind, detail) = match self.shared.catalog.partition(partition) {
+            None => (BrokerErrorKind::UnknownTopic, format!("there is no partition {partition}")),
+            Some(_) if !group.may_commit(member, partition, epoch) => {
+                (BrokerErrorKind::Fenced, format!("partition {partition} belongs to another member by now, or to none"))
+            }
+            Some(_) if *offset < 0 => (BrokerErrorKind::Other, format!("offset {offset} of {partition} is below 0")),
+            Some(_) if metadata.len() > MAX_METADATA => (
+                BrokerErrorKind::Other,
+                format!("the metadata for {partition} has {} characters; at most {MAX_METADATA} are allowed", metadata.len()),
+            ),
+            Some(known) => return Ok(known.id),
+        };
+        Err(BrokerError::new(kind, format!("commit of group '{}' refused: {detail}", group.name)))
+    }
+}
+
+fn no_partition(topic: &Topic, number: i32) -> ProduceError {
+    let detail = format!("topic '{}' has partitions 0 to {}, there is no partition {number}", topic.name, topic.count() - 1);
+    ProduceError { kind: ProduceErrorKind::UnknownPartition, detail }
 }
 
 /// The most characters of a commit's metadata, as in Kafka.
@@ -459,6 +516,10 @@ fn fail(plan: Plan, failure: &WriteError) {
     }
     for (reply, result) in plan.committed {
         drop(reply.send(result.and(Err(failure.error.clone()))));
+    }
+    for reply in plan.transacted {
+        // Also if it may be stored: the next one overwrites it, and a crash before that finds all of it or nothing.
+        drop(reply.send(Err(TransactionError::Aborted(failure.error.clone()))));
     }
     for Resolve { gains, inbox, .. } in plan.resolve {
         inbox.push(Notice::Resolved(Err((failure.error.clone(), gains))));

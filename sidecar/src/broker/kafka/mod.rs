@@ -33,6 +33,7 @@ mod error;
 mod health;
 mod producer;
 mod settings;
+mod transaction;
 mod wakeup;
 
 /// What is not among librdkafka's own keys.

@@ -24,6 +24,7 @@ use rdkafka::{
     error::KafkaError,
     message::{Header as KafkaHeader, Message, OwnedHeaders},
     producer::{BaseProducer, BaseRecord, DeliveryResult, Producer as _, ProducerContext},
+    util::IntoOpaque,
 };
 use tokio::sync::oneshot;
 
@@ -364,6 +365,12 @@ impl Producer for KafkaProducer {
 
 /// Hands a record to librdkafka, which copies it.
 fn enqueue(client: &Client, outgoing: &Outgoing, ticket: Ticket, bootstrap: &str) -> Result<(), ProduceError> {
+    let base = base_record(outgoing, Box::new(ticket))?;
+    client.send(base).map_err(|(error, _)| produce_error(&outgoing.topic, bootstrap, &error))
+}
+
+/// A record in librdkafka's form.
+pub(super) fn base_record<T: IntoOpaque>(outgoing: &Outgoing, ticket: T) -> Result<BaseRecord<'_, [u8], [u8], T>, ProduceError> {
     let record = &outgoing.record;
     let refused = |detail: String| ProduceError { kind: ProduceErrorKind::Refused, detail };
     if record.headers.iter().any(|header| header.name.contains('\0')) {
@@ -376,7 +383,7 @@ fn enqueue(client: &Client, outgoing: &Outgoing, ticket: Ticket, bootstrap: &str
         let detail = format!("topic `{}`: partition {} is negative", outgoing.topic, outgoing.partition.unwrap_or_default());
         return Err(ProduceError { kind: ProduceErrorKind::UnknownPartition, detail });
     }
-    let mut base = BaseRecord::<'_, [u8], [u8], Box<Ticket>>::with_opaque_to(&outgoing.topic, Box::new(ticket));
+    let mut base = BaseRecord::<'_, [u8], [u8], T>::with_opaque_to(&outgoing.topic, ticket);
     base.partition = outgoing.partition;
     base.key = record.key.as_deref();
     base.payload = record.value.as_deref();
@@ -384,7 +391,7 @@ fn enqueue(client: &Client, outgoing: &Outgoing, ticket: Ticket, bootstrap: &str
     if !record.headers.is_empty() {
         base.headers = Some(headers(&record.headers));
     }
-    client.send(base).map_err(|(error, _)| produce_error(&outgoing.topic, bootstrap, &error))
+    Ok(base)
 }
 
 fn headers(headers: &[Header]) -> OwnedHeaders {

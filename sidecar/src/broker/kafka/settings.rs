@@ -10,7 +10,7 @@ use super::KafkaOptions;
 use crate::broker::{BrokerError, BrokerErrorKind, ConsumerConfig};
 
 /// Keys that the mesh sets itself: the values that it sets anyhow, and the reason.
-const RESERVED: [(&str, &[&str], &str); 11] = [
+const RESERVED: [(&str, &[&str], &str); 12] = [
     ("group.id", &[], "a route's group is named by the routing table (`group`)"),
     ("group.instance.id", &[], "static membership is asked for by `instance`"),
     ("transactional.id", &[], "it is made of mesh, route and instance"),
@@ -21,8 +21,12 @@ const RESERVED: [(&str, &[&str], &str); 11] = [
     ("acks", &["all", "-1"], "an acknowledged record is on all in-sync replicas"),
     ("request.required.acks", &["all", "-1"], "an acknowledged record is on all in-sync replicas"),
     ("partition.assignment.strategy", &["cooperative-sticky"], "only this one leaves the other partitions running in a rebalance"),
+    ("isolation.level", &["read_committed"], "a record of a transaction that was aborted must reach no handler"),
     ("enable.partition.eof", &["false"], "the mesh asks for watermarks where it needs them"),
 ];
+
+/// How long the broker lets a transaction be open, in milliseconds.
+const TRANSACTION_MS: u64 = 10_000;
 
 /// The operator's settings, checked.
 #[derive(Clone, Debug)]
@@ -92,6 +96,20 @@ impl Settings {
         config
     }
 
+    /// For the producer of a consumer's transactions.
+    pub(super) fn transactional(&self, id: &str) -> ClientConfig {
+        let mut config = self.producer();
+        // A transaction is over, one way or the other, well before its partitions can be another member's for long: until then their
+        // offsets, and the records behind it, are kept from readers.
+        let timeout = config.get("transaction.timeout.ms").and_then(|timeout| timeout.parse().ok()).unwrap_or(TRANSACTION_MS);
+        let message = timeout * 4 / 5;
+        config.set("transactional.id", id).set("transaction.timeout.ms", timeout.to_string());
+        // Also where the operator set another for the shared producer: librdkafka refuses one that is longer than the transaction.
+        config.set("message.timeout.ms", message.to_string());
+        config.remove("delivery.timeout.ms");
+        config
+    }
+
     /// For questions to the broker, of a group or of none. Never a member.
     pub(super) fn admin(&self, group: Option<&str>) -> ClientConfig {
         let mut config = self.base();
@@ -126,6 +144,7 @@ impl Settings {
             .set("allow.auto.create.topics", "false")
             .set("enable.auto.commit", "false")
             .set("enable.auto.offset.store", "false")
+            .set("isolation.level", "read_committed")
             .set("auto.offset.reset", "error");
         if classic {
             config.set("partition.assignment.strategy", "cooperative-sticky");

@@ -21,10 +21,12 @@ use super::{
     group::{Group, GroupEvent, Handover, Losing},
     inbox::{Gain, Inbox, Notice, Resolved},
     log::{Partition, Row, Subscription},
-    queue::Job,
+    queue::{Job, NotQueued, Transaction},
 };
 use crate::{
-    broker::{Assigned, BrokerError, BrokerErrorKind, Commit, Consumer, ConsumerConfig, Event, Revoking, StartOffset},
+    broker::{
+        Assigned, BrokerError, BrokerErrorKind, Commit, Consumer, ConsumerConfig, Event, Outgoing, Revoking, StartOffset, TransactionError,
+    },
     record::TopicPartition,
 };
 
@@ -43,6 +45,7 @@ pub(super) struct EmbeddedConsumer {
     topics: BTreeSet<Arc<str>>,
     start: StartOffset,
     buffer_bytes: usize,
+    identity: Option<String>,
     cursors: HashMap<TopicPartition, Cursor>,
     /// Chosen partitions that do not exist yet, with their positions.
     absent: HashMap<TopicPartition, i64>,
@@ -100,6 +103,9 @@ impl EmbeddedConsumer {
             }
         };
         inbox.assignment_changed();
+        if let Some(identity) = &config.transactional_id {
+            shared.identities.take(identity, id);
+        }
         Self {
             shared,
             inbox,
@@ -108,6 +114,7 @@ impl EmbeddedConsumer {
             topics,
             start: config.start,
             buffer_bytes: config.buffer_bytes,
+            identity: config.transactional_id,
             cursors: HashMap::new(),
             absent: HashMap::new(),
             held: HashSet::new(),
@@ -334,9 +341,22 @@ impl EmbeddedConsumer {
         self.resolve(gains.into_iter().filter(|gain| self.resolving.get(&gain.partition.name) == Some(&gain.epoch)).collect());
     }
 
+    /// Offsets with the epochs since when their partitions are ours.
+    fn with_epochs(&self, offsets: Vec<Commit>) -> Vec<(Option<u64>, Commit)> {
+        let epoch = |commit: &Commit| match self.cursors.get(&commit.partition) {
+            Some(cursor) => Some(cursor.epoch),
+            // Of a subscribed topic but not assigned: epoch 0 was never given, so it is refused.
+            None => self.topics.contains(&commit.partition.topic).then_some(0),
+        };
+        offsets.into_iter().map(|commit| (epoch(&commit), commit)).collect()
+    }
+
     fn leave(&mut self) {
         if let Some(group) = self.group.take() {
             self.shared.groups.leave(&group, self.id);
+        }
+        if let Some(identity) = self.identity.take() {
+            self.shared.identities.give_up(&identity, self.id);
         }
         self.cursors.clear();
         self.inbox.clear();
@@ -408,15 +428,28 @@ impl Consumer for EmbeddedConsumer {
         if offsets.is_empty() {
             return Box::pin(std::future::ready(Ok(())));
         }
-        let epoch = |commit: &Commit| match self.cursors.get(&commit.partition) {
-            Some(cursor) => Some(cursor.epoch),
-            // Of a subscribed topic but not assigned: epoch 0 was never given, so it is refused.
-            None => self.topics.contains(&commit.partition.topic).then_some(0),
-        };
-        let offsets = offsets.into_iter().map(|commit| (epoch(&commit), commit)).collect();
+        let offsets = self.with_epochs(offsets);
         let (shared, id) = (self.shared.clone(), self.id);
         let committed = shared.commit(group, id, offsets);
         Box::pin(committed)
+    }
+
+    fn transact(&self, records: Vec<Outgoing>, offsets: Vec<Commit>) -> BoxFuture<'static, Result<(), TransactionError>> {
+        let refused = |detail| {
+            let error = TransactionError::Aborted(BrokerError::new(BrokerErrorKind::Config, detail));
+            Box::pin(std::future::ready(Err(error)))
+        };
+        let (Some(group), Some(identity)) = (self.group.clone(), self.identity.clone()) else {
+            return refused("a consumer without a group and a `transactional_id` makes no transactions");
+        };
+        let bytes = records.iter().map(|outgoing| outgoing.record.size()).sum();
+        let (reply, answer) = oneshot::channel();
+        let transaction = Transaction { group, member: self.id, identity, records, offsets: self.with_epochs(offsets) };
+        match self.shared.submit(Job::Transact { transaction, bytes, reply }) {
+            Ok(()) => Box::pin(async move { answer.await.unwrap_or_else(|_| Err(TransactionError::Lost(closed()))) }),
+            Err(NotQueued::Full) => refused("embedded broker: too many bytes of records wait for the disk already"),
+            Err(NotQueued::Closed) => Box::pin(std::future::ready(Err(TransactionError::Aborted(closed())))),
+        }
     }
 
     fn close(mut self: Box<Self>) -> BoxFuture<'static, ()> {

@@ -5,30 +5,35 @@
 //! thread, while polling goes on.
 //!
 //! Invariant: a commit of a partition that was revoked is refused here: the broker would accept it from any live member.
-//! Invariant: when the final commits of a revocation are made, no earlier commit of this consumer is under way.
+//! Invariant: when the final commits of a revocation are made, no earlier commit or transaction of this consumer is under way.
+//! Invariant: a transaction shows the group metadata of the assignment or rebalance in which its partitions were last known to be ours.
 
 use std::{
     collections::HashSet,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     thread::JoinHandle,
 };
 
 use futures_util::future::BoxFuture;
 use rdkafka::{
-    consumer::{BaseConsumer, CommitMode, Consumer as _},
+    consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerGroupMetadata},
     topic_partition_list::{Offset, TopicPartitionList},
 };
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 
 use self::{context::Context, queue::Queue, session::Session};
 use super::{
     error::broker_error,
     health::Health,
     settings::Settings,
+    transaction::{Job, Transactor},
     wakeup::{Wakeup, lock},
 };
 use crate::{
-    broker::{BrokerError, BrokerErrorKind, Commit, Consumer, ConsumerConfig, Event},
+    broker::{BrokerError, BrokerErrorKind, Commit, Consumer, ConsumerConfig, Event, Outgoing, TransactionError},
     record::TopicPartition,
 };
 
@@ -52,6 +57,12 @@ struct Shared {
     client: Mutex<Option<Arc<Client>>>,
     config: ConsumerConfig,
     topics: HashSet<Arc<str>>,
+    /// For transactions, if the consumer makes any.
+    transactor: Option<Transactor>,
+    /// The group metadata to which a transaction is bound: captured by the session with each rebalance, and gone with lost partitions.
+    metadata: Mutex<Option<Arc<ConsumerGroupMetadata>>>,
+    /// The broker refused it: the session is to capture it again.
+    stale_metadata: AtomicBool,
 }
 
 impl Shared {
@@ -70,8 +81,8 @@ impl Shared {
         lock(&self.queue).closing
     }
 
-    /// Opens a commit: refused if a partition is no longer ours, counted otherwise.
-    fn begin_commit(&self, offsets: &[Commit]) -> Result<(), BrokerError> {
+    /// Opens a commit: refused if a partition is no longer ours; otherwise a revocation waits until the guard is dropped.
+    fn begin_commit(self: &Arc<Self>, offsets: &[Commit]) -> Result<Committing, BrokerError> {
         let mut queue = lock(&self.queue);
         // A member may commit partitions of topics that it reads by other means (retry topics); of its own topics only what it owns.
         if let Some(gone) = offsets.iter().find(|commit| self.topics.contains(&commit.partition.topic) && !queue.owns(&commit.partition)) {
@@ -79,14 +90,40 @@ impl Shared {
             return Err(BrokerError::new(BrokerErrorKind::Fenced, detail));
         }
         queue.committing += 1;
-        Ok(())
+        Ok(Committing(self.clone()))
     }
 
-    fn end_commit(&self) {
-        let mut queue = lock(&self.queue);
+    /// Checks a transaction and hands it to the producer's thread.
+    fn begin_transaction(
+        self: &Arc<Self>,
+        records: Vec<Outgoing>,
+        offsets: &[Commit],
+        reply: oneshot::Sender<Result<(), TransactionError>>,
+    ) -> Result<(), TransactionError> {
+        let Some(transactor) = &self.transactor else {
+            let detail = "a consumer without a `transactional_id` makes no transactions";
+            return Err(TransactionError::Aborted(BrokerError::new(BrokerErrorKind::Config, detail)));
+        };
+        let list = commit_list(offsets).map_err(TransactionError::Aborted)?;
+        let guard = self.begin_commit(offsets).map_err(TransactionError::Fenced)?;
+        let metadata = lock(&self.metadata).clone().ok_or_else(|| {
+            let detail = "transaction: this consumer has no partitions now, as far as the group is concerned";
+            TransactionError::Fenced(BrokerError::new(BrokerErrorKind::Fenced, detail))
+        })?;
+        transactor.submit(Job { records, offsets: list, metadata, guard: Box::new(guard), reply });
+        Ok(())
+    }
+}
+
+/// A commit or a transaction that is under way.
+struct Committing(Arc<Shared>);
+
+impl Drop for Committing {
+    fn drop(&mut self) {
+        let mut queue = lock(&self.0.queue);
         queue.committing -= 1;
         if queue.committing == 0 {
-            self.wakeup.set();
+            self.0.wakeup.set();
         }
     }
 }
@@ -109,13 +146,24 @@ impl KafkaConsumer {
             return Err(BrokerError::new(BrokerErrorKind::Config, "a consumer group's name is empty"));
         }
         let kafka = settings.consumer(&config);
+        let wakeup: Arc<Wakeup> = Arc::default();
+        let transactor = match &config.transactional_id {
+            Some(_) if config.group.is_none() => {
+                return Err(BrokerError::new(BrokerErrorKind::Config, "a consumer without a group makes no transactions"));
+            }
+            Some(id) => Some(Transactor::open(settings, id, health.clone(), wakeup.clone())?),
+            None => None,
+        };
         let shared = Arc::new(Shared {
             queue: Mutex::default(),
             ready: Notify::new(),
-            wakeup: Arc::default(),
+            wakeup,
             client: Mutex::default(),
             topics: config.topics.iter().cloned().collect(),
             config,
+            transactor,
+            metadata: Mutex::default(),
+            stale_metadata: AtomicBool::new(false),
         });
         // A setting that librdkafka refuses is found here, before there is a thread.
         let mut session = Session::new(kafka, shared.clone(), health)?;
@@ -191,7 +239,7 @@ impl Consumer for KafkaConsumer {
                 return Err(BrokerError::new(BrokerErrorKind::Config, "a consumer without a group keeps no offsets"));
             };
             let committed = tokio::task::spawn_blocking(move || {
-                shared.begin_commit(&offsets)?;
+                let guard = shared.begin_commit(&offsets)?;
                 let client = lock(&shared.client).clone();
                 let result = match &client {
                     Some(client) => {
@@ -200,7 +248,7 @@ impl Consumer for KafkaConsumer {
                     None => Err(BrokerError::new(BrokerErrorKind::Fenced, format!("commit of group `{group}`: the consumer is rejoining"))),
                 };
                 drop(client);
-                shared.end_commit();
+                drop(guard);
                 result
             });
             committed
@@ -209,11 +257,37 @@ impl Consumer for KafkaConsumer {
         })
     }
 
+    fn transact(&self, records: Vec<Outgoing>, offsets: Vec<Commit>) -> BoxFuture<'static, Result<(), TransactionError>> {
+        let (reply, answer) = oneshot::channel();
+        let begun = self.shared.begin_transaction(records, &offsets, reply);
+        let shared = self.shared.clone();
+        Box::pin(async move {
+            begun?;
+            let result = answer.await.unwrap_or_else(|_| {
+                let detail = "kafka: the consumer was closed in the middle of a transaction";
+                Err(TransactionError::Lost(BrokerError::new(BrokerErrorKind::Other, detail)))
+            });
+            if let Err(TransactionError::Aborted(error)) = &result
+                && error.kind == BrokerErrorKind::Fenced
+            {
+                shared.stale_metadata.store(true, Ordering::Release);
+                shared.wakeup.set();
+            }
+            result
+        })
+    }
+
     fn close(mut self: Box<Self>) -> BoxFuture<'static, ()> {
         self.begin_close();
         let thread = self.thread.take();
+        let shared = self.shared.clone();
         Box::pin(async move {
-            let joined = tokio::task::spawn_blocking(move || thread.is_none_or(|thread| thread.join().is_ok())).await;
+            let join = move || {
+                let session = thread.is_none_or(|thread| thread.join().is_ok());
+                let transactor = shared.transactor.as_ref().and_then(Transactor::stop);
+                session & transactor.is_none_or(|thread| thread.join().is_ok())
+            };
+            let joined = tokio::task::spawn_blocking(join).await;
             if !matches!(joined, Ok(true)) {
                 tracing::error!("kafka: a consumer's thread did not end well");
             }

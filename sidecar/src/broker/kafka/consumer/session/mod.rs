@@ -34,6 +34,7 @@ use crate::{
 };
 
 mod rebalance;
+mod transactions;
 mod watch;
 
 /// How long the commits of a rebalance may take.
@@ -53,6 +54,7 @@ const REJOIN: Duration = Duration::from_secs(5);
 enum Cause {
     Fenced,
     Broker,
+    Transactions,
     Access,
     Start,
     Topic(Arc<str>),
@@ -90,6 +92,8 @@ pub(super) struct Session {
     out_of_range: bool,
     /// An assignment was answered without being told, because the next rebalance waited.
     abandoned: bool,
+    /// The producer of transactions failed for good: partitions are assigned again once it stands.
+    starting_over: bool,
     fatal: Option<BrokerError>,
     /// Since when the partitions have enough.
     full_since: Option<Instant>,
@@ -118,6 +122,7 @@ impl Session {
             next_partitions: now,
             out_of_range: false,
             abandoned: false,
+            starting_over: false,
             fatal: None,
             full_since: None,
         };
@@ -158,6 +163,7 @@ impl Session {
                 }
                 continue;
             };
+            self.wait_for_transactions(&client);
             self.subscribe(&client);
             self.work(&client);
             drop(client);
@@ -196,6 +202,7 @@ impl Session {
                 }
             }
             self.take_choices(client);
+            self.watch_transactions(client);
             if std::mem::take(&mut self.out_of_range) {
                 self.find_range(client);
             }

@@ -65,8 +65,10 @@ impl Session {
     }
 
     pub(super) fn assign(&mut self, client: &Arc<Client>, list: &TopicPartitionList) {
+        self.capture_metadata(client);
         let partitions = self.partitions_of(list);
-        match self.positions(client, &partitions) {
+        let positions = if self.starting_over { None } else { self.positions(client, &partitions) };
+        match positions {
             Some(assigned) => self.begin(client, assigned),
             // librdkafka waits for an answer; these partitions are revoked next, and what they bring until then is dropped.
             None => {
@@ -158,6 +160,7 @@ impl Session {
         let mut partitions = self.partitions_of(list);
         partitions.retain(|partition| self.locals.iter().any(|local| local.partition == *partition));
         if lost {
+            *lock(&self.shared.metadata) = None;
             self.lose(partitions);
         } else if !partitions.is_empty() {
             self.give_away(client, &partitions);
@@ -186,6 +189,7 @@ impl Session {
 
     /// Partitions that are ours until we unassign them: asks for the last commits and makes them.
     fn give_away(&mut self, client: &Arc<Client>, partitions: &[TopicPartition]) {
+        self.capture_metadata(client);
         let (done, mut answer) = oneshot::channel();
         self.forget(partitions);
         {
@@ -218,6 +222,10 @@ impl Session {
         }
         // A commit that is under way must not arrive after the last one.
         self.poll_until(client, COMMIT, |session| lock(&session.shared.queue).committing == 0);
+        if self.shared.transactor.is_some() && lock(&self.shared.queue).committing > 0 {
+            // It may still be stored, with newer offsets than these.
+            return tracing::warn!("kafka: {}: a transaction goes on while its partitions are given away", self.name());
+        }
         commits.retain(|commit| {
             partitions.contains(&commit.partition)
                 || lock(&self.shared.queue).owns(&commit.partition)

@@ -40,7 +40,7 @@ impl Session {
 
     pub(super) fn tick(&mut self, client: &Arc<Client>) {
         self.tell_health();
-        if std::mem::take(&mut self.abandoned) {
+        if !self.starting_over && std::mem::take(&mut self.abandoned) {
             self.adopt(client);
         }
         if self.troubles.contains_key(&Cause::Access) && Instant::now() > self.access_until {
