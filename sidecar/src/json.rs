@@ -201,6 +201,8 @@ struct RecordIn<'a> {
     _attempt: IgnoredAny,
     #[serde(default, rename = "id")]
     _id: IgnoredAny,
+    #[serde(default, rename = "lease_ms")]
+    _lease: IgnoredAny,
     #[serde(default, rename = "traceparent")]
     _traceparent: IgnoredAny,
 }

@@ -588,14 +588,14 @@ async fn starts_are_resolved_once() {
     ] {
         let group = unique("group");
         let with = |group: Option<&str>, start| ConsumerConfig { start, ..config(group, std::slice::from_ref(&topic)) };
-        let mut consumer = broker.consumer(with(Some(&group), start)).unwrap();
+        let mut consumer = broker.consumer(with(Some(&group), start.clone())).unwrap();
         assert_eq!(assigned(&mut consumer).await[0].position, expected, "{start:?}");
         consumer.close().await;
         // The rule is for a group without offsets only.
         let mut consumer = broker.consumer(with(Some(&group), StartOffset::Earliest)).unwrap();
         assert_eq!(assigned(&mut consumer).await[0].position, expected, "{start:?} once resolved");
         consumer.close().await;
-        let mut reader = broker.consumer(with(None, start)).unwrap();
+        let mut reader = broker.consumer(with(None, start.clone())).unwrap();
         assert_eq!(assigned(&mut reader).await[0].position, expected, "{start:?} without a group");
         assert_eq!(reader.commit(vec![commit(&topic, 0, 1, "")]).await.unwrap_err().kind, BrokerErrorKind::Config);
         reader.close().await;

@@ -1,9 +1,17 @@
 //! `GET /v1/topics/{topic}/records`: reads a topic without a route, as server-sent events or as lines of JSON.
 //!
+//! Without a group the `id` of an event says where to go on in every partition, so that a client that comes back with `last-event-id` (an
+//! `EventSource` does by itself) misses nothing and gets nothing twice.
+//!
 //! Invariant: with a group, an offset is committed only after the connection took the bytes of its record.
 //! Invariant: a client that reads slowly holds its own consumer and nothing else; one that leaves ends it.
 
-use std::{collections::VecDeque, convert::Infallible, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    convert::Infallible,
+    sync::Arc,
+    time::Duration,
+};
 
 use axum::body::Body;
 use bytes::Bytes;
@@ -25,6 +33,32 @@ pub(super) const CHUNK: usize = 64 * 1024;
 /// How often a silent stream of events shows that it lives.
 pub(super) const KEEP_ALIVE: Duration = Duration::from_secs(15);
 const KEEP_ALIVE_COMMENT: Bytes = Bytes::from_static(b": keep-alive\n\n");
+
+/// The header by which a client of server-sent events says what it saw last.
+pub(super) const LAST_EVENT_ID: &str = "last-event-id";
+/// With more partitions than this an event's id stands after each piece of [`CHUNK`] bytes, not at each event: it names them all.
+const ID_EACH: usize = 64;
+
+/// `last-event-id`, if there is one.
+///
+/// # Errors
+/// [`ApiError::Header`] if it is no text.
+pub(super) fn last_event_id(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
+    Ok(super::fields::optional(headers, LAST_EVENT_ID)?.filter(|id| !id.is_empty()))
+}
+
+/// Where to go on: `partition:offset,…`, as an event's id says it.
+fn read_positions(text: &str) -> Option<BTreeMap<i32, i64>> {
+    let mut positions = BTreeMap::new();
+    for pair in text.split(',') {
+        let (partition, offset) = pair.split_once(':')?;
+        let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+        if !digits(partition) || !digits(offset) || positions.insert(partition.parse().ok()?, offset.parse().ok()?).is_some() {
+            return None;
+        }
+    }
+    Some(positions)
+}
 
 /// How records are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,10 +105,25 @@ impl Form {
         }
     }
 
-    /// Appends a record; `more` adds members before the record's own.
-    pub(super) fn write(self, out: &mut Vec<u8>, position: &Position, record: &Record, more: impl FnOnce(&mut Vec<u8>)) {
+    /// Appends a record; `id` is the event's, and `more` adds members before the record's own.
+    pub(super) fn write(
+        self,
+        out: &mut Vec<u8>,
+        id: std::fmt::Arguments<'_>,
+        position: &Position,
+        record: &Record,
+        more: impl FnOnce(&mut Vec<u8>),
+    ) {
         if self == Self::Events {
-            json::put(out, format_args!("id: {position}\ndata: "));
+            json::put(out, format_args!("id: {id}\n"));
+        }
+        self.write_data(out, position, record, more);
+    }
+
+    /// The same without an id.
+    fn write_data(self, out: &mut Vec<u8>, position: &Position, record: &Record, more: impl FnOnce(&mut Vec<u8>)) {
+        if self == Self::Events {
+            out.extend_from_slice(b"data: ");
         }
         out.push(b'{');
         more(out);
@@ -140,12 +189,21 @@ pub(super) async fn open(api: &Api, caller: Caller, topics: &[String], group: &s
         "" if group.is_empty() => StartOffset::Latest,
         "" | "earliest" => StartOffset::Earliest,
         "latest" => StartOffset::Latest,
-        time => match time.parse::<jiff::Timestamp>() {
-            Ok(time) => StartOffset::At(time.as_millisecond()),
-            Err(error) => {
+        text => match (text.parse::<jiff::Timestamp>(), read_positions(text), topics) {
+            (Ok(time), ..) => StartOffset::At(time.as_millisecond()),
+            (_, Some(positions), [topic]) if group.is_empty() => {
+                let topic: Arc<str> = topic.as_str().into();
+                let each = positions.into_iter().map(|(number, offset)| (TopicPartition::new(topic.clone(), number), offset));
+                StartOffset::Each(Arc::new(each.collect()))
+            }
+            (_, Some(_), _) => {
+                let reason = "names offsets, which is for reading one topic without a group: a group goes on where it committed".to_owned();
+                return Err(ApiError::Query { name: "from", reason });
+            }
+            (Err(error), ..) => {
                 let reason = format!(
-                    "is `{}`: use `earliest`, `latest` or a time such as 2025-01-31T12:00:00Z ({error})",
-                    crate::record::clip(time)
+                    "is `{}`: use `earliest`, `latest`, a time such as 2025-01-31T12:00:00Z, or the id of an event ({error})",
+                    crate::record::clip(text)
                 );
                 return Err(ApiError::Query { name: "from", reason });
             }
@@ -180,11 +238,22 @@ pub(super) async fn get(api: &Api, topic: &str, parts: &Parts) -> Result<Respons
             _ => from = value,
         }
     }
+    // A group goes on where it committed, whatever the client saw.
+    if group.is_empty()
+        && let Some(last) = last_event_id(&parts.headers)?
+    {
+        if read_positions(last).is_none() {
+            let reason = "is no `id` of an event of this topic; leave it out to begin by `from`";
+            return Err(ApiError::Header { name: LAST_EVENT_ID.to_owned(), reason });
+        }
+        last.clone_into(&mut from);
+    }
     let subscription = open(api, caller, &[topic.to_owned()], &group, &from).await?;
     let follow = Follow {
         handed: subscription.handed(),
         subscription,
         form,
+        places: (form == Form::Events && group.is_empty()).then(Places::default),
         draining: api.inner.draining.clone(),
         records: VecDeque::new(),
         source: None,
@@ -195,10 +264,47 @@ pub(super) async fn get(api: &Api, topic: &str, parts: &Parts) -> Result<Respons
     Ok(streaming(form, stream::unfold(follow, |mut follow| async { follow.frame().await.map(|frame| (Ok(frame), follow)) })))
 }
 
+/// Where a reader is in every partition: the next offset, and the assignment that it belongs to.
+#[derive(Debug, Default)]
+struct Places(BTreeMap<i32, (u64, i64)>);
+
+impl Places {
+    /// Takes in where partitions begin. One that was assigned anew begins anew.
+    fn begin(&mut self, starts: Vec<(TopicPartition, u64, i64)>) {
+        for (partition, epoch, start) in starts {
+            let place = self.0.entry(partition.partition).or_insert((epoch, start));
+            if place.0 != epoch {
+                *place = (epoch, start);
+            }
+        }
+    }
+
+    fn pass(&mut self, partition: i32, epoch: u64, next: i64) {
+        self.0.insert(partition, (epoch, next));
+    }
+
+    fn each(&self) -> bool {
+        self.0.len() <= ID_EACH
+    }
+}
+
+/// As an event's id.
+impl std::fmt::Display for Places {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (index, (partition, (_, next))) in self.0.iter().enumerate() {
+            let comma = if index > 0 { "," } else { "" };
+            write!(f, "{comma}{partition}:{next}")?;
+        }
+        Ok(())
+    }
+}
+
 struct Follow {
     subscription: Subscription,
     handed: Handed,
     form: Form,
+    /// For events without a group.
+    places: Option<Places>,
     draining: tokio_util::sync::CancellationToken,
     /// What is left of a batch.
     records: VecDeque<(i64, Record)>,
@@ -223,7 +329,7 @@ impl Follow {
         if !self.began {
             self.began = true;
             if self.form == Form::Events {
-                return Some(Bytes::from_static(b": subscribed\n\n"));
+                return Some(Bytes::from_static(b": subscribed\nretry: 1000\n\n"));
             }
         }
         let alive = Instant::now() + KEEP_ALIVE;
@@ -234,23 +340,72 @@ impl Follow {
                     self.over = true;
                     return self.form.farewell();
                 }
-                received = self.subscription.next() => {
-                    let Received { epoch, batch } = received?;
-                    self.source = Some((batch.partition, epoch));
-                    self.records = batch.records.into();
-                }
+                received = self.subscription.next_or_moved() => match received.ok()? {
+                    Some(received) => self.receive(received),
+                    // An event without data changes the client's last id and nothing else: one that leaves before the first record knows
+                    // where it was, too.
+                    None => {
+                        let starts = self.subscription.starts();
+                        if let Some(places) = &mut self.places {
+                            places.begin(starts);
+                            return Some(format!("id: {places}\n\n").into());
+                        }
+                    }
+                },
                 () = tokio::time::sleep_until(alive), if self.form == Form::Events => return Some(KEEP_ALIVE_COMMENT),
             }
         }
-        let (partition, _) = self.source.as_ref()?;
+        Some(self.write())
+    }
+
+    fn receive(&mut self, Received { epoch, batch }: Received) {
+        self.source = Some((batch.partition, epoch));
+        self.records = batch.records.into();
+    }
+
+    fn write(&mut self) -> Bytes {
         let mut out = Vec::with_capacity(4096);
+        let Some((partition, epoch)) = self.source.clone() else { return Bytes::new() };
+        let position = |offset| Position { partition: partition.clone(), offset };
         while out.len() < CHUNK
             && let Some((offset, record)) = self.records.pop_front()
         {
-            let position = Position { partition: partition.clone(), offset };
-            self.form.write(&mut out, &position, &record, |_| {});
+            let at = position(offset);
+            match &mut self.places {
+                None => self.form.write(&mut out, format_args!("{at}"), &at, &record, |_| {}),
+                Some(places) => {
+                    places.pass(partition.partition, epoch, offset + 1);
+                    match places.each() {
+                        true => self.form.write(&mut out, format_args!("{places}"), &at, &record, |_| {}),
+                        false => self.form.write_data(&mut out, &at, &record, |_| {}),
+                    }
+                }
+            }
             self.given = Some(offset + 1);
         }
-        Some(out.into())
+        if let Some(places) = self.places.as_ref().filter(|places| !places.each()) {
+            json::put(&mut out, format_args!("id: {places}\n\n"));
+        }
+        out.into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn positions_are_read_as_they_are_written() {
+        let mut places = Places::default();
+        let start = |number, epoch, offset| (TopicPartition::new("t", number), epoch, offset);
+        places.begin(vec![start(2, 1, 0), start(0, 2, 7)]);
+        places.pass(2, 1, 5);
+        places.begin(vec![start(2, 1, 0), start(0, 3, 9), start(1, 4, 3)]);
+        assert_eq!(places.to_string(), "0:9,1:3,2:5", "an assignment that goes on keeps its place, a new one begins anew");
+        assert_eq!(read_positions(&places.to_string()), Some([(0, 9), (1, 3), (2, 5)].into()));
+        for bad in ["", "0", "0:", ":1", "0:1,", "0:-1", "-1:0", "+1:0", "0:1,0:2", "orders/0/4", "0:99999999999999999999", "4294967296:1"]
+        {
+            assert_eq!(read_positions(bad), None, "{bad}");
+        }
     }
 }

@@ -10,7 +10,7 @@ use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use percent_encoding::percent_decode_str;
 
-use super::{Api, batch, fields, follow, problem::ApiError, pull};
+use super::{Api, batch, fields, follow, lines::Lines, outcomes, problem::ApiError, pull};
 use crate::{
     json,
     publish::{Caller, Draft, PublishError, Published, TraceHeaders},
@@ -22,7 +22,7 @@ pub(super) const JSON: HeaderValue = HeaderValue::from_static("application/json"
 /// The description of all this.
 const OPENAPI: &[u8] = include_bytes!("openapi.json");
 /// How long a peer may pause within a body.
-const BODY_PAUSE: Duration = Duration::from_secs(30);
+pub(super) const BODY_PAUSE: Duration = Duration::from_secs(30);
 /// How much of a refused body is read and thrown away, so that its sender comes to read the answer.
 const DISCARD_BYTES: u64 = 64 * 1024 * 1024;
 /// How long that may take.
@@ -32,7 +32,8 @@ const DISCARD_TIME: Duration = Duration::from_secs(5);
 pub(super) async fn answer(api: &Api, request: Request<Incoming>) -> Response<Body> {
     let (parts, mut body) = request.into_parts();
     match route(api, &parts, &mut body).await {
-        Ok(response) => response,
+        Ok(Answer::Whole(response)) => response,
+        Ok(Answer::Lines(lines)) => lines.answer(&parts, body).await,
         Err(error) => {
             // A peer that waits for `100 continue` has not begun to send.
             if !body.is_end_stream() && !parts.headers.contains_key(header::EXPECT) {
@@ -43,7 +44,20 @@ pub(super) async fn answer(api: &Api, request: Request<Incoming>) -> Response<Bo
     }
 }
 
-async fn route(api: &Api, parts: &Parts, body: &mut Incoming) -> Result<Response<Body>, ApiError> {
+/// What a request comes to.
+enum Answer {
+    Whole(Response<Body>),
+    /// Lines to publish, which need the body for themselves.
+    Lines(Box<Lines>),
+}
+
+impl From<Response<Body>> for Answer {
+    fn from(response: Response<Body>) -> Self {
+        Self::Whole(response)
+    }
+}
+
+async fn route(api: &Api, parts: &Parts, body: &mut Incoming) -> Result<Answer, ApiError> {
     let path = parts.uri.path();
     // A page in somebody's browser could publish by a plain form; only a request that needs the page's consent first carries a token.
     if parts.headers.contains_key(header::ORIGIN) && !parts.headers.contains_key(header::AUTHORIZATION) {
@@ -52,25 +66,25 @@ async fn route(api: &Api, parts: &Parts, body: &mut Incoming) -> Result<Response
     if let Some(topic) = between(path, "/v1/topics/", "/records") {
         return match parts.method {
             Method::POST => publish(api, topic, parts, body).await,
-            Method::GET => follow::get(api, &decoded(topic), parts).await,
+            Method::GET => follow::get(api, &decoded(topic), parts).await.map(Into::into),
             _ => Err(wrong_method(parts, "GET, POST")),
         };
     }
     if let Some(name) = between(path, "/v1/routes/", "/records") {
         return match parts.method {
-            Method::GET => pull::take(api, &decoded(name), parts).await,
+            Method::GET => pull::take(api, &decoded(name), parts).await.map(Into::into),
             _ => Err(wrong_method(parts, "GET")),
         };
     }
     if let Some(name) = between(path, "/v1/routes/", "/outcomes") {
         return match parts.method {
-            Method::POST => pull::answer(api, &decoded(name), parts, body).await,
+            Method::POST => outcomes::answer(api, &decoded(name), parts, body).await.map(Into::into),
             _ => Err(wrong_method(parts, "POST")),
         };
     }
     if path == "/openapi.json" {
         return match parts.method {
-            Method::GET => Ok(json_response(Bytes::from_static(OPENAPI))),
+            Method::GET => Ok(json_response(Bytes::from_static(OPENAPI)).into()),
             _ => Err(wrong_method(parts, "GET")),
         };
     }
@@ -97,7 +111,7 @@ pub(super) fn caller(api: &Api, headers: &HeaderMap) -> Result<Caller, ApiError>
     api.inner.callers.identify(fields::optional(headers, fields::MESH_SERVICE)?, fields::authorization(headers))
 }
 
-async fn publish(api: &Api, topic: &str, parts: &Parts, body: &mut Incoming) -> Result<Response<Body>, ApiError> {
+async fn publish(api: &Api, topic: &str, parts: &Parts, body: &mut Incoming) -> Result<Answer, ApiError> {
     let publisher = &api.inner.publisher;
     let caller = caller(api, &parts.headers)?;
     if let Some(coding) = parts.headers.get(header::CONTENT_ENCODING)
@@ -111,7 +125,14 @@ async fn publish(api: &Api, topic: &str, parts: &Parts, body: &mut Incoming) -> 
     let trace = fields::trace(&parts.headers);
     let content_type = match form {
         Form::Raw(content_type) => content_type,
-        several => return batch::publish(api, &topic, read, &trace, several, body).await,
+        Form::Document { values } => {
+            batch::check(&read)?;
+            return batch::publish(api, &topic, &read, &trace, values, body).await.map(Into::into);
+        }
+        Form::Lines { values } => {
+            batch::check(&read)?;
+            return Ok(Answer::Lines(Box::new(Lines::new(api, topic, read, trace, values))));
+        }
     };
     let value = if read.tombstone {
         match body.is_end_stream() || read_body(body, 0).await.is_ok_and(|body| body.is_empty()) {
@@ -127,7 +148,7 @@ async fn publish(api: &Api, topic: &str, parts: &Parts, body: &mut Incoming) -> 
     let record = Record { key: read.key, value, headers: read.headers, timestamp_ms: read.timestamp_ms };
     let draft = Draft { record, mesh_id: read.mesh_id, content_type };
     let published = publisher.publish(&topic, vec![draft], &trace).await;
-    one(published, &trace)
+    one(published, &trace).map(Into::into)
 }
 
 /// The answer to one record.
@@ -167,14 +188,16 @@ pub(super) fn json_response(body: impl Into<Bytes>) -> Response<Body> {
 pub(super) enum Form {
     /// The body is the value of one record, of this media type.
     Raw(Option<Bytes>),
-    /// `{"records":[…]}`.
-    Batch,
-    /// A record a line.
-    Lines,
-    /// A value a line.
-    ValueLines,
-    /// A JSON array of values.
-    ValueArray,
+    /// `{"records":[…]}`, or a JSON array of values.
+    Document {
+        /// It is the latter.
+        values: bool,
+    },
+    /// A record a line, or a value a line.
+    Lines {
+        /// It is the latter.
+        values: bool,
+    },
 }
 
 fn media_form(parts: &Parts) -> Result<Form, ApiError> {
@@ -193,13 +216,13 @@ fn media_form(parts: &Parts) -> Result<Form, ApiError> {
     let essence = text.split(';').next().unwrap_or_default().trim();
     let is = |name: &str| essence.eq_ignore_ascii_case(name);
     if is("application/vnd.mesh.records+json") {
-        return Ok(Form::Batch);
+        return Ok(Form::Document { values: false });
     }
-    if is("application/x-ndjson") || is("application/ndjson") || is("application/jsonl") {
-        return Ok(if values { Form::ValueLines } else { Form::Lines });
+    if is_lines(essence) {
+        return Ok(Form::Lines { values });
     }
     if values && is("application/json") {
-        return Ok(Form::ValueArray);
+        return Ok(Form::Document { values: true });
     }
     // What curl says of any body that it is not told the type of.
     if is("application/x-www-form-urlencoded") {
@@ -213,6 +236,11 @@ fn media_form(parts: &Parts) -> Result<Form, ApiError> {
         Some((kind, subtype)) if !kind.is_empty() && !subtype.is_empty() => Ok(Form::Raw(Some(Bytes::copy_from_slice(text.as_bytes())))),
         _ => Err(ApiError::MediaType(format!("`{}` is no media type", crate::record::clip(essence)))),
     }
+}
+
+/// Whether a media type says that each line is a JSON text.
+pub(super) fn is_lines(essence: &str) -> bool {
+    ["application/x-ndjson", "application/ndjson", "application/jsonl"].iter().any(|name| essence.eq_ignore_ascii_case(name))
 }
 
 /// Reads a body of at most `limit` bytes. Reads no further than the limit.
@@ -242,9 +270,18 @@ pub(super) async fn read_body(body: &mut Incoming, limit: usize) -> Result<Bytes
 }
 
 /// The next piece of a body; `None` at its end.
-pub(super) async fn next_data(body: &mut Incoming) -> Result<Option<Bytes>, ApiError> {
+async fn next_data(body: &mut Incoming) -> Result<Option<Bytes>, ApiError> {
+    next_data_within(body, Some(BODY_PAUSE)).await
+}
+
+/// The same with another pause that the peer may make, or any. Cancel-safe.
+pub(super) async fn next_data_within(body: &mut Incoming, pause: Option<Duration>) -> Result<Option<Bytes>, ApiError> {
     loop {
-        match tokio::time::timeout(BODY_PAUSE, body.frame()).await {
+        let frame = match pause {
+            Some(pause) => tokio::time::timeout(pause, body.frame()).await,
+            None => Ok(body.frame().await),
+        };
+        match frame {
             Err(_) => return Err(ApiError::BodyTimeout),
             Ok(None) => return Ok(None),
             Ok(Some(Err(error))) => return Err(ApiError::BodyBroken(error.to_string())),

@@ -133,8 +133,13 @@ pub enum ApiError {
         wants: &'static str,
     },
     /// A delivery that is not known, or not any more.
-    #[error("the delivery {0} is not waiting for an answer: its lease ended, it was answered, or it never was")]
+    #[error("the delivery {0} is not waiting for an answer: it was answered before, or it never was")]
     UnknownDelivery(u64),
+    /// An answer that comes too late.
+    #[error(
+        "the lease of the delivery {0} ended before this outcome came, so it changes nothing: the record is delivered again under another id"
+    )]
+    LeaseEnded(u64),
     /// A stream that says things in the wrong order.
     #[error("{0}")]
     Protocol(&'static str),
@@ -397,7 +402,14 @@ impl ApiError {
                 S::NOT_FOUND,
                 Code::NotFound,
                 "Not waiting for an answer",
-                "Unless it was answered before, the record is delivered again. Answer within the route's `timeout`.",
+                "Answer each delivery once, by the `id` that came with it, to the sidecar that it came from.",
+            ),
+            Self::LeaseEnded(_) => row(
+                "lease-ended",
+                S::GONE,
+                Code::FailedPrecondition,
+                "Too late",
+                "Answer within `lease_ms`, which is the route's `timeout`; raise that, or take fewer records at once.",
             ),
             Self::Protocol(_) => {
                 row("protocol", S::BAD_REQUEST, Code::InvalidArgument, "Not expected now", "See `SubscribeRequest` in mesh.proto.")

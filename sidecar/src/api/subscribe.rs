@@ -22,7 +22,7 @@ use super::{Api, follow, message, problem::ApiError, pull};
 use crate::{
     consume::subscription::{Handed, Received, Subscription},
     deliver::{
-        desk::{Attachment, Desk},
+        desk::{Attachment, Desk, Heard},
         grpc,
     },
     outcome::{Answer, Outcome},
@@ -266,7 +266,7 @@ impl Attached {
                 Answer { id: said.delivery_id, outcome: grpc::outcome(said) }
             })
             .collect();
-        let unknown = self.desk.answer(answers).into_iter().filter(|known| !known).count();
+        let unknown = self.desk.answer(answers).into_iter().filter(|heard| *heard != Heard::Taken).count();
         if unknown > 0 {
             tracing::debug!(route = self.route, unknown, "outcomes for deliveries that do not wait for one: too late, or never made");
         }

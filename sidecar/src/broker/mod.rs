@@ -132,7 +132,7 @@ pub struct ConsumerConfig {
 }
 
 /// Where a partition without a committed offset begins.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StartOffset {
     /// At the oldest record.
     Earliest,
@@ -140,6 +140,15 @@ pub enum StartOffset {
     Latest,
     /// At the first record that is not older than this, in milliseconds since 1970-01-01 UTC.
     At(i64),
+    /// At these offsets. A partition that is not named, or whose offset is beyond its end, begins at its oldest record: all of it is new.
+    Each(Arc<BTreeMap<TopicPartition, i64>>),
+}
+
+impl StartOffset {
+    /// Where a partition of [`StartOffset::Each`] begins, given its watermarks.
+    pub(crate) fn of_each(starts: &BTreeMap<TopicPartition, i64>, partition: &TopicPartition, low: i64, high: i64) -> i64 {
+        starts.get(partition).copied().filter(|offset| (0..=high).contains(offset)).unwrap_or(low)
+    }
 }
 
 /// Reads records: as a member of a group, or by itself.

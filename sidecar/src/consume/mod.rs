@@ -210,6 +210,7 @@ impl Supervisor {
 
     fn make(&self, route: &Arc<Route>, changes: watch::Receiver<Arc<Route>>, stop: CancellationToken) -> Result<RouteLoop, String> {
         let context = &self.context;
+        let metrics = context.metrics.route(&route.name, &route.service);
         let leaf = match route.deliver {
             Deliver::Push => {
                 let service = context.config.service(&route.service);
@@ -219,12 +220,12 @@ impl Supervisor {
                 })?;
                 Leaf::push(app, context.config.limits.record_bytes, &self.leaves)?
             }
-            Deliver::Stream | Deliver::Pull => Leaf::desk(&context.desks, route.clone()),
+            Deliver::Stream | Deliver::Pull => Leaf::desk(&context.desks, route.clone(), &metrics),
         };
         let parts = Parts {
             broker: context.broker.clone(),
             leaf,
-            metrics: context.metrics.route(&route.name, &route.service),
+            metrics,
             tracer: context.tracer.clone(),
             board: context.board.clone(),
             route: changes,

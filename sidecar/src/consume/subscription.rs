@@ -14,7 +14,7 @@ use std::{
 };
 
 use futures_util::future::BoxFuture;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::{
     sync::{CancellationToken, DropGuard},
     task::TaskTracker,
@@ -37,6 +37,7 @@ const COMMIT_PAUSE: Duration = Duration::from_secs(1);
 pub struct Subscription {
     batches: mpsc::Receiver<Received>,
     shared: Arc<Shared>,
+    assigned: watch::Receiver<u64>,
     _end: DropGuard,
 }
 
@@ -48,6 +49,10 @@ pub struct Received {
     /// The records.
     pub batch: Batch,
 }
+
+/// A subscription is over.
+#[derive(Clone, Copy, Debug)]
+pub struct Ended;
 
 /// Tells a subscription what its reader has dealt with. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -62,6 +67,8 @@ struct Shared {
 #[derive(Debug)]
 struct Partition {
     epoch: u64,
+    /// Where reading began.
+    start: i64,
     /// The next offset that the reader has not dealt with.
     handed: i64,
     committed: i64,
@@ -92,14 +99,37 @@ impl Subscription {
         let (sender, batches) = mpsc::channel(AHEAD);
         let shared = Arc::new(Shared::default());
         let end = CancellationToken::new();
-        let driver = Driver { name, grouped, shared: shared.clone(), waiting: VecDeque::new(), commit: None, epoch: 0 };
+        let (tell, assigned) = watch::channel(0);
+        let driver = Driver { name, grouped, shared: shared.clone(), waiting: VecDeque::new(), commit: None, epoch: 0, tell };
         tasks.spawn(driver.run(consumer, sender, end.clone()));
-        Ok(Self { batches, shared, _end: end.drop_guard() })
+        Ok(Self { batches, shared, assigned, _end: end.drop_guard() })
     }
 
     /// The next batch; `None` once the subscription ended. Cancel-safe.
     pub async fn next(&mut self) -> Option<Received> {
         self.batches.recv().await
+    }
+
+    /// The partitions that are read now: each with its assignment and the offset where reading began. Every partition of a batch that
+    /// [`Subscription::next`] gave is among them, unless it was given away since.
+    pub fn starts(&mut self) -> Vec<(TopicPartition, u64, i64)> {
+        self.assigned.mark_unchanged();
+        self.shared.lock().iter().map(|(name, state)| (name.clone(), state.epoch, state.start)).collect()
+    }
+
+    /// The next batch, or `None` when partitions were added since [`Subscription::starts`]. Cancel-safe.
+    ///
+    /// # Errors
+    /// Once the subscription ended.
+    pub async fn next_or_moved(&mut self) -> Result<Option<Received>, Ended> {
+        tokio::select! {
+            biased;
+            Ok(()) = self.assigned.changed() => {
+                self.assigned.mark_changed();
+                Ok(None)
+            }
+            received = self.batches.recv() => received.map(Some).ok_or(Ended),
+        }
     }
 
     /// The way to tell what was dealt with.
@@ -131,6 +161,8 @@ struct Driver {
     waiting: VecDeque<Received>,
     commit: Option<Committing>,
     epoch: u64,
+    /// Says that partitions were added.
+    tell: watch::Sender<u64>,
 }
 
 /// A commit on its way.
@@ -206,8 +238,10 @@ impl Driver {
         let mut partitions = self.shared.lock();
         for Assigned { partition, position, .. } in added {
             self.epoch += 1;
-            partitions.insert(partition, Partition { epoch: self.epoch, handed: position, committed: position });
+            partitions.insert(partition, Partition { epoch: self.epoch, start: position, handed: position, committed: position });
         }
+        drop(partitions);
+        self.tell.send_replace(self.epoch);
     }
 
     async fn revoking(&mut self, revoking: Revoking) {

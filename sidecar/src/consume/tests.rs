@@ -9,6 +9,7 @@ use mesh_routing::{compile, parse};
 use tokio::task::JoinHandle;
 
 use super::*;
+use crate::deliver::desk::Heard;
 use crate::{
     broker::{
         ConsumerConfig, Event, NewTopic, Outgoing, StartOffset,
@@ -209,7 +210,7 @@ async fn every_record_has_one_end() {
                 }
                 outcome => outcome,
             };
-            assert_eq!(desk.answer(vec![Answer { id: delivery.id, outcome }]), [true]);
+            assert_eq!(desk.answer(vec![Answer { id: delivery.id, outcome }]), [Heard::Taken]);
         }
     });
     let ends = mesh.ended("work", COUNT as u64).await;
@@ -370,7 +371,7 @@ async fn a_table_is_swapped_under_load() {
     assert!(Arc::ptr_eq(&desk, &mesh.desk("work").await), "the loop goes on");
     let out_before = held.len();
     let answers = held.into_iter().map(|delivery| Answer { id: delivery.id, outcome: reply(200, "x") }).collect();
-    assert_eq!(desk.answer(answers), vec![true; out_before]);
+    assert_eq!(desk.answer(answers), vec![Heard::Taken; out_before]);
     let service = tokio::spawn(async move {
         while let Some(taken) = desk.take(100, Duration::from_secs(1)).await {
             assert!(taken.len() <= 4, "the new concurrency");
@@ -433,7 +434,7 @@ async fn a_lease_ends_and_its_late_answer_is_refused() {
     let second = desk.take(1, Duration::from_secs(5)).await.unwrap().remove(0);
     assert_eq!((first.attempt, second.attempt), (1, 2));
     tokio::time::sleep(Duration::from_millis(1_100)).await;
-    assert_eq!(desk.answer(vec![Answer { id: second.id, outcome: Outcome::Ignore }]), [false]);
+    assert_eq!(desk.answer(vec![Answer { id: second.id, outcome: Outcome::Ignore }]), [Heard::Late]);
     assert_eq!(mesh.ended("work", 1).await, BTreeMap::from([(Disposition::DeadLettered, 1)]));
     let broker = mesh.broker.clone();
     mesh.end().await;

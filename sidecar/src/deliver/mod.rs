@@ -13,6 +13,7 @@ use tokio_util::task::TaskTracker;
 use crate::{
     config::AppAddress,
     outcome::{Answer, Delivery, Outcome},
+    telemetry::metrics::RouteMetrics,
 };
 
 pub mod breaker;
@@ -24,7 +25,7 @@ mod push;
 pub mod retry;
 mod stream;
 
-use desk::{Desk, Desks};
+use desk::{Counters, Desk, Desks};
 use push::PushPool;
 use stream::HandlerStream;
 
@@ -71,9 +72,10 @@ impl Leaf {
     }
 
     /// The way to a service that fetches its deliveries itself.
-    pub fn desk(desks: &Desks, route: std::sync::Arc<mesh_routing::Route>) -> Self {
+    pub fn desk(desks: &Desks, route: std::sync::Arc<mesh_routing::Route>, metrics: &RouteMetrics) -> Self {
         let (sender, answers) = mpsc::channel(ROOM);
-        let desk = desks.open(route, sender.clone());
+        let counters = Counters { expired: metrics.expired_leases.clone(), late: metrics.late_outcomes.clone() };
+        let desk = desks.open(route, sender.clone(), counters);
         Self { way: Way::Desk(desk, desks.clone()), room: ROOM, answers, sender }
     }
 

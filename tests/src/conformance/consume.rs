@@ -10,11 +10,20 @@ pub(super) async fn starts(broker: Arc<dyn Broker>) -> Result<()> {
         let record = Record { timestamp_ms: Some(base + index * 1000), ..record(None, "v") };
         produce(&broker, vec![to(&topic, 0, record)]).await?;
     }
-    for (start, should) in
-        [(StartOffset::Earliest, 0), (StartOffset::Latest, 10), (StartOffset::At(base + 3500), 4), (StartOffset::At(now_ms() + 1), 10)]
-    {
+    let each = |number, offset| StartOffset::Each(Arc::new([(TopicPartition::new(topic.clone(), number), offset)].into()));
+    for (start, should) in [
+        (StartOffset::Earliest, 0),
+        (StartOffset::Latest, 10),
+        (StartOffset::At(base + 3500), 4),
+        (StartOffset::At(now_ms() + 1), 10),
+        (each(0, 6), 6),
+        (each(0, 10), 10),
+        // Beyond the end, and a partition that is not named: all of it is new.
+        (each(0, 11), 0),
+        (each(1, 3), 0),
+    ] {
         let group = fresh("start");
-        let reader = Reader::start(&broker, config(Some(&group), &[&topic], start), 1).await?;
+        let reader = Reader::start(&broker, config(Some(&group), &[&topic], start.clone()), 1).await?;
         ensure!(reader.position(&partition) == Some(should), "{start:?} begins at {:?} instead of {should}", reader.position(&partition));
         let committed = within("committed offsets", broker.admin().committed(&group, vec![partition.clone()])).await??;
         let offset = committed.first().and_then(Option::as_ref).map(|commit| commit.offset);

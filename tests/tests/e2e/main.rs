@@ -5,6 +5,7 @@
 
 mod api;
 mod broker_away;
+mod clients;
 mod control;
 mod crash;
 mod faults;

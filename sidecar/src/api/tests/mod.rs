@@ -1,13 +1,16 @@
 //! The API over real sockets, on a broker in memory.
 
-use std::net::SocketAddr;
+use std::{io, net::SocketAddr};
 
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
 use mesh_proto::v1::{self, mesh_client::MeshClient};
-use tokio::net::TcpStream;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
 use tonic::transport::Channel;
 
 use super::*;
@@ -28,6 +31,7 @@ mod desk;
 mod follow_http;
 mod publish_grpc;
 mod publish_http;
+mod publish_lines;
 mod subscribe_grpc;
 
 struct World {
@@ -36,6 +40,7 @@ struct World {
     draining: CancellationToken,
     shutdown: CancellationToken,
     serving: tokio::task::JoinHandle<usize>,
+    metrics: Metrics,
 }
 
 impl World {
@@ -49,13 +54,14 @@ impl World {
 
     async fn serving(config: Config, fake: Fake, desks: Desks) -> Self {
         let broker: Arc<dyn Broker> = Arc::new(fake.clone());
-        let publisher = Publisher::new(broker.clone(), Arc::new(config), Tracer::disabled(), Metrics::new());
+        let metrics = Metrics::new();
+        let publisher = Publisher::new(broker.clone(), Arc::new(config), Tracer::disabled(), metrics.clone());
         let (draining, shutdown) = (CancellationToken::new(), CancellationToken::new());
         let api = Api::new(publisher, broker, desks, draining.clone()).unwrap();
         let listener = listen::bind("api", "127.0.0.1:0".parse().unwrap()).await.unwrap();
         let address = listener.local_addr().unwrap();
         let serving = tokio::spawn(api.serve(listener, shutdown.clone()));
-        Self { fake, address, draining, shutdown, serving }
+        Self { fake, address, draining, shutdown, serving, metrics }
     }
 
     async fn client(&self) -> MeshClient<Channel> {
@@ -65,6 +71,11 @@ impl World {
     /// The consumer that was made last.
     fn consumer(&self) -> FakeHandle {
         self.fake.0.lock().unwrap().consumers.last().unwrap().clone()
+    }
+
+    /// Whether a sample of this name, with this among its labels, is above zero.
+    fn counts(&self, name: &str, label: &str) -> bool {
+        self.metrics.encode().unwrap().lines().any(|line| line.starts_with(name) && line.contains(label) && !line.ends_with(" 0"))
     }
 
     /// Sends one request on a connection of its own, and answers the head with a body that still streams.

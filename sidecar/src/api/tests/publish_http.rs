@@ -206,34 +206,6 @@ async fn batches_are_answered_per_record() {
 }
 
 #[tokio::test]
-async fn lines_are_published_as_they_come() {
-    let world = World::new().await;
-    let lines = [("content-type", "application/x-ndjson"), ("mesh-key", "k")];
-    let answer = world.post(ORDERS, &lines, "{\"value\":1}\n\n{\"value\":\r\n{\"key\":\"z\",\"value\":\"two\"}").await;
-    assert_eq!(answer.status, 207);
-    let results = answer.json["results"].as_array().unwrap();
-    assert_eq!((results.len(), &results[0]["offset"], &results[2]["offset"]), (3, &0.into(), &1.into()));
-    assert!(results[1]["problem"]["detail"].as_str().unwrap().starts_with("line 3, column"), "{}", results[1]);
-    let records = world.fake.records("orders");
-    assert_eq!((records[0].key.as_deref(), records[1].key.as_deref()), (Some(&b"k"[..]), Some(&b"z"[..])));
-
-    let many: String = (0..2345).map(|number| format!("{{\"value\":{number}}}\n")).collect();
-    let answer = world.post(ORDERS, &lines, many).await;
-    assert_eq!(answer.status, 200);
-    let results = answer.json["results"].as_array().unwrap();
-    assert!(results.iter().enumerate().all(|(number, result)| result["offset"] == number as i64 + 2));
-    assert_eq!(world.fake.records("orders")[2346].value.as_deref(), Some(&b"2344"[..]));
-
-    let path = "/v1/topics/orders/records?form=value";
-    assert_eq!(world.post(path, &lines, "{\"log\":1}\n{\"log\":2}\n").await.status, 200);
-    assert_eq!(world.fake.records("orders")[2347].value.as_deref(), Some(&b"{\"log\":1}"[..]));
-    assert_eq!(world.post(path, &[("content-type", "application/json")], "[{\"log\":3}, 4]").await.status, 200);
-    assert_eq!(world.fake.records("orders")[2350].value.as_deref(), Some(&b"4"[..]));
-    let answer = world.post(ORDERS, &lines, "{\"log\":1}").await;
-    assert!(answer.problem(400, "bad-record")["hint"].as_str().unwrap().contains("form=value"));
-}
-
-#[tokio::test]
 async fn a_shutdown_finishes_what_is_in_flight() {
     let world = World::new().await;
     world.fake.set(Mode::Silent);

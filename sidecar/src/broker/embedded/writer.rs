@@ -226,7 +226,7 @@ impl Writer {
                 }
                 let resolve = |wanted: &Resolve| {
                     let Resolve { group, gains, start, .. } = wanted;
-                    gains.iter().map(|gain| resolve(store, &plan, group.as_deref(), gain, *start)).collect()
+                    gains.iter().map(|gain| resolve(store, &plan, group.as_deref(), gain, start)).collect()
                 };
                 plan.resolve.iter().map(resolve).collect::<rusqlite::Result<Vec<Vec<Resolved>>>>()
             })
@@ -480,7 +480,7 @@ fn no_partition(topic: &Topic, number: i32) -> ProduceError {
 const MAX_METADATA: usize = 4096;
 
 /// Where a partition begins; stored for the group if it had no offset.
-fn resolve(store: &Store, plan: &Plan, group: Option<&Group>, gain: &Gain, start: StartOffset) -> rusqlite::Result<Resolved> {
+fn resolve(store: &Store, plan: &Plan, group: Option<&Group>, gain: &Gain, start: &StartOffset) -> rusqlite::Result<Resolved> {
     let id = gain.partition.id;
     let (low, _) = gain.partition.watermarks();
     let high = plan.high(&gain.partition);
@@ -498,7 +498,8 @@ fn resolve(store: &Store, plan: &Plan, group: Option<&Group>, gain: &Gain, start
     let position = match start {
         StartOffset::Earliest => low,
         StartOffset::Latest => high,
-        StartOffset::At(timestamp) => store.offset_at(id, low, high, timestamp)?,
+        StartOffset::At(timestamp) => store.offset_at(id, low, high, *timestamp)?,
+        StartOffset::Each(starts) => StartOffset::of_each(starts, &gain.partition.name, low, high),
     };
     if let Some(group) = group {
         store.set_offset(&group.name, id, position, "")?;

@@ -82,6 +82,8 @@ struct Families {
     commit_duration: Family<Labels, Durations>,
     rebalances: Family<Labels, Counter>,
     late: Family<Labels, Counter>,
+    expired_leases: Family<Labels, Counter>,
+    late_outcomes: Family<Labels, Counter>,
     partitions: Family<Labels, Level>,
     lag_records: Family<Labels, Level>,
     lag_seconds: Family<Labels, Seconds>,
@@ -229,6 +231,16 @@ fn register(to: &mut Registry, process: &ProcessMetrics, families: &Families) {
     to.register_with_unit("mesh_commit_duration", "How long a commit takes", Unit::Seconds, f.commit_duration);
     to.register("mesh_rebalances", "Changes of the partitions owned here", f.rebalances);
     to.register("mesh_late_acknowledgements", "Answers that came after their partition was given away, and were dropped", f.late);
+    to.register(
+        "mesh_expired_leases",
+        "Deliveries that a fetching service took and did not answer within the route's timeout",
+        f.expired_leases,
+    );
+    to.register(
+        "mesh_late_outcomes",
+        "Outcomes that a fetching service gave after its lease had ended; they changed nothing",
+        f.late_outcomes,
+    );
     to.register("mesh_partitions", "Partitions owned here", f.partitions);
     to.register("mesh_lag_records", "Records behind, over the partitions owned here", f.lag_records);
     to.register_with_unit("mesh_lag", "Age of the oldest record that is not complete", Unit::Seconds, f.lag_seconds);

@@ -34,6 +34,10 @@ pub struct RouteHandles {
     pub rebalances: Counter,
     /// Answers that came after their partition was given away, and were dropped.
     pub late_acknowledgements: Counter,
+    /// Leases of a service that fetches (`deliver: pull`, `stream`) that ended without an answer.
+    pub expired_leases: Counter,
+    /// Outcomes that such a service gave after its lease had ended.
+    pub late_outcomes: Counter,
     /// Partitions owned here.
     pub partitions: Level,
     /// Records behind.
@@ -124,6 +128,8 @@ impl RouteMetrics {
             commit_duration: f.commit_duration.get_or_create_owned(&labels),
             rebalances: f.rebalances.get_or_create_owned(&labels),
             late_acknowledgements: f.late.get_or_create_owned(&labels),
+            expired_leases: f.expired_leases.get_or_create_owned(&labels),
+            late_outcomes: f.late_outcomes.get_or_create_owned(&labels),
             partitions: f.partitions.get_or_create_owned(&labels),
             lag_records: f.lag_records.get_or_create_owned(&labels),
             lag_seconds: f.lag_seconds.get_or_create_owned(&labels),
@@ -153,6 +159,8 @@ impl RouteMetrics {
         f.commit_duration.remove(labels);
         f.rebalances.remove(labels);
         f.late.remove(labels);
+        f.expired_leases.remove(labels);
+        f.late_outcomes.remove(labels);
         f.partitions.remove(labels);
         f.lag_records.remove(labels);
         f.lag_seconds.remove(labels);

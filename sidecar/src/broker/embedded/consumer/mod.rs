@@ -273,7 +273,7 @@ impl EmbeddedConsumer {
         for gain in &gains {
             self.resolving.insert(gain.partition.name.clone(), gain.epoch);
         }
-        let job = Job::Resolve { group: self.group.clone(), gains: gains.clone(), start: self.start, inbox: self.inbox.clone() };
+        let job = Job::Resolve { group: self.group.clone(), gains: gains.clone(), start: self.start.clone(), inbox: self.inbox.clone() };
         if self.shared.submit(job).is_err() {
             self.storage_trouble = Some(closed());
             self.report();

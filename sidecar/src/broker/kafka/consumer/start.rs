@@ -64,16 +64,16 @@ pub(super) fn resolve(client: &Client, rule: &Rule, partitions: &[TopicPartition
     if partitions.is_empty() {
         return Ok(Vec::new());
     }
-    let offsets = match rule.start {
-        StartOffset::At(time) => admin::at_time(client, partitions, time, timeout)?,
+    let offsets = match &rule.start {
+        StartOffset::At(time) => admin::at_time(client, partitions, *time, timeout)?,
         start => admin::watermarks(client, partitions, timeout)?
             .into_iter()
             .zip(partitions)
-            .map(
-                |((low, high), partition)| {
-                    if start == StartOffset::Earliest || rule.appeared.contains(&partition.topic) { low } else { high }
-                },
-            )
+            .map(|((low, high), partition)| match start {
+                StartOffset::Each(starts) => StartOffset::of_each(starts, partition, low, high),
+                StartOffset::Latest if !rule.appeared.contains(&partition.topic) => high,
+                _ => low,
+            })
             .collect(),
     };
     Ok(partitions

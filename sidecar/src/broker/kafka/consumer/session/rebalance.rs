@@ -36,7 +36,7 @@ const REVOKE: Duration = Duration::from_secs(2);
 
 impl Session {
     fn rule(&self) -> Rule {
-        Rule { group: self.shared.config.group.clone(), start: self.shared.config.start, appeared: self.appeared.clone() }
+        Rule { group: self.shared.config.group.clone(), start: self.shared.config.start.clone(), appeared: self.appeared.clone() }
     }
 
     /// The positions of new partitions. `None` if it is no use any more: closing, or the next rebalance waits.
