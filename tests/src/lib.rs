@@ -19,6 +19,7 @@ pub mod process;
 pub mod python;
 pub mod service;
 pub mod sidecar;
+pub mod soak;
 pub mod stage;
 
 /// The folder of the workspace.

@@ -1,0 +1,94 @@
+//! The verifier: `cargo run --release -p mesh-tests --bin soak -- --seed 1 --minutes 15 --broker kafka`. See RELIABILITY.md.
+
+use std::{process::ExitCode, time::Duration};
+
+use anyhow::{Context as _, Result};
+use clap::{Parser, ValueEnum};
+use mesh_tests::{
+    broker::Broker,
+    soak::{
+        plan::Fault,
+        run::{Guarantee, Options, run},
+    },
+};
+
+/// Runs a mesh under load and faults, and checks that it keeps what it promises.
+#[derive(Parser)]
+#[command(after_help = "Exit codes: 0 every promise was kept, 1 a promise was broken or the run failed, 2 wrong usage.")]
+struct Args {
+    /// The seed of the faults: the same seed gives the same faults at the same times. A random one without it.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// How long the load goes on.
+    #[arg(long, default_value_t = 1.0)]
+    minutes: f64,
+    /// Which broker.
+    #[arg(long, value_enum, default_value = "kafka")]
+    broker: Kind,
+    /// What the route promises.
+    #[arg(long, value_enum, default_value = "at_least_once")]
+    guarantee: Guarantee,
+    /// Which faults; all that the broker knows without it. `none`: nothing goes wrong.
+    #[arg(long, value_delimiter = ',', value_parser = fault)]
+    faults: Option<Vec<Option<Fault>>>,
+    /// Sidecars that share the route. Kafka only.
+    #[arg(long, default_value_t = 3)]
+    sidecars: usize,
+    /// How many sidecars the fault `scale` goes up to.
+    #[arg(long, default_value_t = 8)]
+    scale_to: usize,
+    /// Records a second.
+    #[arg(long, default_value_t = 400.0)]
+    rate: f64,
+    /// Keys.
+    #[arg(long, default_value_t = 96)]
+    keys: u32,
+    /// The form of the output.
+    #[arg(long, short, value_enum, default_value = "table")]
+    output: Output,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    Kafka,
+    Embedded,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    Table,
+    Json,
+}
+
+fn fault(text: &str) -> Result<Option<Fault>, String> {
+    if text == "none" { Ok(None) } else { Fault::from_str(text, true).map(Some) }
+}
+
+#[tokio::main]
+async fn main() -> Result<ExitCode> {
+    let args = Args::parse();
+    let seed = args.seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u128() as u64 % 1_000_000);
+    let broker = match args.broker {
+        Kind::Embedded => Broker::Embedded,
+        Kind::Kafka => Broker::kafka().await?.context("no Kafka")?,
+    };
+    let mut options = Options {
+        guarantee: args.guarantee,
+        sidecars: args.sidecars,
+        scale_to: args.scale_to,
+        rate: args.rate,
+        keys: args.keys.max(1),
+        loud: true,
+        ..Options::new(broker, seed, Duration::from_secs_f64(args.minutes * 60.0))
+    };
+    if let Some(faults) = args.faults {
+        options.faults = faults.into_iter().flatten().collect();
+    }
+    eprintln!("seed {seed}");
+    let report = run(options).await?;
+    match args.output {
+        Output::Table => println!("{}", report.text()),
+        Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),
+    }
+    Ok(if report.is_clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

@@ -1,0 +1,512 @@
+//! The nine checks. Pure: books and topics in, a verdict out.
+//!
+//! 1. An acknowledged record is in A at its acknowledged offset, byte for byte.
+//! 2. Every record of A has its disposition: its reply is in B, the service ignored it, or it is a dead letter.
+//! 3. Of a key, no record starts before all earlier ones are done; replies of a key are in B in the order of A.
+//! 4. What is committed was complete, at every moment, and a commit never goes back.
+//! 5. Duplicates are counted, carry the id of the first, and there are none without a fault, nor ever with `exactly_once`.
+//! 6. A reply names its cause and belongs to its trace; nothing is in B that the service did not say.
+//! 7. What was refused for good never appears.
+//! 8. The work goes on during and after a fault; memory and descriptors stay flat.
+//! 9. Table swaps lose nothing: all of the above holds over them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    time::Duration,
+};
+
+use serde::Serialize;
+use uuid::Uuid;
+
+use super::{
+    ground::Sample,
+    ledger::{Answer, Books, Place, What},
+    load::traced,
+    payload::{Name, Payload, Treatment},
+};
+use crate::mesh::Found;
+
+/// How many offenders of a check are shown.
+const SHOWN: usize = 10;
+
+/// What is checked.
+#[derive(Debug)]
+pub struct Evidence<'a> {
+    /// The run's name.
+    pub run: &'a str,
+    /// The route's name.
+    pub route: &'a str,
+    /// What happened outside of the sidecars.
+    pub books: &'a Books,
+    /// The records of A.
+    pub a: &'a [Found],
+    /// The records of B, as a `read_committed` reader sees them.
+    pub b: &'a [Found],
+    /// The dead letters, likewise.
+    pub dead: &'a [Found],
+    /// What was committed, over time.
+    pub samples: &'a [Sample],
+    /// Whether the route is `exactly_once`.
+    pub exactly_once: bool,
+    /// Whether anything went wrong on purpose.
+    pub faults: bool,
+}
+
+/// A check that failed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Violation {
+    /// Its number.
+    pub check: u8,
+    /// What is wrong.
+    pub what: String,
+    /// How many times.
+    pub count: usize,
+    /// Some of them: the ids, and where they were last seen.
+    pub offenders: Vec<String>,
+}
+
+/// What was found.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Verdict {
+    /// Records that were acknowledged to producers.
+    pub acknowledged: usize,
+    /// Records in A, those of attempts that nobody saw acknowledged included.
+    pub stored: usize,
+    /// Records of A that the service answered for good.
+    pub processed: usize,
+    /// Records of A with a reply in B.
+    pub forwarded: usize,
+    /// Records of A that the service ignored.
+    pub ignored: usize,
+    /// Records of A that are dead letters.
+    pub dead_lettered: usize,
+    /// Of these, those whose attempts failed.
+    pub exhausted: usize,
+    /// Replies and dead letters beyond the first of their record.
+    pub duplicates: usize,
+    /// Deliveries that were answered for good after another was.
+    pub delivered_again: usize,
+    /// Records without a disposition, and acknowledged ones that are not in A.
+    pub lost: usize,
+    /// Times that a key's order was broken, at the service or in B.
+    pub reordered: usize,
+    /// How many times commits were compared.
+    pub samples: usize,
+    /// What failed.
+    pub violations: Vec<Violation>,
+}
+
+/// Collects offenders by what is wrong.
+#[derive(Default)]
+struct Faults(BTreeMap<(u8, &'static str), (usize, Vec<String>)>);
+
+impl Faults {
+    fn add(&mut self, check: u8, what: &'static str, offender: impl FnOnce() -> String) {
+        let (count, shown) = self.0.entry((check, what)).or_default();
+        *count += 1;
+        if shown.len() < SHOWN {
+            shown.push(offender());
+        }
+    }
+
+    fn count(&self, what: &[&str]) -> usize {
+        self.0.iter().filter(|((_, name), _)| what.contains(name)).map(|(_, (count, _))| count).sum()
+    }
+}
+
+/// A record of A.
+struct Source {
+    name: Name,
+    uuid: Uuid,
+}
+
+/// A record that left the route.
+struct Left {
+    /// Where the first one is.
+    first: Place,
+    mesh_id: String,
+    count: usize,
+}
+
+/// Everything by its place in A.
+struct Facts<'a> {
+    books: &'a Books,
+    a: BTreeMap<Place, Source>,
+    b: HashMap<Place, Left>,
+    dead: HashMap<Place, (Left, String)>,
+    finals: HashMap<Place, Vec<(usize, Answer)>>,
+    faults: Faults,
+}
+
+fn place_of(found: &Found) -> Place {
+    Place { partition: found.partition, offset: found.offset }
+}
+
+/// Checks everything but check 8, which is about time and memory.
+pub fn check(evidence: &Evidence<'_>) -> Verdict {
+    let mut facts = Facts {
+        books: evidence.books,
+        a: BTreeMap::new(),
+        b: HashMap::new(),
+        dead: HashMap::new(),
+        finals: HashMap::new(),
+        faults: Faults::default(),
+    };
+    facts.enter_events();
+    facts.enter_a(evidence);
+    facts.enter_b(evidence);
+    facts.enter_dead(evidence);
+    let mut verdict = facts.dispositions(evidence);
+    facts.acknowledged(evidence);
+    facts.order_at_the_service();
+    facts.order_in_b(evidence);
+    facts.commits(evidence);
+    facts.duplicates(evidence, &verdict);
+    verdict.lost = facts.faults.count(&[LOST, NOT_IN_A, GAP_IN_A]);
+    verdict.reordered = facts.faults.count(&[STARTED_EARLY, REPLIES_DISORDERED]);
+    let violation = |((check, what), (count, offenders)): ((u8, &'static str), _)| Violation { check, what: what.into(), count, offenders };
+    verdict.violations = facts.faults.0.into_iter().map(violation).collect();
+    verdict
+}
+
+const NOT_IN_A: &str = "acknowledged and not in A where it was acknowledged";
+const GAP_IN_A: &str = "a number of a key is missing in A";
+const LOST: &str = "a record of A has no disposition";
+const STARTED_EARLY: &str = "a record was started before an earlier one of its key was done";
+const REPLIES_DISORDERED: &str = "replies of a key are in B out of order";
+
+impl Facts<'_> {
+    fn enter_events(&mut self) {
+        for (index, event) in self.books.events.iter().enumerate() {
+            if let What::End(answer) = event.what
+                && answer.is_final()
+            {
+                self.finals.entry(event.place).or_default().push((index, answer));
+            }
+        }
+        for damaged in &self.books.damaged {
+            self.faults.add(1, "the service was given something damaged", || damaged.clone());
+        }
+    }
+
+    fn enter_a(&mut self, evidence: &Evidence<'_>) {
+        let mut seen: HashMap<Uuid, Place> = HashMap::new();
+        // The numbers of each key's first sightings.
+        let mut next: HashMap<u32, u32> = HashMap::new();
+        for found in evidence.a {
+            let place = place_of(found);
+            let parsed = Payload::parse(found.value.as_deref().unwrap_or_default()).and_then(|payload| Ok((payload.name()?, payload)));
+            let (name, payload) = match parsed {
+                Ok(parsed) => parsed,
+                Err(error) => {
+                    self.faults.add(1, "a record of A is damaged", || format!("{place}: {error:#}"));
+                    continue;
+                }
+            };
+            if payload.run != evidence.run || found.key_text() != name.key_text() {
+                self.faults.add(1, "a record of A is of another run or key", || format!("{place}: {}", found.text()));
+                continue;
+            }
+            if evidence.books.refused.contains(&payload.uuid) {
+                self.faults.add(7, "an attempt that was refused for good is in A", || format!("{name} {} at {place}", payload.uuid));
+            }
+            if let Some(first) = seen.insert(payload.uuid, place) {
+                self.faults.add(5, "one attempt to publish is in A twice", || format!("{name} {} at {first} and {place}", payload.uuid));
+            }
+            let due = next.entry(name.key).or_default();
+            if name.seq > *due {
+                let due = *due;
+                self.faults.add(1, GAP_IN_A, || format!("k{}#{due} before {name} at {place}", name.key));
+            }
+            *due = (*due).max(name.seq + 1);
+            self.a.insert(place, Source { name, uuid: payload.uuid });
+        }
+    }
+
+    fn acknowledged(&mut self, evidence: &Evidence<'_>) {
+        let values: HashMap<Place, &Found> = evidence.a.iter().map(|found| (place_of(found), found)).collect();
+        for ack in &evidence.books.acks {
+            let made = Payload::new(evidence.run, ack.producer, ack.name, ack.uuid).bytes();
+            let equal = values.get(&ack.place).is_some_and(|found| found.value.as_deref() == Some(&*made));
+            if !equal {
+                let there =
+                    values.get(&ack.place).map_or_else(|| "nothing is there".to_owned(), |found| format!("there is {}", found.text()));
+                let (name, place, at) = (ack.name, ack.place, ack.at.as_secs_f64());
+                self.faults.add(1, NOT_IN_A, || format!("{name} {} acknowledged at {at:.3} s at {place}: {there}", ack.uuid));
+            }
+        }
+    }
+
+    /// The source that a header `mesh-cause` names: route, topic/partition/offset, index.
+    fn cause(found: &Found, route: &str) -> Option<Place> {
+        let cause = found.header("mesh-cause")?;
+        let mut words = cause.split(' ');
+        let (of, position, index) = (words.next()?, words.next()?, words.next()?);
+        let mut parts = position.rsplit('/');
+        let (offset, partition) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
+        (of == route && index == "0").then_some(Place { partition, offset })
+    }
+
+    fn enter_b(&mut self, evidence: &Evidence<'_>) {
+        for found in evidence.b {
+            let at = place_of(found);
+            let source = Self::cause(found, evidence.route);
+            let Some((place, known)) = source.and_then(|place| Some((place, self.a.get(&place)?))) else {
+                let cause = found.header("mesh-cause");
+                self.faults.add(6, "a record of B has no cause in A", || format!("{at}: mesh-cause {cause:?}: {}", found.text()));
+                continue;
+            };
+            let payload = Payload::parse(found.value.as_deref().unwrap_or_default());
+            if !payload.is_ok_and(|payload| payload.uuid == known.uuid) || found.key_text() != known.name.key_text() {
+                let name = known.name;
+                self.faults.add(6, "a reply is not what the service said", || format!("{name} of {place} at {at}: {}", found.text()));
+            } else if found.header("traceparent").and_then(|header| traced(&header)) != Some(known.uuid) {
+                let (name, header) = (known.name, found.header("traceparent"));
+                self.faults.add(6, "a reply is not of its record's trace", || format!("{name} of {place} at {at}: {header:?}"));
+            }
+            if !self.finals.get(&place).is_some_and(|ends| ends.iter().any(|end| end.1 == Answer::Reply)) {
+                let history = self.history(place);
+                self.faults.add(6, "a reply that the service never gave", || format!("at {at}: {history}"));
+            }
+            let mesh_id = found.header("mesh-id").unwrap_or_default();
+            let left = self.b.entry(place).or_insert_with(|| Left { first: at, mesh_id: mesh_id.clone(), count: 0 });
+            left.count += 1;
+            if left.mesh_id != mesh_id {
+                let first = left.first;
+                self.faults.add(5, "a duplicate has another mesh-id", || format!("{place}: at {first} and {at}"));
+            }
+        }
+    }
+
+    fn enter_dead(&mut self, evidence: &Evidence<'_>) {
+        for found in evidence.dead {
+            let at = place_of(found);
+            let number = |name: &str| found.header(name).and_then(|value| value.parse::<i64>().ok());
+            let place = number("mesh-dlq-partition")
+                .zip(number("mesh-dlq-offset"))
+                .map(|(partition, offset)| Place { partition: partition as i32, offset })
+                .filter(|place| self.a.contains_key(place));
+            let Some(place) = place else {
+                self.faults.add(6, "a dead letter has no origin in A", || format!("{at}: {}", found.text()));
+                continue;
+            };
+            let known = self.a.get(&place).map(|source| source.uuid);
+            if Payload::parse(found.value.as_deref().unwrap_or_default()).ok().map(|payload| payload.uuid) != known {
+                self.faults.add(6, "a dead letter is not its record", || format!("{place} at {at}: {}", found.text()));
+            }
+            let reason = found.header("mesh-dlq-reason").unwrap_or_default();
+            let mesh_id = found.header("mesh-id").unwrap_or_default();
+            let (left, _) = self.dead.entry(place).or_insert_with(|| (Left { first: at, mesh_id, count: 0 }, reason));
+            left.count += 1;
+        }
+    }
+
+    /// What is known of a record: for whoever has to find out what went wrong.
+    fn history(&self, place: Place) -> String {
+        let name = self.a.get(&place).map_or_else(|| "not in A".to_owned(), |source| format!("{} {}", source.name, source.uuid));
+        let mut text = format!("{name} at A {place}");
+        if let Some(ack) = self.books.acks.iter().find(|ack| ack.place == place) {
+            text += &format!("; acknowledged at {:.3} s", ack.at.as_secs_f64());
+        }
+        for event in self.books.events.iter().filter(|event| event.place == place).take(12) {
+            text += &format!("; {:?} at {:.3} s", event.what, event.at.as_secs_f64());
+        }
+        if let Some(left) = self.b.get(&place) {
+            text += &format!("; in B at {} ({} times)", left.first, left.count);
+        }
+        if let Some((left, reason)) = self.dead.get(&place) {
+            text += &format!("; dead letter at {} ({reason})", left.first);
+        }
+        text
+    }
+
+    fn dispositions(&mut self, evidence: &Evidence<'_>) -> Verdict {
+        let mut verdict = Verdict { acknowledged: self.books.acks.len(), stored: self.a.len(), ..Verdict::default() };
+        verdict.samples = evidence.samples.len();
+        verdict.processed = self.a.keys().filter(|place| self.finals.contains_key(place)).count();
+        verdict.delivered_again = self.finals.values().map(|ends| ends.len() - 1).sum();
+        let mut lost = Vec::new();
+        let mut odd = Vec::new();
+        for (place, source) in &self.a {
+            let ended = |answer| self.finals.get(place).is_some_and(|ends| ends.iter().any(|end| end.1 == answer));
+            let dead = self.dead.get(place).map(|(_, reason)| reason.as_str());
+            if dead.is_some() {
+                verdict.dead_lettered += 1;
+            }
+            if dead == Some("attempts") {
+                verdict.exhausted += 1;
+                if !evidence.faults {
+                    odd.push((*place, "a record ran out of attempts though nothing was wrong"));
+                }
+                continue;
+            }
+            let fine = match source.name.treatment() {
+                Treatment::Reply | Treatment::Flaky => {
+                    let fine = self.b.contains_key(place);
+                    verdict.forwarded += usize::from(fine);
+                    fine
+                }
+                Treatment::Ignore => {
+                    let fine = ended(Answer::Ignore);
+                    verdict.ignored += usize::from(fine);
+                    fine
+                }
+                Treatment::Poison => dead == Some("status"),
+            };
+            if !fine {
+                lost.push(*place);
+            } else if dead.is_some_and(|_| source.name.treatment() != Treatment::Poison) {
+                odd.push((*place, "a dead letter that should have been forwarded or ignored"));
+            }
+        }
+        for place in lost {
+            let history = self.history(place);
+            self.faults.add(2, LOST, || history);
+        }
+        for (place, what) in odd {
+            let history = self.history(place);
+            self.faults.add(2, what, || history);
+        }
+        verdict.duplicates = self.b.values().map(|left| left.count - 1).sum::<usize>()
+            + self.dead.values().map(|(left, _)| left.count - 1).sum::<usize>()
+            + self.dead.keys().filter(|place| self.b.contains_key(place)).count();
+        verdict
+    }
+
+    fn order_at_the_service(&mut self) {
+        let mut keys: HashMap<u32, Vec<Place>> = HashMap::new();
+        for (place, source) in &self.a {
+            keys.entry(source.name.key).or_default().push(*place);
+        }
+        let mut at: HashMap<Place, (u32, usize)> = HashMap::new();
+        for (key, places) in &keys {
+            if let Some(other) = places.iter().find(|place| place.partition != places[0].partition) {
+                let first = places[0];
+                self.faults.add(3, "a key is in two partitions", || format!("k{key}: {first} and {other}"));
+            }
+            at.extend(places.iter().enumerate().map(|(index, place)| (*place, (*key, index))));
+        }
+        let mut done: HashMap<u32, usize> = HashMap::new();
+        let (mut started, mut ended): (HashSet<Place>, HashSet<Place>) = Default::default();
+        let exhausted: HashSet<Place> = self.dead.iter().filter(|(_, (_, reason))| reason == "attempts").map(|(place, _)| *place).collect();
+        let mut early = Vec::new();
+        for event in &self.books.events {
+            let Some((key, index)) = at.get(&event.place).copied() else { continue };
+            match event.what {
+                What::End(answer) if answer.is_final() => drop(ended.insert(event.place)),
+                What::End(_) => {}
+                What::Start(_) if started.insert(event.place) => {
+                    let prefix = done.entry(key).or_default();
+                    let places = &keys[&key];
+                    while *prefix < index
+                        && (ended.contains(&places[*prefix])
+                            || (exhausted.contains(&places[*prefix]) && started.contains(&places[*prefix])))
+                    {
+                        *prefix += 1;
+                    }
+                    if *prefix < index {
+                        early.push((event.place, event.at, places[*prefix]));
+                    }
+                }
+                What::Start(_) => {}
+            }
+        }
+        for (place, when, before) in early {
+            let (history, when) = (self.history(before), when.as_secs_f64());
+            self.faults.add(3, STARTED_EARLY, || format!("{place} at {when:.3} s, before {history}"));
+        }
+        let unknown: BTreeSet<Place> = self.books.events.iter().map(|event| event.place).filter(|place| !at.contains_key(place)).collect();
+        for place in unknown {
+            self.faults.add(6, "the service was given a record that is not in A", || self_history(self.books, place));
+        }
+    }
+
+    fn order_in_b(&mut self, evidence: &Evidence<'_>) {
+        // By key, the last source whose first reply was seen.
+        let mut last: HashMap<u32, Place> = HashMap::new();
+        for found in evidence.b {
+            let Some(place) = Self::cause(found, evidence.route) else { continue };
+            let Some(source) = self.a.get(&place) else { continue };
+            if self.b.get(&place).is_some_and(|left| left.first != place_of(found)) {
+                continue;
+            }
+            let before = last.insert(source.name.key, place);
+            if let Some(before) = before.filter(|before| *before > place) {
+                let (name, at) = (source.name, place_of(found));
+                self.faults.add(3, REPLIES_DISORDERED, || format!("{name} of {place} is at {at}, behind that of {before}"));
+            }
+        }
+    }
+
+    fn commits(&mut self, evidence: &Evidence<'_>) {
+        let mut checked: BTreeMap<i32, i64> = BTreeMap::new();
+        let mut early = Vec::new();
+        for sample in evidence.samples {
+            for (partition, committed) in &sample.committed {
+                let from = checked.insert(*partition, *committed).unwrap_or(0);
+                if *committed < from {
+                    let (at, committed) = (sample.at.as_secs_f64(), *committed);
+                    self.faults.add(4, "a commit went back", || format!("partition {partition}: from {from} to {committed} at {at:.3} s"));
+                    // What it passed was checked already.
+                    checked.insert(*partition, from);
+                    continue;
+                }
+                for offset in from..*committed {
+                    let place = Place { partition: *partition, offset };
+                    // Offsets without a record are the broker's own: markers of transactions.
+                    if self.a.contains_key(&place) && !self.was_complete(place, sample) {
+                        early.push((place, *committed, sample.at));
+                    }
+                }
+            }
+        }
+        for (place, committed, at) in early {
+            let (history, at) = (self.history(place), at.as_secs_f64());
+            self.faults
+                .add(4, "an offset was committed that was not complete", || format!("committed {committed} at {at:.3} s: {history}"));
+        }
+    }
+
+    fn was_complete(&self, place: Place, sample: &Sample) -> bool {
+        let below = |left: &Left, ends: &BTreeMap<i32, i64>| ends.get(&left.first.partition).is_some_and(|end| left.first.offset < *end);
+        self.b.get(&place).is_some_and(|left| below(left, &sample.b))
+            || self.dead.get(&place).is_some_and(|(left, _)| below(left, &sample.dead))
+            || self
+                .finals
+                .get(&place)
+                .is_some_and(|ends| ends.iter().any(|(index, answer)| *answer == Answer::Ignore && *index < sample.events))
+    }
+
+    fn duplicates(&mut self, evidence: &Evidence<'_>, verdict: &Verdict) {
+        let of = |facts: &Self| {
+            let places = facts.a.keys().copied();
+            let count =
+                |place: &Place| facts.b.get(place).map_or(0, |left| left.count) + facts.dead.get(place).map_or(0, |(left, _)| left.count);
+            places.filter(|place| count(place) > 1).map(|place| facts.history(place)).collect::<Vec<_>>()
+        };
+        if evidence.exactly_once && verdict.duplicates > 0 {
+            for history in of(self) {
+                self.faults.add(5, "a read_committed reader sees a reply twice", || history);
+            }
+        }
+        if !evidence.faults && (verdict.duplicates > 0 || verdict.delivered_again > 0) {
+            let (duplicates, again) = (verdict.duplicates, verdict.delivered_again);
+            self.faults.add(5, "duplicates though nothing was wrong", || format!("{duplicates} in topics, {again} deliveries"));
+        }
+    }
+}
+
+fn self_history(books: &Books, place: Place) -> String {
+    let events: Vec<String> =
+        books.events.iter().filter(|event| event.place == place).take(4).map(|event| format!("{} {:?}", event.name, event.what)).collect();
+    format!("{place}: {}", events.join(", "))
+}
+
+/// What check 8 allows.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// The longest time in which a partition with work may stand still.
+    pub stall: Duration,
+    /// The most memory of a sidecar, in bytes.
+    pub memory: u64,
+}

@@ -1,0 +1,185 @@
+//! What makes things go wrong, at the times of the plan, and keeps the timeline of what really happened.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use rustix::process::Signal;
+use serde::Serialize;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    fleet::Fleet,
+    ledger::Ledger,
+    plan::{Fault, Step},
+    service::{Mood, Service},
+};
+
+/// A line of the timeline.
+#[derive(Clone, Debug, Serialize)]
+pub struct Moment {
+    /// When, since the begin of the ledger.
+    pub at: Duration,
+    /// What happened.
+    pub what: String,
+    /// Whether partitions change hands from here on.
+    pub rebalances: bool,
+}
+
+/// Strikes.
+#[derive(Debug)]
+pub struct Stagehand {
+    /// The sidecars.
+    pub fleet: Fleet,
+    /// The service.
+    pub service: Service,
+    /// For the time.
+    pub ledger: Arc<Ledger>,
+    /// How many sidecars [`Fault::Scale`] goes up to.
+    pub scale_to: usize,
+    /// The tables that [`Fault::Swap`] puts in force, one after the other; the first is the one that stays.
+    pub tables: Vec<String>,
+    /// What happened.
+    pub timeline: Mutex<Vec<Moment>>,
+    /// Says each line as it happens.
+    pub loud: bool,
+}
+
+impl Stagehand {
+    fn note(&self, rebalances: bool, what: impl Into<String>) {
+        let moment = Moment { at: self.ledger.now(), what: what.into(), rebalances };
+        if self.loud {
+            eprintln!("{:>8.1} s  {}", moment.at.as_secs_f64(), moment.what);
+        }
+        self.timeline.lock().unwrap_or_else(PoisonError::into_inner).push(moment);
+    }
+
+    /// Carries out a plan; its times count from now. A fault under way when it is stopped is brought to its end.
+    ///
+    /// # Errors
+    /// If something cannot be undone: a sidecar that does not start again, or one that had ended by itself.
+    pub async fn play(self: Arc<Self>, plan: Vec<Step>, stop: CancellationToken) -> Result<()> {
+        let begin = tokio::time::Instant::now();
+        let mut under_way = JoinSet::new();
+        for step in plan {
+            let wait = tokio::time::sleep_until(begin + step.at);
+            tokio::select! {
+                () = wait => drop(under_way.spawn(self.clone().strike(step))),
+                () = stop.cancelled() => break,
+                Some(done) = under_way.join_next(), if !under_way.is_empty() => {
+                    done??;
+                    // The step was not begun yet.
+                    if stop.run_until_cancelled(tokio::time::sleep_until(begin + step.at)).await.is_none() {
+                        break;
+                    }
+                    under_way.spawn(self.clone().strike(step));
+                }
+            }
+        }
+        while let Some(done) = under_way.join_next().await {
+            done??;
+        }
+        Ok(())
+    }
+
+    async fn strike(self: Arc<Self>, step: Step) -> Result<()> {
+        let Step { fault, target, lasts, .. } = step;
+        match fault {
+            Fault::SidecarKill => {
+                let (number, mut sidecar) = self.fleet.take(target).await;
+                sidecar.kill9().await?;
+                self.note(true, format!("s{number} is killed, for {:.1} s", lasts.as_secs_f64()));
+                tokio::time::sleep(lasts).await;
+                self.fleet.restart(number, &mut sidecar).await?;
+                self.note(true, format!("s{number} is back"));
+            }
+            Fault::SidecarTerm => {
+                let (number, mut sidecar) = self.fleet.take(target).await;
+                self.note(true, format!("s{number} is told to end, for {:.1} s", lasts.as_secs_f64()));
+                let status = sidecar.sigterm(Duration::from_secs(60)).await?;
+                anyhow::ensure!(status.success(), "s{number} ended with {status} after SIGTERM");
+                tokio::time::sleep(lasts).await;
+                self.fleet.restart(number, &mut sidecar).await?;
+                self.note(true, format!("s{number} is back"));
+            }
+            Fault::SidecarStop => {
+                let (number, mut sidecar) = self.fleet.take(target).await;
+                sidecar.process()?.signal(Signal::STOP)?;
+                self.note(true, format!("s{number} is stopped, for {:.1} s", lasts.as_secs_f64()));
+                tokio::time::sleep(lasts).await;
+                sidecar.process()?.signal(Signal::CONT)?;
+                self.note(true, format!("s{number} goes on, a zombie"));
+            }
+            Fault::ServiceKill => {
+                self.service.down().await;
+                self.note(false, format!("the service is gone, for {:.1} s", lasts.as_secs_f64()));
+                tokio::time::sleep(lasts).await;
+                self.service.up().await?;
+                self.note(false, "the service is back");
+            }
+            Fault::ServiceHang => self.mood(Mood::Hangs, "hangs", lasts).await,
+            Fault::ServiceStorm => self.mood(Mood::Storms, "answers 5xx", lasts).await,
+            Fault::ServiceSlow => self.mood(Mood::Slow, "is slow", lasts).await,
+            Fault::Swap => self.swap(lasts).await?,
+            Fault::Scale => self.scale(lasts).await?,
+        }
+        Ok(())
+    }
+
+    async fn mood(&self, mood: Mood, what: &str, lasts: Duration) {
+        self.service.mood(mood);
+        self.note(false, format!("the service {what}, for {:.1} s", lasts.as_secs_f64()));
+        tokio::time::sleep(lasts).await;
+        self.service.mood(Mood::Well);
+        self.note(false, "the service is well");
+    }
+
+    async fn swap(&self, lasts: Duration) -> Result<()> {
+        let end = tokio::time::Instant::now() + lasts;
+        let mut swaps = 0;
+        while tokio::time::Instant::now() < end {
+            let number = 1 + swaps % self.tables.len().saturating_sub(1).max(1);
+            swaps += 1;
+            self.apply(number).await?;
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+        self.apply(0).await?;
+        self.note(false, format!("{} tables were put in force", swaps + 1));
+        Ok(())
+    }
+
+    /// Applies a table; a broker or a sidecar that is away just now is waited for.
+    async fn apply(&self, number: usize) -> Result<()> {
+        let table = self.tables.get(number).context("a table")?;
+        let until = tokio::time::Instant::now() + Duration::from_secs(90);
+        loop {
+            match self.fleet.apply(table).await {
+                Ok(()) => return Ok(()),
+                Err(error) if tokio::time::Instant::now() > until => return Err(error).context("a table was not taken for 90 s"),
+                Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
+            }
+        }
+    }
+
+    async fn scale(&self, lasts: Duration) -> Result<()> {
+        let count = self.fleet.len();
+        let steps = self.scale_to.saturating_sub(count);
+        let pace = lasts / (2 * u32::try_from(steps.max(1))? + 1);
+        let mut more = Vec::with_capacity(steps);
+        for number in count..self.scale_to {
+            self.note(true, format!("s{number} joins: {} sidecars", number + 1));
+            more.push((number, self.fleet.another(number, false).await?));
+            tokio::time::sleep(pace).await;
+        }
+        tokio::time::sleep(pace).await;
+        while let Some((number, sidecar)) = more.pop() {
+            self.note(true, format!("s{number} leaves: {number} sidecars"));
+            sidecar.finish().await?;
+            tokio::time::sleep(pace).await;
+        }
+        Ok(())
+    }
+}
