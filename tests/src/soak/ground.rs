@@ -77,17 +77,20 @@ impl Ground {
     /// Takes samples until it is stopped; those that the broker does not answer are left out.
     pub fn watch(&self, names: &Names, ledger: &Arc<Ledger>, stop: CancellationToken) -> tokio::task::JoinHandle<Vec<Sample>> {
         let (ground, names, ledger) = (self.clone(), names.clone(), ledger.clone());
-        tokio::task::spawn_blocking(move || {
+        tokio::spawn(async move {
             let mut samples = Vec::new();
             let mut client = None;
-            while !stop.is_cancelled() {
-                let begin = Instant::now();
-                match ground.sample(&names, &ledger, &mut client) {
-                    Ok(sample) => samples.push(sample),
-                    // The broker is away, or nothing was committed yet.
-                    Err(_) => client = None,
+            let mut every = tokio::time::interval(Duration::from_millis(200));
+            every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            while stop.run_until_cancelled(every.tick()).await.is_some() {
+                let (ground, names, ledger) = (ground.clone(), names.clone(), ledger.clone());
+                let mut kept: Option<Client> = client.take();
+                let ask = move || (ground.sample(&names, &ledger, &mut kept), kept);
+                // Without an answer the broker is away, or nothing was committed yet: the next one by a new client.
+                if let Ok((Ok(sample), kept)) = tokio::task::spawn_blocking(ask).await {
+                    samples.push(sample);
+                    client = kept;
                 }
-                std::thread::sleep(Duration::from_millis(200).saturating_sub(begin.elapsed()));
             }
             samples
         })
@@ -171,13 +174,8 @@ async fn read_embedded(broker: &EmbeddedBroker, topic: &str, partitions: i32) ->
             left.insert(partition, high);
         }
     }
-    let config = ConsumerConfig {
-        group: None,
-        topics: vec![topic.into()],
-        instance: None,
-        start: StartOffset::Earliest,
-        buffer_bytes: 4 << 20,
-    };
+    let config =
+        ConsumerConfig { group: None, topics: vec![topic.into()], instance: None, start: StartOffset::Earliest, buffer_bytes: 4 << 20 };
     let mut consumer = broker.consumer(config)?;
     let mut all = Vec::new();
     while !left.is_empty() {
@@ -188,17 +186,19 @@ async fn read_embedded(broker: &EmbeddedBroker, topic: &str, partitions: i32) ->
             left.remove(&partition);
         }
         let bytes = |bytes: &bytes::Bytes| bytes.to_vec();
-        all.extend(batch.records.into_iter().map(|(offset, record)| Found {
-            topic: topic.to_owned(),
-            partition,
-            offset,
-            key: record.key.as_ref().map(bytes),
-            value: record.value.as_ref().map(bytes),
-            headers: record
-                .headers
-                .iter()
-                .map(|header| (header.name.to_string(), header.value.as_ref().map(bytes).unwrap_or_default()))
-                .collect(),
+        all.extend(batch.records.into_iter().map(|(offset, record)| {
+            Found {
+                topic: topic.to_owned(),
+                partition,
+                offset,
+                key: record.key.as_ref().map(bytes),
+                value: record.value.as_ref().map(bytes),
+                headers: record
+                    .headers
+                    .iter()
+                    .map(|header| (header.name.to_string(), header.value.as_ref().map(bytes).unwrap_or_default()))
+                    .collect(),
+            }
         }));
     }
     consumer.close().await;
@@ -250,7 +250,9 @@ impl Client {
 
     fn committed(&self, topic: &str, partitions: i32) -> Result<BTreeMap<i32, i64>> {
         let mut wanted = TopicPartitionList::new();
-        (0..partitions).for_each(|partition| drop(wanted.add_partition(topic, partition)));
+        for partition in 0..partitions {
+            wanted.add_partition(topic, partition);
+        }
         let found = self.0.committed_offsets(wanted, TIMEOUT)?;
         let mut committed = BTreeMap::new();
         for element in found.elements() {

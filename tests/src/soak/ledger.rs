@@ -5,7 +5,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -140,7 +140,7 @@ const GAP: Duration = Duration::from_millis(100);
 /// The books, shared by producers, service and checker.
 #[derive(Debug)]
 pub struct Ledger {
-    begin: Instant,
+    begin: OnceLock<Instant>,
     /// An attempt of this number is the last.
     attempts: u32,
     books: Mutex<Books>,
@@ -149,7 +149,7 @@ pub struct Ledger {
 impl Ledger {
     /// Empty books. `attempts` is the route's: a failure of that number ends a record, too.
     pub fn new(attempts: u32) -> Self {
-        Self { begin: Instant::now(), attempts, books: Mutex::default() }
+        Self { begin: OnceLock::new(), attempts, books: Mutex::default() }
     }
 
     /// The books.
@@ -157,15 +157,20 @@ impl Ledger {
         self.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The load begins: times count from here.
+    pub fn begin(&self) {
+        self.begin.get_or_init(Instant::now);
+    }
+
     /// The time since the begin.
     pub fn now(&self) -> Duration {
-        self.begin.elapsed()
+        self.begin.get().map_or(Duration::ZERO, Instant::elapsed)
     }
 
     /// A publish was acknowledged.
     pub fn acknowledged(&self, name: Name, producer: u32, uuid: Uuid, place: Place) {
         let mut books = self.books();
-        let at = self.begin.elapsed();
+        let at = self.now();
         books.acks.push(Ack { name, producer, uuid, place, at });
         if !books.ended.contains(&place) {
             let work = books.partitions.entry(place.partition).or_default();
@@ -189,14 +194,14 @@ impl Ledger {
     /// A delivery began.
     pub fn start(&self, place: Place, name: Name, uuid: Uuid, attempt: u32) {
         let mut books = self.books();
-        let at = self.begin.elapsed();
+        let at = self.now();
         books.events.push(Event { at, place, name, uuid, what: What::Start(attempt) });
     }
 
     /// A delivery ended.
     pub fn end(&self, place: Place, name: Name, uuid: Uuid, attempt: u32, answer: Answer) {
         let mut books = self.books();
-        let at = self.begin.elapsed();
+        let at = self.now();
         books.events.push(Event { at, place, name, uuid, what: What::End(answer) });
         if answer.is_final() || attempt >= self.attempts {
             books.progress(place, at);

@@ -105,7 +105,7 @@ impl Dice {
     }
 
     /// The next number.
-    pub fn next(&mut self) -> u64 {
+    pub fn roll(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -115,12 +115,12 @@ impl Dice {
 
     /// One of `0..count`; 0 of none.
     pub fn below(&mut self, count: usize) -> usize {
-        (self.next() % (count.max(1) as u64)) as usize
+        (self.roll() % (count.max(1) as u64)) as usize
     }
 
     /// A number of a range.
     pub fn between(&mut self, from: f64, to: f64) -> f64 {
-        from + (to - from) * (self.next() >> 11) as f64 / (1u64 << 53) as f64
+        from + (to - from) * (self.roll() >> 11) as f64 / (1u64 << 53) as f64
     }
 }
 

@@ -117,6 +117,7 @@ routes:
   timeout: 4s
   guarantee: {guarantee}
   retry: {{ attempts: {ATTEMPTS}, initial: 50ms, max: 1s }}
+  breaker: {{ failures: 20, open: 1s }}
   {fields}
 {more}"
         )
@@ -193,6 +194,7 @@ async fn run_on(options: &Options, stage: Stage) -> Result<Report> {
         loud: options.loud,
     });
 
+    ledger.begin();
     let (stop_load, stop_all) = (CancellationToken::new(), CancellationToken::new());
     let samples = ground.watch(&names, &ledger, stop_all.clone());
     let watching = tokio::spawn(watched.clone().run(stop_all.clone()));

@@ -510,3 +510,6 @@ pub struct Bounds {
     /// The most memory of a sidecar, in bytes.
     pub memory: u64,
 }
+
+#[cfg(test)]
+mod tests;

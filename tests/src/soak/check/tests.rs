@@ -1,0 +1,274 @@
+//! Each check fails where it must.
+
+use super::*;
+use crate::soak::ledger::{Ack, Event};
+
+/// A run of three keys in one partition, in which all is well, as it can be taken apart.
+struct Run {
+    books: Books,
+    a: Vec<Found>,
+    b: Vec<Found>,
+    dead: Vec<Found>,
+    samples: Vec<Sample>,
+    exactly_once: bool,
+    faults: bool,
+}
+
+fn place(offset: i64) -> Place {
+    Place { partition: 0, offset }
+}
+
+fn uuid(name: Name) -> Uuid {
+    Uuid::from_u128(u128::from(name.key) << 64 | u128::from(name.seq) << 8 | 7)
+}
+
+fn found(offset: i64, name: Name, headers: &[(&str, String)]) -> Found {
+    Found {
+        topic: "t".into(),
+        partition: 0,
+        offset,
+        key: Some(name.key_text().into_bytes()),
+        value: Some(Payload::new("run", 1, name, uuid(name)).bytes().to_vec()),
+        headers: headers.iter().map(|(name, value)| ((*name).to_owned(), value.clone().into_bytes())).collect(),
+    }
+}
+
+fn reply(offset: i64, source: i64, name: Name) -> Found {
+    let headers = [
+        ("mesh-cause", format!("work m.a/0/{source} 0")),
+        ("mesh-id", format!("id-{source}")),
+        ("traceparent", format!("00-{}-0000000000000001-01", uuid(name).simple())),
+    ];
+    found(offset, name, &headers)
+}
+
+fn letter(offset: i64, source: i64, name: Name, reason: &str) -> Found {
+    let headers = [
+        ("mesh-dlq-partition", "0".to_owned()),
+        ("mesh-dlq-offset", source.to_string()),
+        ("mesh-dlq-reason", reason.to_owned()),
+        ("mesh-id", format!("dead-{source}")),
+    ];
+    found(offset, name, &headers)
+}
+
+fn well() -> Run {
+    let mut run = Run {
+        books: Books::default(),
+        a: Vec::new(),
+        b: Vec::new(),
+        dead: Vec::new(),
+        samples: Vec::new(),
+        exactly_once: false,
+        faults: false,
+    };
+    for offset in 0..600 {
+        let name = Name { key: (offset % 3) as u32, seq: (offset / 3) as u32 };
+        let at = Duration::from_millis(offset as u64);
+        run.a.push(found(offset, name, &[]));
+        run.books.acks.push(Ack { name, producer: 1, uuid: uuid(name), place: place(offset), at });
+        let mut event = |what| run.books.events.push(Event { at, place: place(offset), name, uuid: uuid(name), what });
+        event(What::Start(1));
+        match name.treatment() {
+            Treatment::Poison => {
+                event(What::End(Answer::Reject));
+                run.dead.push(letter(run.dead.len() as i64, offset, name, "status"));
+            }
+            Treatment::Ignore => event(What::End(Answer::Ignore)),
+            Treatment::Reply | Treatment::Flaky => {
+                if name.treatment() == Treatment::Flaky {
+                    event(What::End(Answer::Fail));
+                    event(What::Start(2));
+                }
+                event(What::End(Answer::Reply));
+                run.b.push(reply(run.b.len() as i64, offset, name));
+            }
+        }
+        run.sample(offset + 1);
+    }
+    run
+}
+
+impl Run {
+    fn sample(&mut self, committed: i64) {
+        let one = |end: usize| BTreeMap::from([(0, end as i64)]);
+        self.samples.push(Sample {
+            at: Duration::ZERO,
+            committed: BTreeMap::from([(0, committed)]),
+            b: one(self.b.len()),
+            dead: one(self.dead.len()),
+            events: self.books.events.len(),
+        });
+    }
+
+    fn check(&self) -> Verdict {
+        check(&Evidence {
+            run: "run",
+            route: "work",
+            books: &self.books,
+            a: &self.a,
+            b: &self.b,
+            dead: &self.dead,
+            samples: &self.samples,
+            exactly_once: self.exactly_once,
+            faults: self.faults,
+        })
+    }
+
+    /// The numbers of the checks that fail.
+    fn fails(&self) -> Vec<u8> {
+        let mut checks: Vec<u8> = self.check().violations.iter().map(|violation| violation.check).collect();
+        checks.dedup();
+        checks
+    }
+
+    /// The index in B, and the source, of a record that was forwarded and whose next in B is of another key.
+    fn forwarded(&self) -> (usize, Place) {
+        let place = Facts::cause(&self.b[10], "work").unwrap();
+        (10, place)
+    }
+}
+
+#[test]
+fn a_run_in_which_all_is_well_passes() {
+    let verdict = well().check();
+    assert_eq!(verdict.violations, []);
+    assert_eq!((verdict.acknowledged, verdict.stored, verdict.processed, verdict.lost), (600, 600, 600, 0));
+    assert_eq!(verdict.forwarded + verdict.ignored + verdict.dead_lettered, 600);
+    assert!(verdict.ignored > 0 && verdict.dead_lettered > 0);
+}
+
+#[test]
+fn check_1_an_acknowledged_record_that_is_not_in_a() {
+    let mut run = well();
+    run.a.pop();
+    let verdict = run.check();
+    assert!(verdict.violations.iter().any(|violation| violation.check == 1 && violation.what == NOT_IN_A), "{verdict:?}");
+    assert_eq!(verdict.lost, 1);
+}
+
+#[test]
+fn check_1_a_record_that_is_changed_in_a() {
+    let mut run = well();
+    let value = run.a[7].value.as_mut().unwrap();
+    let end = value.len() - 3;
+    value[end] ^= 1;
+    assert!(run.fails().contains(&1));
+}
+
+#[test]
+fn check_1_a_gap_in_a_key() {
+    let mut run = well();
+    // Nobody saw it acknowledged, yet its producer went on to the next.
+    run.books.acks.remove(0);
+    run.books.events.retain(|event| event.place != place(0));
+    run.a.remove(0);
+    run.b.retain(|found| Facts::cause(found, "work") != Some(place(0)));
+    assert!(run.check().violations.iter().any(|violation| violation.what == GAP_IN_A));
+}
+
+#[test]
+fn check_2_a_record_without_a_disposition() {
+    let mut run = well();
+    run.samples.clear();
+    let (index, place) = run.forwarded();
+    run.b.remove(index);
+    assert_eq!((run.fails(), run.check().lost), (vec![2], 1));
+    assert!(run.check().violations[0].offenders[0].contains(&place.to_string()));
+}
+
+#[test]
+fn check_2_a_rejected_record_that_is_no_dead_letter() {
+    let mut run = well();
+    run.samples.clear();
+    run.dead.pop();
+    assert_eq!(run.fails(), [2]);
+}
+
+#[test]
+fn check_3_a_record_that_starts_before_the_one_before_is_done() {
+    let mut run = well();
+    let index = run.books.events.iter().position(|event| event.place == place(9) && event.what == What::Start(1)).unwrap();
+    let event = run.books.events.remove(index);
+    let before = run.books.events.iter().position(|event| event.place == place(6) && event.what == What::Start(1)).unwrap();
+    run.books.events.insert(before + 1, event);
+    run.samples.clear();
+    assert_eq!(run.fails(), [3]);
+    assert_eq!(run.check().reordered, 1);
+}
+
+#[test]
+fn check_3_replies_of_a_key_in_another_order() {
+    let mut run = well();
+    run.samples.clear();
+    let of_key: Vec<usize> = (0..run.b.len()).filter(|index| run.b[*index].key_text() == "k0").collect();
+    let (one, other) = (of_key[3], of_key[4]);
+    run.b.swap(one, other);
+    let (first, second) = (run.b[one].offset, run.b[other].offset);
+    (run.b[one].offset, run.b[other].offset) = (second, first);
+    assert_eq!(run.fails(), [3]);
+}
+
+#[test]
+fn check_4_a_commit_beyond_what_is_complete() {
+    let mut run = well();
+    run.samples[100].committed.insert(0, 110);
+    assert_eq!(run.fails(), [4]);
+}
+
+#[test]
+fn check_4_a_commit_that_goes_back() {
+    let mut run = well();
+    run.samples[100].committed.insert(0, 90);
+    assert_eq!(run.fails(), [4]);
+}
+
+#[test]
+fn check_5_a_duplicate_without_a_fault_or_with_exactly_once() {
+    let mut run = well();
+    let (_, place) = run.forwarded();
+    let name = run.books.acks[usize::try_from(place.offset).unwrap()].name;
+    run.b.push(reply(run.b.len() as i64, place.offset, name));
+    assert_eq!(run.fails(), [5]);
+    assert_eq!(run.check().duplicates, 1);
+    run.faults = true;
+    assert!(run.fails().is_empty(), "at least once: it is counted");
+    run.exactly_once = true;
+    assert_eq!(run.fails(), [5]);
+}
+
+#[test]
+fn check_5_a_duplicate_that_nobody_could_recognise() {
+    let mut run = well();
+    run.faults = true;
+    let (index, place) = run.forwarded();
+    let name = run.books.acks[usize::try_from(place.offset).unwrap()].name;
+    run.b.push(Found { headers: run.b[index + 1].headers.clone(), ..reply(run.b.len() as i64, place.offset, name) });
+    let last = run.b.len() - 1;
+    run.b[last].headers[0].1 = format!("work m.a/0/{} 0", place.offset).into_bytes();
+    run.b[last].headers[2] = run.b[index].headers[2].clone();
+    assert_eq!(run.fails(), [5]);
+}
+
+#[test]
+fn check_6_a_reply_with_another_cause_or_trace_or_that_nobody_gave() {
+    let mut run = well();
+    run.samples.clear();
+    let (index, place) = run.forwarded();
+    let clean = run.b[index].clone();
+    run.b[index].headers[2].1 = b"00-00000000000000000000000000000001-0000000000000001-01".to_vec();
+    assert_eq!(run.fails(), [6]);
+    run.b[index].headers[0].1 = b"other m.a/0/1 0".to_vec();
+    assert_eq!(run.fails(), [2, 6]);
+    run.b[index] = clean;
+    run.books.events.retain(|event| event.place != place);
+    assert!(run.fails().contains(&6));
+}
+
+#[test]
+fn check_7_what_was_refused_for_good_appears() {
+    let mut run = well();
+    let name = run.books.acks[5].name;
+    run.books.refused.insert(uuid(name));
+    assert_eq!(run.fails(), [7]);
+}
