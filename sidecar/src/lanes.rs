@@ -163,6 +163,11 @@ impl<T> Lanes<T> {
         self.jobs.get(id.index())?.as_ref().filter(|job| job.id == id).map(|job| &job.item)
     }
 
+    /// The lane of a job, if it is in one.
+    pub fn lane(&self, id: JobId) -> Option<Lane> {
+        self.jobs.get(id.index())?.as_ref().filter(|job| job.id == id)?.lane
+    }
+
     /// The item of a job, to change.
     pub fn get_mut(&mut self, id: JobId) -> Option<&mut T> {
         self.job_mut(id).map(|job| &mut job.item)

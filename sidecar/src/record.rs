@@ -123,8 +123,31 @@ pub(crate) fn clip(text: &str) -> String {
 
 /// The present, in milliseconds since 1970-01-01 UTC: the unit of every timestamp here.
 pub(crate) fn now_ms() -> i64 {
+    #[cfg(test)]
+    if let Some(simulated) = simulated::now_ms() {
+        return simulated;
+    }
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// The time of a simulation: what its paused clock says, in place of the system's.
+#[cfg(test)]
+pub(crate) mod simulated {
+    use std::cell::Cell;
+
+    use tokio::time::Instant;
+
+    thread_local!(static START: Cell<Option<Instant>> = const { Cell::new(None) });
+
+    /// Time starts now on this thread, at 2026-01-01; `None` gives the system's back.
+    pub(crate) fn start(at: Option<Instant>) {
+        START.set(at);
+    }
+
+    pub(super) fn now_ms() -> Option<i64> {
+        START.get().map(|start| 1_767_225_600_000 + i64::try_from(start.elapsed().as_millis()).unwrap_or(i64::MAX))
+    }
 }
 
 /// A partition of a topic.

@@ -138,6 +138,10 @@ impl RouteLoop {
     }
 
     pub(super) fn on_revoking(&mut self, revoking: Revoking) {
+        // One that is not answered yet has been given up by the consumer (this process stood still): what it was about is gone.
+        if let Some(deadline) = self.revoke.as_ref().map(|revoke| revoke.deadline) {
+            self.answer_revoke(deadline);
+        }
         let slots: Vec<u32> = revoking.partitions.iter().filter_map(|partition| self.by_partition.get(partition).copied()).collect();
         let names: Vec<String> = revoking.partitions.iter().map(ToString::to_string).collect();
         tracing::info!(route = %self.route.name, partitions = names.join(" "), lost = revoking.lost, "partitions revoked");
@@ -239,5 +243,67 @@ impl RouteLoop {
             tracing::warn!(route = %self.route.name, out, unacknowledged, "drained before all answers came: those records are delivered again");
         }
         self.consumer.close().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use mesh_routing::Route;
+    use tokio::sync::{oneshot, watch};
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::{
+        broker::{Assigned, Event, fake::Fake},
+        consume::{route::Parts, test_delivery},
+        deliver::Leaf,
+        record::{Batch, Record, TopicPartition},
+        status::Board,
+        telemetry::{metrics::Metrics, trace::Tracer},
+    };
+
+    /// After a standstill the consumer has given up one revocation and announces the next: the first one's partitions are gone, too.
+    #[tokio::test(start_paused = true)]
+    async fn a_revocation_that_nobody_waits_for_any_more_is_over() {
+        let fake = Fake::new(&["in"]);
+        let route: Arc<Route> = test_delivery("", 0).route;
+        let (change, changes) = watch::channel(route.clone());
+        let (leaf, answers) = Leaf::played(|_| {});
+        let board = Board::default();
+        let parts = Parts {
+            broker: Arc::new(fake.clone()),
+            leaf,
+            metrics: Metrics::new().route(&route.name, &route.service),
+            tracer: Tracer::disabled(),
+            board: board.clone(),
+            route: changes,
+            applied_ms: 0,
+            instance: None,
+            buffer_bytes: 1 << 20,
+            drain_timeout: Duration::from_secs(1),
+            stop: CancellationToken::new(),
+            seed: 1,
+        };
+        let running = tokio::spawn(RouteLoop::new(parts).unwrap().run());
+        let events = fake.0.lock().unwrap().consumers[0].events.clone();
+        let partition = |number| TopicPartition::new("in", number);
+        let assigned = |number| Assigned { partition: partition(number), position: 0, metadata: String::new() };
+        events.send(Event::Assigned((0..3).map(assigned).collect())).await.unwrap();
+        // At the service, for ever: the first revocation waits for it.
+        events.send(Event::Records(Batch { partition: partition(0), records: vec![(0, Record::default())] })).await.unwrap();
+        let revoking = |number, lost| {
+            let (done, answer) = oneshot::channel();
+            (Event::Revoking(Revoking { partitions: vec![partition(number)], lost, done }), answer)
+        };
+        let ((first, answer), (second, _dropped)) = (revoking(0, false), revoking(1, true));
+        events.send(first).await.unwrap();
+        events.send(second).await.unwrap();
+        assert_eq!(answer.await.unwrap(), []);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(board.routes()[0].partitions, 1, "only the third is left");
+        running.abort();
+        drop((change, answers));
     }
 }

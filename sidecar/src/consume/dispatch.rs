@@ -112,9 +112,10 @@ impl RouteLoop {
             Verdict::DeadLetter { reason, detail } => What::DeadLetter { reason, detail },
         };
         // The lane is free at the outcome: the outbox keeps the order.
+        let lane = self.lanes.lane(id);
         if let Some(job) = self.lanes.finish(id) {
             self.slot_busy(index, epoch, 1);
-            self.outbox.put(Publication { slot: index, epoch, delivery: job.delivery, what, context });
+            self.outbox.put(Publication { slot: index, epoch, lane, delivery: job.delivery, what, context });
         }
     }
     /// Ends a record that publishes nothing.

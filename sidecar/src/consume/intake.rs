@@ -144,7 +144,7 @@ impl RouteLoop {
             // The service was never called.
             let delivery = Delivery { attempt: 0, ..delivery };
             let context = parent(&delivery.record);
-            self.outbox.put(Publication { slot: index, epoch, delivery, what: What::DeadLetter { reason, detail }, context });
+            self.outbox.put(Publication { slot: index, epoch, lane: None, delivery, what: What::DeadLetter { reason, detail }, context });
             return;
         }
         let lane = match self.route.order {

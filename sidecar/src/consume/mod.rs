@@ -37,6 +37,8 @@ mod outbox;
 mod reply;
 mod report;
 mod route;
+#[cfg(test)]
+mod sim;
 pub mod subscription;
 #[cfg(test)]
 mod tests;

@@ -1,11 +1,13 @@
 //! What a route publishes, in order, until it is acknowledged.
 //!
-//! Invariant: a record's publications are sent in the order in which they were put, and again in that order after a failure: while one is
-//! waiting to be sent again, nothing that was put later is sent.
+//! Invariant: publications of a lane are stored in the order in which they were put, whatever fails: one is sent when those before it are
+//! acknowledged, or together with them. (What was sent behind one that fails later could be stored before it.)
+//! Invariant: while one is waiting to be sent again, nothing that was put later is sent.
 //! Invariant: nothing is dropped: a publication ends by acknowledgement, or as a dead letter if the broker refuses it for good.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, HashMap, HashSet, VecDeque},
+    hash::BuildHasherDefault,
     sync::Arc,
     time::Duration,
 };
@@ -16,6 +18,7 @@ use tokio::time::Instant;
 use super::{judge::Reason, reply};
 use crate::{
     broker::{Outgoing, ProduceError, ProduceErrorKind, Producer},
+    lanes::{Lane, LaneHasher},
     outcome::{Delivery, Disposition, Reply},
     record::{Position, now_ms},
     telemetry::trace::{Span, SpanKind, TraceContext, Tracer},
@@ -35,6 +38,8 @@ pub(crate) struct Publication {
     /// The partition's slot and epoch: where the offset completes.
     pub(crate) slot: u32,
     pub(crate) epoch: u64,
+    /// The lane within which it keeps its place.
+    pub(crate) lane: Option<Lane>,
     pub(crate) delivery: Delivery,
     pub(crate) what: What,
     /// The context of the span that processed the record.
@@ -88,6 +93,8 @@ pub(crate) struct Outbox {
     tracer: Tracer,
     system: &'static str,
     queue: VecDeque<Pending>,
+    /// The lanes of what is sent or is to be sent again, with what waits behind it.
+    busy: HashMap<Lane, VecDeque<Pending>, BuildHasherDefault<LaneHasher>>,
     sending: FuturesUnordered<BoxFuture<'static, Sent>>,
     /// What has to be sent again, by sequence, and when.
     again: BTreeMap<u64, Pending>,
@@ -105,6 +112,7 @@ impl Outbox {
             tracer,
             system,
             queue: VecDeque::new(),
+            busy: HashMap::default(),
             sending: FuturesUnordered::new(),
             again: BTreeMap::new(),
             pause_until: None,
@@ -140,7 +148,12 @@ impl Outbox {
         self.sequence += 1;
         self.count += 1;
         self.bytes += publication.size();
-        self.queue.push_back(Pending { sequence: self.sequence, publication, acknowledged: Vec::new(), spans: Vec::new(), sent: 0 });
+        let lane = publication.lane;
+        let pending = Pending { sequence: self.sequence, publication, acknowledged: Vec::new(), spans: Vec::new(), sent: 0 };
+        match lane.and_then(|lane| self.busy.get_mut(&lane)) {
+            Some(behind) => behind.push_back(pending),
+            None => self.queue.push_back(pending),
+        }
     }
 
     /// Sends all that may be sent, as one batch. What is sent while the broker is busy gathers in the producer.
@@ -163,6 +176,9 @@ impl Outbox {
         let mut records = Vec::with_capacity(batch.len());
         for pending in &mut batch {
             self.prepare(pending, &mut records);
+            if let Some(lane) = pending.publication.lane {
+                self.busy.entry(lane).or_default();
+            }
         }
         let acks = self.producer.send(records);
         self.sending.push(acks.map(move |results| (batch, results)).boxed());
@@ -221,7 +237,9 @@ impl Outbox {
 
     fn take(&mut self, batch: Vec<Pending>, results: Vec<Result<Position, ProduceError>>, into: &mut Vec<Done>) {
         let mut results = results.into_iter();
+        let (mut over, mut failed) = (Vec::new(), HashSet::new());
         for mut pending in batch {
+            let lane = pending.publication.lane;
             let mut failure = None;
             let mut outcome = Vec::new();
             for index in 0..pending.sent {
@@ -254,10 +272,17 @@ impl Outbox {
                     if self.again.is_empty() {
                         self.trouble = None;
                     }
+                    over.extend(lane);
                     into.push(done(pending.publication));
                 }
-                Some(error) => self.send_again(pending, outcome, error),
+                Some(error) => {
+                    failed.extend(lane);
+                    self.send_again(pending, outcome, error);
+                }
             }
+        }
+        for lane in over.into_iter().filter(|lane| !failed.contains(lane)) {
+            self.queue.extend(self.busy.remove(&lane).unwrap_or_default());
         }
     }
 
@@ -321,7 +346,14 @@ mod tests {
         let topics: Arc<[Arc<str>]> = ["one".into(), "two".into()].into();
         let record = ReplyRecord { value: Some(number.to_string().into()), ..ReplyRecord::default() };
         let reply = Reply { status: 200, records: vec![record], body: None, retry_after: None };
-        Publication { slot: 0, epoch: 1, delivery: test_delivery("", number), what: What::Reply { topics, reply }, context: None }
+        Publication {
+            slot: 0,
+            epoch: 1,
+            lane: None,
+            delivery: test_delivery("", number),
+            what: What::Reply { topics, reply },
+            context: None,
+        }
     }
 
     fn values(records: &[Record]) -> Vec<String> {
@@ -357,6 +389,31 @@ mod tests {
         assert_eq!((outbox.len(), outbox.trouble().is_none(), outbox.has_room()), (0, true, true));
         assert_eq!(values(&fake.records("one")), ["0", "1", "2"], "what was acknowledged is not sent twice");
         assert_eq!(values(&fake.records("two")), ["0", "1", "2"]);
+    }
+
+    /// A batch fails while the next one of the same lane could be sent: without a lane the second would be stored before the first.
+    #[tokio::test(start_paused = true)]
+    async fn a_reply_does_not_overtake_one_of_its_lane_that_fails_later() {
+        let lane = |key| Some(Lane { slot: 0, key });
+        let fake = Fake::new(&["one", "two"]);
+        let mut outbox = outbox(&fake);
+        fake.set(Mode::Fail(ProduceErrorKind::QueueFull));
+        outbox.put(Publication { lane: lane(1), ..publication(0) });
+        outbox.flush(Instant::now());
+        // The failure is not known yet.
+        fake.set(Mode::Store);
+        outbox.put(Publication { lane: lane(1), ..publication(1) });
+        outbox.put(Publication { lane: lane(2), ..publication(2) });
+        outbox.flush(Instant::now());
+        assert_eq!(values(&fake.records("one")), ["2"], "another lane goes on");
+        assert_eq!(acknowledged(&mut outbox).await, [2]);
+        tokio::time::advance(PAUSE).await;
+        outbox.flush(Instant::now());
+        assert_eq!(acknowledged(&mut outbox).await, [0]);
+        outbox.flush(Instant::now());
+        assert_eq!(acknowledged(&mut outbox).await, [1]);
+        assert_eq!(values(&fake.records("one")), ["2", "0", "1"]);
+        assert_eq!((outbox.len(), outbox.busy.len()), (0, 0));
     }
 
     #[tokio::test(start_paused = true)]

@@ -41,6 +41,9 @@ enum Way {
     Push(Box<PushPool>),
     Stream(HandlerStream),
     Desk(std::sync::Arc<Desk>, Desks),
+    /// A service that a test plays.
+    #[cfg(test)]
+    Played(Box<dyn FnMut(Delivery) + Send>),
 }
 
 impl std::fmt::Debug for Leaf {
@@ -79,6 +82,13 @@ impl Leaf {
         Self { way: Way::Desk(desk, desks.clone()), room: ROOM, answers, sender }
     }
 
+    /// The way to a service that a test plays: what takes the deliveries, and where their answers go.
+    #[cfg(test)]
+    pub(crate) fn played(service: impl FnMut(Delivery) + Send + 'static) -> (Self, mpsc::Sender<Answer>) {
+        let (sender, answers) = mpsc::channel(ROOM);
+        (Self { way: Way::Played(Box::new(service)), room: ROOM, answers, sender: sender.clone() }, sender)
+    }
+
     /// How many deliveries may be out.
     pub fn room(&self) -> usize {
         self.room
@@ -97,6 +107,8 @@ impl Leaf {
                 }
             }
             Way::Desk(desk, _) => desk.put([delivery]),
+            #[cfg(test)]
+            Way::Played(service) => service(delivery),
         }
     }
 
@@ -106,6 +118,8 @@ impl Leaf {
         match &self.way {
             Way::Desk(desk, _) => {
                 tokio::select! {
+                    // The other one never ends.
+                    biased;
                     _ = self.answers.recv_many(into, AT_ONCE) => {}
                     () = desk.end_leases() => {}
                 }

@@ -285,6 +285,19 @@ impl Groups {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn newest_member(&self, group: &str) -> Option<u64> {
+        lock(&self.0).get(group)?.state().members.keys().next_back().copied()
+    }
+
+    #[cfg(test)]
+    pub(super) fn evict(&self, group: &str, member: u64) {
+        let group = lock(&self.0).get(group).cloned();
+        if let Some(group) = group {
+            self.leave(&group, member);
+        }
+    }
+
     /// A topic appeared.
     pub(super) fn topic_created(&self, topic: &str) {
         let groups: Vec<_> = lock(&self.0).values().cloned().collect();

@@ -306,6 +306,19 @@ impl EmbeddedBroker {
     }
 }
 
+#[cfg(test)]
+impl EmbeddedBroker {
+    /// The member that joined a group last.
+    pub(crate) fn newest_member(&self, group: &str) -> u64 {
+        self.shared.groups.newest_member(group).unwrap_or_default()
+    }
+
+    /// Puts a member out of its group, as a broker does with one whose session is over. It is not told.
+    pub(crate) fn evict(&self, group: &str, member: u64) {
+        self.shared.groups.evict(group, member);
+    }
+}
+
 impl Drop for EmbeddedBroker {
     fn drop(&mut self) {
         let threads = lock(&self.threads).take();
