@@ -1,7 +1,7 @@
 //! The event mesh sidecar. See `ARCHITECTURE.md` for the house and the life of a record.
 //!
 //! Floors, from the top: `app` · `api` · `consume`, `publish`, `control` · `deliver` · `broker` · `config`, `telemetry` ·
-//! `record`, `json`, `outcome`, `completed`, `watermark`, `lanes`, `status`, `table`. A module imports only from floors below its own (a test reads the imports).
+//! `record`, `json`, `outcome`, `completed`, `watermark`, `lanes`, `mutation`, `status`, `table`. A module imports only from floors below its own (a test reads the imports).
 
 pub mod api;
 pub mod app;
@@ -13,6 +13,7 @@ pub mod control;
 pub mod deliver;
 mod json;
 pub mod lanes;
+mod mutation;
 pub mod outcome;
 pub mod publish;
 pub mod record;

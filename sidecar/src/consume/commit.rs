@@ -7,10 +7,11 @@ use tokio::time::Instant;
 
 use super::{
     outbox::Done,
-    route::{CommitResult, Revoke, RouteLoop},
+    route::{CommitResult, Revoke, RouteLoop, Slot},
 };
 use crate::{
     broker::{BrokerErrorKind, Commit, Revoking},
+    mutation::{self, Mutation},
     outcome::Disposition,
     telemetry::trace::{SpanKind, TraceContext},
     watermark::{Completion, Snapshot},
@@ -33,6 +34,7 @@ impl RouteLoop {
     /// A record has its disposition.
     pub(super) fn complete(&mut self, index: u32, epoch: u64, offset: i64, disposition: Disposition, reason: &'static str) {
         let Some(slot) = self.slots.get_mut(index as usize) else { return };
+        let epoch = if mutation::is(Mutation::ForgetEpoch) { slot.watermark.epoch() } else { epoch };
         match slot.watermark.complete(epoch, offset) {
             Completion::Stale => {
                 // Its partition was given away meanwhile: the offset is not ours to complete.
@@ -65,7 +67,11 @@ impl RouteLoop {
     fn commits(&self, slots: impl Iterator<Item = u32>) -> Vec<(u32, u64, Snapshot)> {
         let slots = slots.filter_map(|index| Some((index, self.slots.get(index as usize)?)));
         let due = slots.filter(|(_, slot)| slot.watermark.offset() > slot.committed || slot.watermark.completed() > slot.recorded);
-        due.map(|(index, slot)| (index, slot.watermark.epoch(), slot.watermark.snapshot())).collect()
+        let snapshot = |slot: &Slot| match mutation::is(Mutation::CommitNewest) {
+            true => Snapshot { offset: slot.watermark.next(), metadata: String::new(), ..slot.watermark.snapshot() },
+            false => slot.watermark.snapshot(),
+        };
+        due.map(|(index, slot)| (index, slot.watermark.epoch(), snapshot(slot))).collect()
     }
 
     /// The same for the broker.
@@ -158,6 +164,9 @@ impl RouteLoop {
 
     /// Drops what waits of partitions that are given away: whoever owns them next reads it again.
     fn abandon_waiting(&mut self) {
+        if mutation::is(Mutation::KeepWaiting) {
+            return;
+        }
         for id in self.parts.leaf.withdraw() {
             self.withdraw(id);
         }

@@ -13,6 +13,7 @@ use crate::{
         retry,
     },
     lanes::JobId,
+    mutation::{self, Mutation},
     outcome::{Answer, Delivery, Disposition},
     telemetry::{
         metrics::BreakerState,
@@ -74,7 +75,7 @@ impl RouteLoop {
         self.slot_busy(index, epoch, -1);
         self.note_service(&verdict, now);
         let slot = &self.slots[index as usize];
-        if slot.watermark.epoch() != epoch || !slot.owned {
+        if (slot.watermark.epoch() != epoch || !slot.owned) && !mutation::is(Mutation::ForgetEpoch) {
             // The partition is somebody else's by now, who reads the record again.
             self.parts.metrics.late_acknowledgements.inc();
             self.lanes.finish(id);
@@ -98,7 +99,7 @@ impl RouteLoop {
                 let pause = retry::pause(&self.route.retry, attempt, after, id.get());
                 tracing::debug!(route = %self.route.name, attempt, reason, ?pause, "delivery failed");
                 if let Some(job) = self.lanes.get_mut(id) {
-                    job.delivery.attempt = attempt.saturating_add(1);
+                    job.delivery.attempt = attempt.saturating_add(u32::from(!mutation::is(Mutation::ForgetAttempt)));
                 }
                 self.backoffs.push(Reverse((now + pause, id)));
                 return;
@@ -108,6 +109,9 @@ impl RouteLoop {
                 let reason = if empty { "empty" } else { "status" };
                 return self.finish_and_end(id, Disposition::Ignored, reason, context);
             }
+            Verdict::Forward(..) if mutation::is(Mutation::DropReply) && id.get().is_multiple_of(5) => {
+                return self.finish_and_end(id, Disposition::Forwarded, "", context);
+            }
             Verdict::Forward(topics, reply) => What::Reply { topics, reply },
             Verdict::DeadLetter { reason, detail } => What::DeadLetter { reason, detail },
         };
@@ -115,6 +119,9 @@ impl RouteLoop {
         let lane = self.lanes.lane(id);
         if let Some(job) = self.lanes.finish(id) {
             self.slot_busy(index, epoch, 1);
+            if mutation::is(Mutation::CommitEarly) {
+                self.complete(index, epoch, job.delivery.position.offset, Disposition::Forwarded, "");
+            }
             self.outbox.put(Publication { slot: index, epoch, lane, delivery: job.delivery, what, context });
         }
     }

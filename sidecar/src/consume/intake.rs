@@ -15,6 +15,7 @@ use super::{
 use crate::{
     broker::{Assigned, Event},
     lanes::Lane,
+    mutation::{self, Mutation},
     outcome::{Delivery, Disposition},
     record::{Batch, Position, Record, TopicPartition},
     watermark::{Entered, Watermark},
@@ -60,7 +61,7 @@ impl RouteLoop {
                 partition: partition.clone(),
                 owned: true,
                 revoking: false,
-                watermark: Watermark::restore(self.epoch, position, &metadata),
+                watermark: Watermark::restore(self.epoch, position, if mutation::is(Mutation::ForgetMap) { "" } else { &metadata }),
                 committed: position,
                 recorded: 0,
                 unrecorded: 0,
@@ -88,7 +89,12 @@ impl RouteLoop {
         }
     }
 
-    fn on_batch(&mut self, batch: Batch) {
+    fn on_batch(&mut self, mut batch: Batch) {
+        if mutation::is(Mutation::SwapRecords)
+            && let [(_, one), (_, other), ..] = &mut batch.records[..]
+        {
+            std::mem::swap(one, other);
+        }
         let Some(&index) = self.by_partition.get(&batch.partition) else { return };
         let slot = &self.slots[index as usize];
         if !slot.owned || slot.revoking || self.draining.is_some() {
@@ -149,6 +155,7 @@ impl RouteLoop {
         }
         let lane = match self.route.order {
             Order::None => None,
+            _ if mutation::is(Mutation::ForgetLane) && offset % 3 == 0 => None,
             Order::Partition => Some(Lane { slot: index, key: 0 }),
             Order::Key => Some(Lane { slot: index, key: self.hasher.hash_one(&delivery.record.key) }),
         };

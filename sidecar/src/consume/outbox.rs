@@ -19,6 +19,7 @@ use super::{judge::Reason, reply};
 use crate::{
     broker::{Outgoing, ProduceError, ProduceErrorKind, Producer},
     lanes::{Lane, LaneHasher},
+    mutation::{self, Mutation},
     outcome::{Delivery, Disposition, Reply},
     record::{Position, now_ms},
     telemetry::trace::{Span, SpanKind, TraceContext, Tracer},
@@ -148,7 +149,7 @@ impl Outbox {
         self.sequence += 1;
         self.count += 1;
         self.bytes += publication.size();
-        let lane = publication.lane;
+        let lane = publication.lane.filter(|_| !mutation::is(Mutation::Overtake));
         let pending = Pending { sequence: self.sequence, publication, acknowledged: Vec::new(), spans: Vec::new(), sent: 0 };
         match lane.and_then(|lane| self.busy.get_mut(&lane)) {
             Some(behind) => behind.push_back(pending),
@@ -173,6 +174,10 @@ impl Outbox {
             return;
         }
         let mut batch: Vec<Pending> = self.queue.drain(..).collect();
+        if mutation::is(Mutation::SwapReplies) && batch.len() > 1 {
+            let last = batch.len() - 1;
+            batch.swap(last - 1, last);
+        }
         let mut records = Vec::with_capacity(batch.len());
         for pending in &mut batch {
             self.prepare(pending, &mut records);
@@ -248,6 +253,12 @@ impl Outbox {
                     let detail = "the producer did not answer for this record".to_owned();
                     Err(ProduceError { kind: ProduceErrorKind::Fatal, detail })
                 });
+                let result = match result {
+                    Err(error) if error.kind == ProduceErrorKind::TimedOut && mutation::is(Mutation::TrustTimeout) => {
+                        Ok(pending.publication.delivery.position.clone())
+                    }
+                    result => result,
+                };
                 if let Err(error) = &result
                     && let Some(span) = pending.spans.get_mut(index)
                 {

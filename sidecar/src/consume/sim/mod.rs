@@ -343,11 +343,8 @@ impl Stage {
     }
 }
 
-/// Failures after which a search ends.
-const ENOUGH: usize = 10;
-
-/// Runs seeds on all threads; those that do not hold, by number.
-fn search(from: u64, count: u64, run: impl Fn(u64) -> Run + Sync) -> (BTreeMap<u64, Run>, Totals) {
+/// Runs seeds on all threads, until so many do not hold; those, by number.
+fn search(from: u64, count: u64, enough: usize, run: impl Fn(u64) -> Run + Sync) -> (BTreeMap<u64, Run>, Totals) {
     let next = AtomicU64::new(from);
     let all: Mutex<(BTreeMap<u64, Run>, Totals)> = Mutex::default();
     let threads = std::thread::available_parallelism().map_or(2, usize::from);
@@ -356,7 +353,7 @@ fn search(from: u64, count: u64, run: impl Fn(u64) -> Run + Sync) -> (BTreeMap<u
             scope.spawn(|| {
                 loop {
                     let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= from + count || all.lock().expect("no panic").0.len() >= ENOUGH {
+                    if seed >= from + count || all.lock().expect("no panic").0.len() >= enough {
                         return;
                     }
                     let run = run(seed);

@@ -1,4 +1,5 @@
 use super::*;
+use crate::mutation::built_in;
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text}: a number is meant")))
@@ -31,13 +32,28 @@ fn simulation_holds() {
     };
     let count = number("MESH_SIM_SEEDS").unwrap_or(usual);
     let began = std::time::Instant::now();
-    let (found, totals) = search(number("MESH_SIM_FROM").unwrap_or(1), count, |seed| simulate(seed, false));
+    let (found, totals) = search(number("MESH_SIM_FROM").unwrap_or(1), count, 10, |seed| simulate(seed, false));
     println!("{totals:?} in {:?}", began.elapsed());
     for (seed, run) in &found {
         println!("seed {seed}: {}", run.broken.as_deref().unwrap_or_default());
     }
     if let Some(seed) = found.keys().next() {
         explain(*seed);
+    }
+}
+
+/// Each fault that is built in is found, and soon.
+#[test]
+fn simulation_finds_every_mutation() {
+    for fault in built_in::ALL {
+        let (found, totals) = search(1, 500, 1, |seed| {
+            built_in::set(Some(fault));
+            let run = simulate(seed, false);
+            built_in::set(None);
+            run
+        });
+        let Some((seed, run)) = found.first_key_value() else { panic!("{fault:?} is not found: {totals:?}") };
+        println!("{fault:?}: {} seeds; {seed}: {}", totals.seeds, run.broken.as_deref().unwrap_or_default());
     }
 }
 
