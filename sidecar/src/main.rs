@@ -83,7 +83,10 @@ fn main() -> ExitCode {
             Command::Run { config } => run(config).await,
             Command::Demo(args) => demo::run(args).await,
             Command::Config { command: ConfigCommand::Check { config } } => match load(config) {
-                Ok(_) => print("the configuration is good\n"),
+                Ok(config) => match mesh_sidecar::app::check(&config) {
+                    Ok(()) => print("the configuration is good\n"),
+                    Err(error) => fail(USAGE, &error.to_string()),
+                },
                 Err(code) => code,
             },
             Command::Config { command: ConfigCommand::Print { config } } => match load(config) {

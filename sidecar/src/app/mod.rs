@@ -213,6 +213,17 @@ fn serve(name: &'static str, listener: TcpListener, router: axum::Router, stop: 
     tokio::spawn(listen::serve_router(listener, router, listen::Options::new(name), stop.clone()))
 }
 
+/// What can be known of a configuration without starting: whether the broker's settings can work.
+///
+/// # Errors
+/// If they never can.
+pub fn check(config: &Config) -> Result<(), StartError> {
+    if let BrokerConfig::Kafka(keys) = &config.broker {
+        kafka::KafkaBroker::check(keys.clone(), kafka::KafkaOptions::default())?;
+    }
+    Ok(())
+}
+
 fn open_broker(config: &Config) -> Result<Arc<dyn Broker>, StartError> {
     Ok(match &config.broker {
         BrokerConfig::Embedded { path } => embedded::EmbeddedBroker::open(embedded::EmbeddedConfig {

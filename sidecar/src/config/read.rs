@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
 use super::{
     BrokerConfig, Config, ConfigErrors, Fault, Limits, Listen, LogFormat, Place, ServiceConfig, TelemetryConfig,
@@ -349,12 +349,15 @@ impl Reader {
         let Some((path, node)) = field else { return telemetry };
         let Some(mut fields) = self.fields(&path, node, &["otlp", "log", "log_format"]) else { return telemetry };
         telemetry.otlp = self.parsed(fields.take("otlp"), |text| http_address(text, "http", "http://127.0.0.1:4317"));
-        let filter = |text: &str| match EnvFilter::builder().parse(text) {
-            Ok(_) => Ok(text.to_owned()),
-            Err(cause) => Err((
-                format!("is no filter: {cause}"),
-                "give a level (error, warn, info, debug, trace), or as in info,mesh_sidecar=debug".into(),
-            )),
+        let filter = |text: &str| {
+            // A word alone would be taken for a target, and silence all others.
+            let odd = text.split(',').map(str::trim).find(|part| !part.contains(['=', '[']) && part.parse::<LevelFilter>().is_err());
+            let problem = match (odd, EnvFilter::builder().parse(text)) {
+                (Some(odd), _) => format!("is no filter: `{odd}` is no level"),
+                (None, Err(cause)) => format!("is no filter: {cause}"),
+                (None, Ok(_)) => return Ok(text.to_owned()),
+            };
+            Err((problem, "give a level (off, error, warn, info, debug, trace), or as in info,mesh_sidecar=debug".into()))
         };
         if let Some(log) = self.parsed(fields.take("log"), filter) {
             telemetry.log = log;

@@ -38,6 +38,18 @@ fn fault(line: &str) -> String {
 }
 
 #[test]
+fn a_word_that_is_no_level_is_no_filter() {
+    for (filter, good) in
+        [("info", true), ("off", true), ("info,mesh_sidecar=debug", true), ("[span]=debug", true), ("garbage", false), ("info,loud", false)]
+    {
+        let text = format!(
+            "{{ apiVersion: mesh/v1, kind: Sidecar, mesh: m, services: [{{ name: a }}], broker: {{ embedded: {{ path: x }} }}, telemetry: {{ log: '{filter}' }} }}"
+        );
+        assert_eq!(load_text(&text, &[]).is_ok(), good, "{filter}");
+    }
+}
+
+#[test]
 fn reads_the_example() {
     let config = load_text(EXAMPLE, &[]).unwrap();
     let pricing = config.service("pricing").unwrap();

@@ -333,7 +333,7 @@ impl Publisher {
         record.headers = headers;
         let (size, limit) = (payload(&record) + header_bytes(&record), self.inner.config.limits.record_bytes);
         if size > limit {
-            let detail = format!("the record has {size} bytes with its headers; `limits.record_bytes` allows {limit}");
+            let detail = format!("the record has {size} bytes with its headers; `limits.record_size` allows {limit}");
             return Err(PublishError::TooLarge { detail });
         }
         Ok((record, mesh_id, span))

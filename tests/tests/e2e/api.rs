@@ -212,6 +212,18 @@ async fn config_check_print_and_healthcheck_tell_by_their_exit_codes() -> Result
         for part in ["colour", "ftp", "0.0.0.0", "broker"] {
             ensure!(text.contains(part), "`{part}` is not named:\n{text}");
         }
+
+        // What librdkafka would refuse at the start is refused here already.
+        for (key, value) in [("acks", "1"), ("no.such.key", "1"), ("fetch.wait.max.ms", "soon"), ("group.id", "mine")] {
+            let text = format!(
+                "{{ apiVersion: mesh/v1, kind: Sidecar, mesh: m, services: [{{ name: a }}], broker: {{ kafka: {{ bootstrap.servers: 'x:1', {key}: '{value}' }} }} }}"
+            );
+            let bad = stage.file("kafka.yaml", &text)?;
+            let mut command = Command::new(binaries().await?.join("mesh-sidecar"));
+            command.args(["config", "check", "--config"]).arg(&bad);
+            let said = run(command, Vec::new(), MINUTE).await?;
+            ensure!(said.status == Some(2) && said.stderr.contains(key), "{key}: {said:?}");
+        }
         Ok(())
     })
     .await

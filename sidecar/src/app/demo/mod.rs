@@ -114,16 +114,25 @@ async fn show(args: &Args, screen: &Screen, folder: PathBuf, began: Instant) -> 
     let shutdown = CancellationToken::new();
     let board = app.board().clone();
     let before = ends(&board);
-    let running = tokio::spawn(app.run(shutdown.clone()));
+    let mut running = tokio::spawn(app.run(shutdown.clone()));
+    let mut ended = None;
     let flow = flow(screen, listen, &table, &board, &before, &mut hops).await;
     if flow.is_ok() && !args.once {
         invite(screen, listen);
-        stay(screen, &table, &mut hops).await;
+        // Until Ctrl-C, or until somebody drains it.
+        tokio::select! {
+            () = stay(screen, &table, &mut hops) => {}
+            result = &mut running => ended = Some(result),
+        }
     }
     shutdown.cancel();
     // What is still on its way is answered while the routes drain.
     let printing = tokio::spawn(async move { while hops.recv().await.is_some() {} });
-    running.await.map_err(|error| format!("the sidecar failed: {error}"))?;
+    let ended = match ended {
+        Some(ended) => ended,
+        None => running.await,
+    };
+    ended.map_err(|error| format!("the sidecar failed: {error}"))?;
     services.shutdown().await;
     printing.abort();
     flow

@@ -64,6 +64,14 @@ pub struct KafkaBroker {
 }
 
 impl KafkaBroker {
+    /// Checks the settings without a connection.
+    ///
+    /// # Errors
+    /// A key that the mesh sets itself, one that librdkafka does not know, or a value that it refuses.
+    pub fn check(keys: BTreeMap<String, String>, options: KafkaOptions) -> Result<(), BrokerError> {
+        Settings::new(keys, options)?.check()
+    }
+
     /// Makes the clients; the keys are librdkafka's, as they are. Does not wait for a broker: one that is away is no error here.
     ///
     /// # Errors

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use rdkafka::{ClientConfig, config::RDKafkaLogLevel};
 
-use super::KafkaOptions;
+use super::{KafkaOptions, error::broker_error};
 use crate::broker::{BrokerError, BrokerErrorKind, ConsumerConfig};
 
 /// Keys that the mesh sets itself: the values that it sets anyhow, and the reason.
@@ -50,6 +50,22 @@ impl Settings {
             }
         }
         Ok(Self { keys, options })
+    }
+
+    /// Whether librdkafka knows the keys and takes their values.
+    pub(super) fn check(&self) -> Result<(), BrokerError> {
+        let consumer = ConsumerConfig {
+            group: Some("check".to_owned()),
+            topics: Vec::new(),
+            instance: None,
+            start: crate::broker::StartOffset::Earliest,
+            buffer_bytes: 1 << 20,
+            transactional_id: None,
+        };
+        for config in [self.producer(), self.consumer(&consumer)] {
+            config.create_native_config().map_err(|error| broker_error("kafka", &error))?;
+        }
+        Ok(())
     }
 
     /// The brokers to begin with, for messages.
@@ -130,7 +146,8 @@ impl Settings {
             .set("fetch.wait.max.ms", "50")
             .set("fetch.queue.backoff.ms", "10")
             .set("queued.max.messages.kbytes", (ahead / 1024).to_string())
-            .set("queued.min.messages", "100000")
+            // librdkafka counts the bytes of records only, and keeps some hundreds more for each: many small ones are bounded by number.
+            .set("queued.min.messages", (ahead / 256).to_string())
             .set("fetch.max.bytes", ahead.max(self.options.record_bytes + 64 * 1024).to_string())
             .set("socket.timeout.ms", "15000")
             .set("topic.metadata.refresh.interval.ms", "30000");
