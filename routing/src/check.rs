@@ -13,6 +13,7 @@ use crate::value::{LONGEST, name_fault, topic_fault};
 
 const DAY: Duration = Duration::from_secs(86_400);
 const MAX_CONCURRENCY: u32 = 10_000;
+const MAX_BATCH: u32 = 10_000;
 const MAX_ROUTES: usize = 100_000;
 const MAX_TARGETS: usize = 1_000;
 
@@ -154,6 +155,16 @@ impl Check {
             self.topic_name(&at("dead_letter"), topic);
         }
         self.retry_and_breaker(path, fields);
+        if let Some(batch) = &fields.batch {
+            let path = at("batch");
+            if batch.max.is_some_and(|n| n == 0 || n > MAX_BATCH) {
+                let message = format!("a batch has 1 to {MAX_BATCH} records");
+                self.fault(code::VALUE, &join(&path, "max"), message, "");
+            }
+            if let Some(wait) = batch.wait {
+                self.between(&join(&path, "wait"), wait, Duration::ZERO, Duration::from_secs(60));
+            }
+        }
         if let Some(ForwardSpec::Only(names)) = &fields.forward_headers {
             let mut seen = HashSet::new();
             for (i, name) in names.iter().enumerate() {
@@ -225,6 +236,11 @@ impl Check {
                 self.fault(code::CONFLICT, &at("handler"), message, hint);
             }
             _ => {}
+        }
+        if fields.batch.is_some() && deliver != Deliver::Push {
+            let message = "only a push route has batches";
+            let hint = "remove it: a service that fetches says itself how many records it takes (`max` of a pull, credits of a stream)";
+            self.fault(code::CONFLICT, &at("batch"), message, hint);
         }
         let retry = crate::compile::retry(fields);
         if retry.max < retry.initial {

@@ -85,6 +85,8 @@ pub struct Route {
     pub breaker: Breaker,
     /// Which of the source's headers its replies carry.
     pub forward_headers: ForwardHeaders,
+    /// Whether a delivery carries many records; one when absent.
+    pub batch: Option<Batch>,
     /// The most hops a record may have made; 0 is no limit.
     pub max_hops: u32,
     /// The fields that this route was compiled from, defaults of the table folded in.
@@ -148,6 +150,15 @@ pub struct Breaker {
     pub failures: u32,
     /// How long it stays open.
     pub open: Duration,
+}
+
+/// How many records a delivery carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Batch {
+    /// At most so many; at least 1.
+    pub max: usize,
+    /// How long an incomplete batch waits for more.
+    pub wait: Duration,
 }
 
 /// Which of the source's headers its replies carry.
@@ -329,6 +340,10 @@ fn route(mesh: &str, name: &str, fields: RouteFields, filter: Option<Expression>
             Some(ForwardSpec::None) => ForwardHeaders::None,
             Some(ForwardSpec::Only(list)) => ForwardHeaders::Only(list.iter().map(|name| names.get(name)).collect()),
         },
+        batch: fields.batch.as_ref().map(|batch| Batch {
+            max: batch.max.map_or(100, |n| usize::try_from(n).unwrap_or(usize::MAX)),
+            wait: batch.wait.unwrap_or(Duration::from_millis(5)),
+        }),
         max_hops: fields.max_hops.unwrap_or(1000),
         spec: fields,
     }

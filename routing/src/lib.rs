@@ -35,15 +35,15 @@ mod record;
 mod table;
 mod value;
 
-pub use compile::{Breaker, Case, CompiledTable, Decision, Destinations, ForwardHeaders, Retry, Route, Topic, compile};
+pub use compile::{Batch, Breaker, Case, CompiledTable, Decision, Destinations, ForwardHeaders, Retry, Route, Topic, compile};
 pub use diff::{Change, ChangeKind, diff};
 pub use expression::{Expression, ExpressionError};
 pub use fault::{Fault, Faults};
 pub use graph::{GraphFormat, graph, loops};
 pub use record::{HeaderSource, NoHeaders, RecordView, ReplyView};
 pub use table::{
-    API_VERSION, BreakerSpec, CaseSpec, Deliver, ForwardSpec, Guarantee, KIND, Order, RetrySpec, RouteFields, RouteSpec, Start, Table, To,
-    TopicSpec,
+    API_VERSION, BatchSpec, BreakerSpec, CaseSpec, Deliver, ForwardSpec, Guarantee, KIND, Order, RetrySpec, RouteFields, RouteSpec, Start,
+    Table, To, TopicSpec,
 };
 
 /// The most faults that are reported at once.

@@ -9,8 +9,8 @@ use std::time::Duration;
 use crate::fault::{Fault, code};
 use crate::node::{Entry, Node, Value, join};
 use crate::table::{
-    API_VERSION, BreakerSpec, CaseSpec, Deliver, ForwardSpec, Guarantee, KIND, Order, RetrySpec, RouteFields, RouteSpec, Start, Table, To,
-    TopicSpec,
+    API_VERSION, BatchSpec, BreakerSpec, CaseSpec, Deliver, ForwardSpec, Guarantee, KIND, Order, RetrySpec, RouteFields, RouteSpec, Start,
+    Table, To, TopicSpec,
 };
 use crate::value::{nearest, parse_duration, parse_time};
 
@@ -312,8 +312,13 @@ impl Reader<'_> {
                 open: fields.get("open").and_then(|(n, p)| self.duration(n, &p)),
             });
         }
-        if let Some((node, path)) = get("batch") {
-            self.not_built(node, &path, "`batch`", "remove it: each delivery carries one record");
+        if let Some((node, path)) = get("batch")
+            && let Some(fields) = self.map(node, &path, &["max", "wait"])
+        {
+            out.batch = Some(BatchSpec {
+                max: fields.get("max").and_then(|(n, p)| self.whole(n, &p)),
+                wait: fields.get("wait").and_then(|(n, p)| self.duration(n, &p)),
+            });
         }
         out
     }

@@ -114,6 +114,9 @@ pub struct RouteFields {
     /// What is promised of a record.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub guarantee: Option<Guarantee>,
+    /// Whether a delivery carries many records.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub batch: Option<BatchSpec>,
     /// The most hops a record may have made; 0 is no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_hops: Option<u32>,
@@ -234,6 +237,17 @@ pub struct BreakerSpec {
     pub open: Option<Duration>,
 }
 
+/// Batches as written; each field is defaulted on its own.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct BatchSpec {
+    /// How many records a delivery carries at most.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max: Option<u32>,
+    /// How long an incomplete one waits for more.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "duration")]
+    pub wait: Option<Duration>,
+}
+
 /// Forwarded headers as written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ForwardSpec {
@@ -344,6 +358,7 @@ impl Table {
             }),
             forward_headers: own.forward_headers.or_else(|| base.forward_headers.clone()),
             guarantee: own.guarantee.or(base.guarantee),
+            batch: merge(own.batch, base.batch.as_ref(), |own, base| BatchSpec { max: own.max.or(base.max), wait: own.wait.or(base.wait) }),
             max_hops: own.max_hops.or(base.max_hops),
         }
     }

@@ -36,16 +36,21 @@ pub(crate) fn read_record(text: &str, buffer: &Bytes) -> Result<Draft, ReadError
 
 fn draft(read: RecordIn<'_>, buffer: &Bytes) -> Result<Draft, String> {
     let value = read.value.ok_or("the field `value` is missing; a null value is written as `null`")?;
-    let mut record = Record {
-        key: read.key.map(|key| datum(key, buffer)).transpose().map_err(|why| format!("the field `key`: {why}"))?.flatten(),
-        value: datum(value, buffer).map_err(|why| format!("the field `value`: {why}"))?,
-        headers: Vec::new(),
-        timestamp_ms: read.timestamp,
-    };
-    if let Some(headers) = read.headers {
-        record.headers = read_headers(headers, buffer)?;
-    }
+    let record = Record { timestamp_ms: read.timestamp, ..read_parts(read.key, value, read.headers, buffer)? };
     Ok(Draft { record, mesh_id: read.mesh_id.map(owned), content_type: read.content_type.map(owned) })
+}
+
+/// Reads the fields `key`, `value` and `headers` of a record.
+///
+/// # Errors
+/// What is wrong, for people; names the field.
+pub(crate) fn read_parts(key: Option<&RawValue>, value: &RawValue, headers: Option<&RawValue>, buffer: &Bytes) -> Result<Record, String> {
+    Ok(Record {
+        key: key.map(|key| datum(key, buffer)).transpose().map_err(|why| format!("the field `key`: {why}"))?.flatten(),
+        value: datum(value, buffer).map_err(|why| format!("the field `value`: {why}"))?,
+        headers: headers.map(|headers| read_headers(headers, buffer)).transpose()?.unwrap_or_default(),
+        timestamp_ms: None,
+    })
 }
 
 /// Why a text is no record.

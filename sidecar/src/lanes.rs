@@ -1,9 +1,11 @@
 //! Lanes decide which records of a route may be with the handler at the same time. Floor 0.
 //!
 //! A lane is a queue of which only the head may run: one per key (`order: key`), one per partition (`partition`), none at all (`none`: every
-//! record is its own). A record that waits for its next attempt stays the head of its lane, and other lanes go on.
+//! record is its own). A record that waits for its next attempt stays the head of its lane, and other lanes go on. For a batch a lane gives a
+//! run: its head, and then, in order, the jobs behind it ([`Lanes::follow`]).
 //!
-//! Invariant: of one lane, at most one job is handed out, and jobs are handed out in the order in which they were pushed.
+//! Invariant: of one lane, at most one job is handed out, or a run of them for one batch, which begins at the head. Jobs are handed out in the
+//! order in which they were pushed.
 //! Invariant: of all jobs that may run, the one that was pushed first is handed out first: what completes stays close to the watermark, so that a
 //! crash repeats little.
 //! Invariant: a lane outlives its partition's assignment while its head still runs, so that a record that comes back with a new assignment
@@ -59,6 +61,8 @@ pub struct Lanes<T> {
     ready: BinaryHeap<Reverse<(u64, JobId)>>,
     pushed: u64,
     waiting: usize,
+    /// The batch that is being gathered.
+    batch: u64,
 }
 
 #[derive(Debug)]
@@ -68,6 +72,12 @@ struct Job<T> {
     lane: Option<Lane>,
     /// The job behind this one in its lane.
     next: Option<JobId>,
+    /// Whether nothing is before it in its lane.
+    head: bool,
+    /// The batch in which it may run although it is not the head; 0 is none.
+    follows: u64,
+    /// The batch in which the job behind it may run.
+    followed: u64,
     state: State,
     item: T,
 }
@@ -82,7 +92,7 @@ enum State {
 
 impl<T> Default for Lanes<T> {
     fn default() -> Self {
-        Self { jobs: Vec::new(), free: Vec::new(), tails: HashMap::default(), ready: BinaryHeap::new(), pushed: 0, waiting: 0 }
+        Self { jobs: Vec::new(), free: Vec::new(), tails: HashMap::default(), ready: BinaryHeap::new(), pushed: 0, waiting: 0, batch: 1 }
     }
 }
 
@@ -100,24 +110,30 @@ impl<T> Lanes<T> {
         });
         self.pushed += 1;
         let id = JobId((self.pushed << INDEX_BITS) | u64::from(index));
-        self.jobs[index as usize] = Some(Job { id, sequence: self.pushed, lane, next: None, state: State::Waiting, item });
-        self.waiting += 1;
-        match lane.and_then(|lane| self.tails.insert(lane, id)) {
-            Some(tail) => {
-                if let Some(job) = self.job_mut(tail) {
-                    job.next = Some(id);
-                }
+        let tail = lane.and_then(|lane| self.tails.insert(lane, id));
+        let (head, batch) = (tail.is_none(), self.batch);
+        let mut follows = 0;
+        if let Some(tail) = tail.and_then(|tail| self.job_mut(tail)) {
+            tail.next = Some(id);
+            if tail.followed == batch && tail.state == State::Out {
+                follows = batch;
             }
-            None => self.ready.push(Reverse((self.pushed, id))),
+        }
+        let job = Job { id, sequence: self.pushed, lane, next: None, head, follows, followed: 0, state: State::Waiting, item };
+        self.jobs[index as usize] = Some(job);
+        self.waiting += 1;
+        if head || follows > 0 {
+            self.ready.push(Reverse((self.pushed, id)));
         }
         id
     }
 
     /// Hands out the next job that may run.
     pub fn next_ready(&mut self) -> Option<JobId> {
-        // A job that was cleared away may still stand in the queue.
+        let batch = self.batch;
+        // A job that was cleared away, or that could have gone with an earlier batch, may still stand in the queue.
         while let Some(Reverse((_, id))) = self.ready.pop() {
-            if let Some(job) = self.job_mut(id).filter(|job| job.state == State::Waiting) {
+            if let Some(job) = self.job_mut(id).filter(|job| job.state == State::Waiting && (job.head || job.follows == batch)) {
                 job.state = State::Out;
                 self.waiting -= 1;
                 return Some(id);
@@ -126,17 +142,48 @@ impl<T> Lanes<T> {
         None
     }
 
-    /// Takes back a job that was handed out: it is the next of its lane to run.
-    pub fn put_back(&mut self, id: JobId) {
-        if let Some(job) = self.job_mut(id).filter(|job| job.state == State::Out) {
-            job.state = State::Waiting;
+    /// Lets the job behind one that was handed out for this batch go with the same batch, now or when it is pushed.
+    pub fn follow(&mut self, id: JobId) {
+        let batch = self.batch;
+        let Some(job) = self.job_mut(id).filter(|job| job.state == State::Out && job.lane.is_some()) else { return };
+        job.followed = batch;
+        let Some(next) = job.next else { return };
+        if let Some(job) = self.job_mut(next).filter(|job| job.state == State::Waiting) {
+            job.follows = batch;
             let sequence = job.sequence;
-            self.waiting += 1;
-            self.ready.push(Reverse((sequence, id)));
+            self.ready.push(Reverse((sequence, next)));
         }
     }
 
-    /// Ends a job that was handed out: the lane's next one is ready.
+    /// Ends the batch: what is handed out from now on belongs to the next one.
+    pub fn end_batch(&mut self) {
+        self.batch += 1;
+    }
+
+    /// Whether nothing is before the job in its lane.
+    pub fn is_head(&self, id: JobId) -> bool {
+        self.job(id).is_some_and(|job| job.head)
+    }
+
+    /// The job behind this one in its lane, if it is handed out too: they went in one batch.
+    pub fn behind(&self, id: JobId) -> Option<JobId> {
+        let next = self.job(id)?.next?;
+        self.job(next).filter(|job| job.state == State::Out).map(|job| job.id)
+    }
+
+    /// Takes back a job that was handed out: it is the next of its lane to run, once nothing is before it.
+    pub fn put_back(&mut self, id: JobId) {
+        if let Some(job) = self.job_mut(id).filter(|job| job.state == State::Out) {
+            job.state = State::Waiting;
+            let (head, sequence) = (job.head, job.sequence);
+            self.waiting += 1;
+            if head {
+                self.ready.push(Reverse((sequence, id)));
+            }
+        }
+    }
+
+    /// Ends the head of a lane: the one behind it is the head, and ready unless it is handed out already.
     pub fn finish(&mut self, id: JobId) -> Option<T> {
         self.get(id)?;
         let job = self.jobs[id.index()].take()?;
@@ -146,8 +193,12 @@ impl<T> Lanes<T> {
         }
         match (job.next, job.lane) {
             (Some(next), _) => {
-                if let Some(sequence) = self.job_mut(next).map(|job| job.sequence) {
-                    self.ready.push(Reverse((sequence, next)));
+                if let Some(job) = self.job_mut(next) {
+                    job.head = true;
+                    if job.state == State::Waiting {
+                        let sequence = job.sequence;
+                        self.ready.push(Reverse((sequence, next)));
+                    }
                 }
             }
             (None, Some(lane)) => {
@@ -160,7 +211,7 @@ impl<T> Lanes<T> {
 
     /// The item of a job.
     pub fn get(&self, id: JobId) -> Option<&T> {
-        self.jobs.get(id.index())?.as_ref().filter(|job| job.id == id).map(|job| &job.item)
+        self.job(id).map(|job| &job.item)
     }
 
     /// The lane of a job, if it is in one.
@@ -202,18 +253,27 @@ impl<T> Lanes<T> {
         self.ready = free.map(|job| Reverse((job.sequence, job.id))).collect();
         for (sequence, id) in left {
             let Some(job) = self.job_mut(id) else { continue };
-            job.next = None;
+            (job.next, job.head) = (None, true);
             let (Some(lane), waiting) = (job.lane, job.state == State::Waiting) else { continue };
             match self.tails.insert(lane, id) {
                 Some(tail) => {
                     if let Some(job) = self.job_mut(tail) {
                         job.next = Some(id);
                     }
+                    if let Some(job) = self.job_mut(id) {
+                        job.head = false;
+                    }
                 }
                 None if waiting => self.ready.push(Reverse((sequence, id))),
                 None => {}
             }
         }
+        // What could go with the batch that is being gathered goes with the next one.
+        self.batch += 1;
+    }
+
+    fn job(&self, id: JobId) -> Option<&Job<T>> {
+        self.jobs.get(id.index())?.as_ref().filter(|job| job.id == id)
     }
 
     fn job_mut(&mut self, id: JobId) -> Option<&mut Job<T>> {
@@ -287,7 +347,105 @@ mod tests {
         assert_eq!(lanes.next_ready(), Some(new));
     }
 
+    fn gather(lanes: &mut Lanes<&'static str>, most: usize) -> Vec<&'static str> {
+        let ids: Vec<JobId> = std::iter::from_fn(|| lanes.next_ready().inspect(|id| lanes.follow(*id))).take(most).collect();
+        lanes.end_batch();
+        ids.iter().filter_map(|id| lanes.get(*id).copied()).collect()
+    }
+
+    #[test]
+    fn a_batch_takes_runs_of_lanes_and_the_next_one_waits_for_their_ends() {
+        let mut lanes = Lanes::default();
+        let ids: Vec<JobId> = [(1, "a1"), (1, "a2"), (2, "b1"), (1, "a3"), (2, "b2")].map(|(key, item)| lanes.push(lane(key), item)).into();
+        assert_eq!(gather(&mut lanes, 3), ["a1", "a2", "b1"], "the oldest first");
+        assert_eq!(gather(&mut lanes, 3), [""; 0], "what is behind a batch waits for it");
+        // a1 failed: a2 is behind it again.
+        lanes.put_back(ids[1]);
+        assert_eq!(gather(&mut lanes, 3), [""; 0]);
+        assert_eq!(lanes.finish(ids[2]), Some("b1"));
+        assert_eq!(gather(&mut lanes, 3), ["b2"]);
+        lanes.put_back(ids[0]);
+        assert_eq!(gather(&mut lanes, 2), ["a1", "a2"]);
+        assert_eq!((lanes.behind(ids[0]), lanes.behind(ids[1]), lanes.is_head(ids[1])), (Some(ids[1]), None, false));
+        lanes.finish(ids[0]);
+        assert!(lanes.is_head(ids[1]));
+        lanes.finish(ids[1]);
+        assert_eq!(gather(&mut lanes, 2), ["a3"]);
+    }
+
+    #[test]
+    fn what_is_pushed_while_a_batch_gathers_goes_with_it() {
+        let mut lanes = Lanes::default();
+        let first = lanes.push(lane(1), "a1");
+        assert_eq!(lanes.next_ready(), Some(first));
+        lanes.follow(first);
+        let second = lanes.push(lane(1), "a2");
+        assert_eq!(lanes.next_ready(), Some(second));
+        lanes.end_batch();
+        lanes.push(lane(1), "a3");
+        assert_eq!(lanes.next_ready(), None);
+        // One that is not followed travels as the last of its lane.
+        let retried = lanes.push(lane(2), "b1");
+        lanes.push(lane(2), "b2");
+        assert_eq!((lanes.next_ready(), lanes.next_ready()), (Some(retried), None));
+    }
+
     proptest! {
+        /// Whatever fails, is put back or cleared: of a lane only a run is out, for one batch, and it ends in order.
+        #[test]
+        fn batches_keep_order_and_lose_nothing(steps in proptest::collection::vec((0u64..4, 1usize..6, 0u8..8), 1..200)) {
+            let mut lanes: Lanes<(u64, u64)> = Lanes::default();
+            let (mut batches, mut backoff): (Vec<Vec<JobId>>, Vec<JobId>) = Default::default();
+            let (mut cleared, mut finished): (BTreeSet<u64>, BTreeMap<u64, Vec<u64>>) = Default::default();
+            let mut count = 0u64;
+            let mut drain = vec![];
+            let ending = (0..4_000u32).map(|turn| (0, 5, 9 + (turn % 2) as u8));
+            for (key, number, action) in steps.into_iter().chain(ending) {
+                match action {
+                    0..=2 => for _ in 0..number { count += 1; lanes.push(lane(key), (key, count)); },
+                    3..=4 | 9 if batches.len() < 3 => {
+                        let mut batch = Vec::new();
+                        while batch.len() < number && let Some(id) = lanes.next_ready() {
+                            lanes.follow(id);
+                            batch.push(id);
+                        }
+                        lanes.end_batch();
+                        for other in batches.iter().flatten().chain(&backoff) {
+                            let key = |id: &JobId| lanes.get(*id).unwrap().0;
+                            prop_assert!(batch.iter().all(|id| key(id) != key(other)), "two batches of one lane");
+                        }
+                        if !batch.is_empty() { batches.push(batch); }
+                    }
+                    7 => lanes.clear(|(of, number)| { let hit = *of == key; if hit { cleared.insert(*number); } hit }),
+                    _ => {
+                        drain.clear();
+                        drain.append(&mut backoff);
+                        drain.drain(..).for_each(|id| lanes.put_back(id));
+                        if !batches.is_empty() {
+                            for (place, id) in batches.remove(0).into_iter().enumerate() {
+                                // A batch's answers come in its order: one that is not the head is behind a failure.
+                                if !lanes.is_head(id) {
+                                    lanes.put_back(id);
+                                } else if action < 9 && place + 1 == number {
+                                    backoff.push(id);
+                                } else {
+                                    let (key, number) = lanes.finish(id).unwrap();
+                                    finished.entry(key).or_default().push(number);
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+            prop_assert_eq!(lanes.waiting(), 0);
+            let ended: usize = finished.values().map(Vec::len).sum();
+            prop_assert_eq!(ended + cleared.len(), count as usize);
+            for numbers in finished.values() {
+                prop_assert!(numbers.is_sorted(), "{:?}", numbers);
+            }
+            prop_assert!(lanes.tails.is_empty());
+        }
+
         /// At most one job of a lane is out, jobs of a lane are handed out in order, nothing is lost.
         #[test]
         fn lanes_keep_order_and_lose_nothing(steps in proptest::collection::vec((0u64..4, any::<prop::sample::Index>(), 0u8..10), 1..300)) {

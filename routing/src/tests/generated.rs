@@ -89,6 +89,7 @@ prop_compose! {
         fields in some_fields(), service in name(), from in topics(), to in to(),
         cases in option::of(vec(case(), 0..3)), push in any::<bool>(),
         handler in "/[a-z/~%!?=.-]{0,12}", max_hops in option::of(any::<u32>()),
+        batch in option::of((option::of(1u32..=10_000), option::of(duration(60_000)))),
     ) -> RouteFields {
         RouteFields {
             service: Some(service),
@@ -98,6 +99,7 @@ prop_compose! {
             deliver: if push { None } else { Some(Deliver::Stream) },
             handler: push.then_some(handler),
             guarantee: push.then_some(Guarantee::AtLeastOnce),
+            batch: batch.filter(|_| push).map(|(max, wait)| BatchSpec { max, wait }),
             max_hops,
             ..fields
         }

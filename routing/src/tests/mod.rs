@@ -38,6 +38,7 @@ spec:
     breaker: { failures: 20, open: 10s }
     forward_headers: all
     guarantee: at_least_once
+    batch: { max: 100, wait: 5ms }
     max_hops: 1000
 "#;
 
@@ -83,7 +84,7 @@ fn defaults_of_the_language_and_of_the_table() {
     assert_eq!((route.retry.attempts, route.retry.max.as_secs()), (3, 30));
     assert_eq!(route.ignore_status, [204, 205, 304]);
     assert_eq!((&*route.group, &*route.dead_letter), ("shop.a", "a.dlq"));
-    assert_eq!((route.concurrency, route.max_hops), (64, 1000));
+    assert_eq!((route.concurrency, route.max_hops, route.batch), (64, 1000, None));
     assert_eq!(route.filter.as_ref().map(Expression::source), Some("record.size > 0"));
     assert_eq!(route.retry.pause(1).as_millis(), 100);
     assert_eq!(route.retry.pause(4).as_millis(), 800);

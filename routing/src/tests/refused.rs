@@ -81,7 +81,11 @@ fn each_field_is_checked() {
     one("retry: { topics: [10m] }", "retry.topics", code::NOT_BUILT);
     one("guarantee: exactly_once", "guarantee", code::NOT_BUILT);
     one("guarantee: twice", "guarantee", code::VALUE);
-    one("batch: { max: 100 }", "batch", code::NOT_BUILT);
+    one("batch: 100", "batch", code::TYPE);
+    one("batch: { max: 0 }", "batch.max", code::VALUE);
+    one("batch: { max: 10001 }", "batch.max", code::VALUE);
+    one("batch: { wait: 2m }", "batch.wait", code::VALUE);
+    one("batch: { size: 5 }", "batch.size", code::UNKNOWN_FIELD);
     one("breaker: { failures: 0 }", "breaker.failures", code::VALUE);
     one("breaker: { open: 0s }", "breaker.open", code::VALUE);
     one("dead_letter: in", "dead_letter", code::CONFLICT);
@@ -159,7 +163,7 @@ spec:
     handler: http://x
     to: [out, out]
     filter: 'record.jsn.x == 1'
-    batch: {}
+    batch: { max: many }
   - 5
 ";
     let expected: Vec<(u32, &str, &str)> = vec![
@@ -175,7 +179,7 @@ spec:
         (15, "spec.routes[1].handler", code::VALUE),
         (16, "spec.routes[1].to[1]", code::DUPLICATE),
         (17, "spec.routes[1].filter", code::EXPRESSION),
-        (18, "spec.routes[1].batch", code::NOT_BUILT),
+        (18, "spec.routes[1].batch.max", code::TYPE),
         (19, "spec.routes[2]", code::TYPE),
     ];
     let found = faults(text);

@@ -22,7 +22,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Api, follow, follow::Form, paths, problem::ApiError};
 use crate::{
-    deliver::desk::{Attachment, Desk},
+    deliver::{
+        desk::{Attachment, Desk},
+        forms,
+    },
     json,
     outcome::Delivery,
     publish::Caller,
@@ -126,14 +129,8 @@ fn event_id(text: &str) -> Option<(u64, u64)> {
 fn write(form: Form, out: &mut Vec<u8>, stream: u64, delivery: &Delivery) {
     let event = format_args!("{stream}-{}", delivery.id);
     form.write(out, event, &delivery.position, &delivery.record, |out| {
-        // A string, since JSON's numbers end at 2^53 in many languages.
-        json::put(out, format_args!("\"id\":\"{}\",\"attempt\":{},\"hops\":{},", delivery.id, delivery.attempt, delivery.hops));
+        forms::write_delivery(out, delivery);
         json::put(out, format_args!("\"lease_ms\":{},", delivery.route.timeout.as_millis()));
-        if !delivery.traceparent.is_empty() {
-            out.extend_from_slice(b"\"traceparent\":");
-            json::write_string(out, &String::from_utf8_lossy(&delivery.traceparent));
-            out.push(b',');
-        }
     });
 }
 

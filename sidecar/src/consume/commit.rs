@@ -170,20 +170,18 @@ impl RouteLoop {
         for id in self.parts.leaf.withdraw() {
             self.withdraw(id);
         }
+        self.give_back(0);
         let slots = &self.slots;
         let draining = self.draining.is_some();
         let given_away = |slot: u32| draining || slots.get(slot as usize).is_none_or(|slot| slot.revoking);
         self.lanes.clear(|job| given_away(job.slot));
         // A record that waits for its next attempt counts as handed out to the lanes.
-        let backoffs = std::mem::take(&mut self.backoffs);
-        for waiting in backoffs {
-            let id = waiting.0.1;
-            match self.lanes.get(id).map(|job| given_away(job.slot)) {
-                Some(true) => drop(self.lanes.finish(id)),
-                Some(false) => self.backoffs.push(waiting),
-                None => {}
-            }
-        }
+        let (given_away, kept) = std::mem::take(&mut self.backoffs)
+            .into_iter()
+            .filter(|waiting| self.lanes.get(waiting.0.1).is_some())
+            .partition::<Vec<_>, _>(|waiting| self.lanes.get(waiting.0.1).is_some_and(|job| given_away(job.slot)));
+        self.backoffs = kept.into();
+        given_away.into_iter().for_each(|waiting| self.drop_failed(waiting.0.1));
         // What was withdrawn or became ready behind a dropped record may belong to them, too.
         let slots = &self.slots;
         self.lanes.clear(|job| draining || slots.get(job.slot as usize).is_none_or(|slot| slot.revoking));

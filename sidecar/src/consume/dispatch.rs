@@ -3,6 +3,7 @@
 use std::{cmp::Reverse, sync::Arc};
 
 use super::{
+    batch,
     judge::{self, Reason, Verdict},
     outbox::{Publication, What},
     route::{RouteLoop, parent},
@@ -24,6 +25,9 @@ use tokio::time::Instant;
 
 impl RouteLoop {
     pub(super) fn dispatch(&mut self, now: Instant) {
+        if let Some(batch) = self.route.batch {
+            return self.dispatch_batches(batch, self.route.concurrency, now);
+        }
         let room = self.route.concurrency.min(self.parts.leaf.room());
         while self.out < room && self.outbox.has_room() {
             match self.breaker.allowance(now) {
@@ -32,36 +36,58 @@ impl RouteLoop {
                 Allowance::Probe | Allowance::Wait(_) => return,
             }
             let Some(id) = self.lanes.next_ready() else { return };
-            let Some(job) = self.lanes.get_mut(id) else { continue };
-            job.out = Some(now);
-            job.delivery.id = id.get();
-            if !Arc::ptr_eq(&job.delivery.route, &self.route) {
-                job.delivery.route = self.route.clone();
+            if let Some(delivery) = self.prepare(id, None, now) {
+                self.calls += 1;
+                self.parts.leaf.dispatch(delivery);
             }
-            let parent = parent(&job.delivery.record);
-            if self.parts.tracer.enabled() {
-                let span = process_span(&self.parts.tracer, self.parts.broker.system(), &job.delivery, parent.as_ref());
-                job.delivery.traceparent = span.context().map(TraceContext::traceparent).unwrap_or_default();
-                job.span = Some(span);
-            } else if let Some(parent) = parent {
-                job.delivery.traceparent = parent.traceparent();
-            }
-            let (slot, epoch, delivery) = (job.slot, job.epoch, job.delivery.clone());
-            self.slot_busy(slot, epoch, 1);
-            self.out += 1;
-            self.parts.metrics.in_flight.inc();
-            self.parts.leaf.dispatch(delivery);
         }
+    }
+
+    /// Makes the delivery of a job that was handed out.
+    pub(super) fn prepare(&mut self, id: JobId, call: Option<u64>, now: Instant) -> Option<Delivery> {
+        let job = self.lanes.get_mut(id)?;
+        (job.out, job.call) = (Some(now), call);
+        job.delivery.id = id.get();
+        if !Arc::ptr_eq(&job.delivery.route, &self.route) {
+            job.delivery.route = self.route.clone();
+        }
+        let parent = parent(&job.delivery.record);
+        if self.parts.tracer.enabled() {
+            let span = process_span(&self.parts.tracer, self.parts.broker.system(), &job.delivery, parent.as_ref());
+            job.delivery.traceparent = span.context().map(TraceContext::traceparent).unwrap_or_default();
+            job.span = Some(span);
+        } else if let Some(parent) = parent {
+            job.delivery.traceparent = parent.traceparent();
+        }
+        let (slot, epoch, delivery) = (job.slot, job.epoch, job.delivery.clone());
+        self.slot_busy(slot, epoch, 1);
+        self.out += 1;
+        self.parts.metrics.in_flight.inc();
+        Some(delivery)
     }
 
     pub(super) fn on_answer(&mut self, answer: Answer) {
         let id = JobId::from_raw(answer.id);
+        // The answers of a batch come in its order: one that is not the head of its lane is behind a failure.
+        let usable = self.lanes.is_head(id);
         let Some(job) = self.lanes.get_mut(id) else { return };
         let Some(since) = job.out.take() else { return };
         let now = Instant::now();
         self.out -= 1;
         self.parts.metrics.in_flight.dec();
         self.parts.metrics.delivered(&answer.outcome, now - since);
+        let call = job.call.take();
+        if !usable || job.dropped {
+            if let Some(mut span) = job.span.take() {
+                span.set("mesh.outcome", || "behind_failure".into());
+            }
+            let (slot, epoch) = (job.slot, job.epoch);
+            self.slot_busy(slot, epoch, -1);
+            if let Some(call) = call {
+                self.note_call(call, None, now);
+            }
+            return self.behind_failure(id);
+        }
         let (index, epoch, attempt) = (job.slot, job.epoch, job.delivery.attempt);
         let verdict = judge::judge(&job.delivery, answer.outcome);
         let mut span = job.span.take();
@@ -73,7 +99,14 @@ impl RouteLoop {
             note(span, &verdict);
         }
         self.slot_busy(index, epoch, -1);
-        self.note_service(&verdict, now);
+        let (note, reason) = service_note(&verdict);
+        match call {
+            Some(call) => self.note_call(call, Some((note, reason.map(str::to_owned))), now),
+            None => {
+                self.calls -= 1;
+                self.note_service(note, reason, now);
+            }
+        }
         let slot = &self.slots[index as usize];
         if (slot.watermark.epoch() != epoch || !slot.owned) && !mutation::is(Mutation::ForgetEpoch) {
             // The partition is somebody else's by now, who reads the record again.
@@ -84,7 +117,9 @@ impl RouteLoop {
         let what = match verdict {
             Verdict::Away { .. } => {
                 if slot.revoking || self.draining.is_some() {
-                    self.lanes.finish(id);
+                    self.drop_failed(id);
+                } else if call.is_some() {
+                    self.backoffs.push(Reverse((now + batch::AWAY, id)));
                 } else {
                     self.lanes.put_back(id);
                 }
@@ -93,7 +128,7 @@ impl RouteLoop {
             Verdict::Retry { reason, after } => {
                 if slot.revoking || self.draining.is_some() {
                     // A wait is not worth holding up the others: whoever reads the record next tries again.
-                    self.lanes.finish(id);
+                    self.drop_failed(id);
                     return;
                 }
                 let pause = retry::pause(&self.route.retry, attempt, after, id.get());
@@ -133,20 +168,13 @@ impl RouteLoop {
         }
     }
 
-    /// What an answer tells of the service: the breaker, and who is waited for.
-    fn note_service(&mut self, verdict: &Verdict, now: Instant) {
-        let (note, reason) = match verdict {
-            Verdict::Away { reason } => (breaker::Verdict::Away, Some(reason)),
-            Verdict::Retry { reason, .. } | Verdict::DeadLetter { reason: Reason::Attempts, detail: reason } => {
-                (breaker::Verdict::Failed, Some(reason))
-            }
-            _ => (breaker::Verdict::Good, None),
-        };
+    /// What a call tells of the service: the breaker, and who is waited for.
+    pub(super) fn note_service(&mut self, note: breaker::Verdict, reason: Option<&str>, now: Instant) {
         let (route, service) = (&self.route.name, &self.route.service);
         match self.breaker.note(note, now) {
             Change::None => return,
             Change::Opened => {
-                let reason = reason.map_or("", String::as_str);
+                let reason = reason.unwrap_or_default();
                 let trouble = match note {
                     breaker::Verdict::Away => format!("service {service} is not there: {reason}"),
                     _ => format!("service {service} keeps failing: {reason}"),
@@ -184,6 +212,17 @@ fn process_span(tracer: &Tracer, system: &'static str, delivery: &Delivery, pare
     span.set("mesh.service", || route.service.clone().into());
     span.set("mesh.attempt", || i64::from(delivery.attempt).into());
     span
+}
+
+/// What a verdict tells of the service, and why it is no better.
+fn service_note(verdict: &Verdict) -> (breaker::Verdict, Option<&str>) {
+    match verdict {
+        Verdict::Away { reason } => (breaker::Verdict::Away, Some(reason)),
+        Verdict::Retry { reason, .. } | Verdict::DeadLetter { reason: Reason::Attempts, detail: reason } => {
+            (breaker::Verdict::Failed, Some(reason))
+        }
+        _ => (breaker::Verdict::Good, None),
+    }
 }
 
 /// Writes down what became of a delivery.

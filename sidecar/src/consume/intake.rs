@@ -159,7 +159,7 @@ impl RouteLoop {
             Order::Partition => Some(Lane { slot: index, key: 0 }),
             Order::Key => Some(Lane { slot: index, key: self.hasher.hash_one(&delivery.record.key) }),
         };
-        self.lanes.push(lane, Job { slot: index, epoch, delivery, out: None, span: None });
+        self.lanes.push(lane, Job { slot: index, epoch, delivery, out: None, span: None, call: None, dropped: false });
     }
 
     fn on_expired(&mut self, partition: &TopicPartition, from: i64, to: i64) {
@@ -171,7 +171,11 @@ impl RouteLoop {
     }
 
     pub(super) fn hold_or_release(&mut self, index: u32) {
-        let waiting_limit = WAITING.max(2 * self.route.concurrency);
+        let at_service = match self.route.batch {
+            Some(batch) => self.route.concurrency.saturating_mul(batch.max).min(self.parts.leaf.room()),
+            None => self.route.concurrency,
+        };
+        let waiting_limit = WAITING.max(2 * at_service);
         let bytes_limit = (BYTES / self.owned_count.max(1)).max(SHARE);
         let draining = self.draining.is_some();
         let slot = &mut self.slots[index as usize];

@@ -29,6 +29,7 @@ use crate::{
     telemetry::{metrics::Metrics, trace::Tracer},
 };
 
+mod batch;
 mod commit;
 mod dispatch;
 mod intake;
@@ -220,7 +221,7 @@ impl Supervisor {
                     let service = &route.service;
                     format!("service {service} has no `app` in this sidecar's config: set services[].app, such as http://127.0.0.1:8080")
                 })?;
-                Leaf::push(app, context.config.limits.record_bytes, &self.leaves)?
+                Leaf::push(app, context.config.limits.record_bytes, metrics.unknown_outcomes.clone(), &self.leaves)?
             }
             Deliver::Stream | Deliver::Pull => Leaf::desk(&context.desks, route.clone(), &metrics),
         };

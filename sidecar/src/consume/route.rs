@@ -26,6 +26,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    batch::{Gathered, OutCall},
     outbox::{Done, Outbox},
     report::{Asked, End, Measured, watch_lag},
 };
@@ -107,6 +108,10 @@ pub(super) struct Job {
     /// Since when it is at the service; `None` while it waits.
     pub(super) out: Option<Instant>,
     pub(super) span: Option<Span>,
+    /// The call that it went with, on a route with batches.
+    pub(super) call: Option<u64>,
+    /// It went behind a record that failed, of a partition that is on its way out: its outcome is not used.
+    pub(super) dropped: bool,
 }
 
 /// A partition that was ever assigned here. The slot keeps its number, so that lanes outlive an assignment.
@@ -152,6 +157,10 @@ pub(crate) struct RouteLoop {
     waits: u64,
     /// Deliveries that are out.
     pub(super) out: usize,
+    /// Calls that are out: as many, unless the route has batches.
+    pub(super) calls: usize,
+    pub(super) out_calls: HashMap<u64, OutCall>,
+    pub(super) gathered: Gathered,
     pub(super) breaker: Breaker,
     pub(super) backoffs: BinaryHeap<Reverse<(Instant, JobId)>>,
     pub(super) outbox: Outbox,
@@ -217,6 +226,9 @@ impl RouteLoop {
             hasher,
             waits: 0,
             out: 0,
+            calls: 0,
+            out_calls: HashMap::new(),
+            gathered: Gathered::default(),
             backoffs: BinaryHeap::new(),
             outbox,
             commit: None,
@@ -343,9 +355,13 @@ impl RouteLoop {
         at(self.revoke.as_ref().map(|revoke| revoke.deadline));
         at(self.draining);
         if let Allowance::Wait(until) = self.breaker.allowance(now)
-            && self.lanes.has_ready()
+            && (self.lanes.has_ready() || self.has_gathered())
         {
             at(Some(until));
+        }
+        // One that is due and did not leave waits for something else, which wakes the loop.
+        if let Some(batch) = self.route.batch {
+            at(self.gathered_due(batch).filter(|due| *due > now));
         }
         wake
     }
@@ -354,6 +370,7 @@ impl RouteLoop {
     fn swap(&mut self) {
         self.route = self.parts.route.borrow_and_update().clone();
         self.breaker.configure(self.route.breaker.failures, self.route.breaker.open);
+        self.give_back(0);
         tracing::info!(route = %self.route.name, "the route changed");
         for index in 0..self.slots.len() as u32 {
             self.hold_or_release(index);
@@ -375,6 +392,7 @@ impl RouteLoop {
             let (slot, epoch) = (job.slot, job.epoch);
             job.span = None;
             self.out -= 1;
+            self.calls -= 1;
             self.parts.metrics.in_flight.dec();
             self.slot_busy(slot, epoch, -1);
             self.lanes.put_back(id);

@@ -1,12 +1,16 @@
 //! Hands deliveries to handlers and brings their outcomes back. Floor 3.
 //!
-//! A route's loop owns one [`Leaf`]: `dispatch` hands a delivery over and returns at once, `answers` brings what came back. What the loop
+//! A route's loop owns one [`Leaf`]: `dispatch` hands a delivery over and returns at once, `answers` brings what came back. `dispatch_batch`
+//! hands over many that travel in one call; their answers come together, in their order. What the loop
 //! needs to decide about calling at all is pure and beside it: the [`breaker`] and the [`retry`] pause. Retries wait in the loop, in their
 //! lane, not here: a record that waits takes no place from another.
 //!
 //! Invariant: every delivery that goes in comes back as exactly one [`Answer`], within its route's timeout once it was taken.
 //! Invariant: the loop has at most [`Leaf::room`] deliveries out, so no queue here can overflow.
 
+use std::time::Duration;
+
+use prometheus_client::metrics::counter::Counter;
 use tokio::sync::mpsc;
 use tokio_util::task::TaskTracker;
 
@@ -16,9 +20,11 @@ use crate::{
     telemetry::metrics::RouteMetrics,
 };
 
+mod batch;
 pub mod breaker;
 mod connect;
 pub mod desk;
+pub(crate) mod forms;
 pub mod grpc;
 mod http;
 mod push;
@@ -52,22 +58,52 @@ impl std::fmt::Debug for Leaf {
     }
 }
 
+/// What travels in one call.
+#[derive(Debug)]
+enum Call {
+    One(Delivery),
+    Many(Vec<Delivery>),
+}
+
+impl Call {
+    fn deliveries(&self) -> &[Delivery] {
+        match self {
+            Self::One(delivery) => std::slice::from_ref(delivery),
+            Self::Many(batch) => batch,
+        }
+    }
+
+    /// How long the whole call may take.
+    fn timeout(&self) -> Duration {
+        self.deliveries().first().map_or(Duration::from_secs(10), |delivery| delivery.route.timeout)
+    }
+
+    /// Answers all of it with the same.
+    fn answer(&self, answers: &mpsc::Sender<Answer>, outcome: &Outcome) {
+        for delivery in self.deliveries() {
+            // There is room: each of them was let in. A loop that is gone needs no answer.
+            let _ = answers.try_send(Answer { id: delivery.id, outcome: outcome.clone() });
+        }
+    }
+}
+
 /// The most deliveries of one route that are out at the same time, whatever its concurrency says: the bound of the queues here. It is the
 /// largest concurrency that a table may name.
 const ROOM: usize = 10_000;
 
 impl Leaf {
-    /// The way to a service that is called. `limit` is the largest answer that is taken, in bytes.
+    /// The way to a service that is called. `limit` is the largest answer that is taken, in bytes; `unknown` counts outcomes that name no
+    /// record of their batch.
     ///
     /// # Errors
     /// If the address cannot be an address.
-    pub fn push(app: &AppAddress, limit: usize, tasks: &TaskTracker) -> Result<Self, String> {
+    pub fn push(app: &AppAddress, limit: usize, unknown: Counter, tasks: &TaskTracker) -> Result<Self, String> {
         let (sender, answers) = mpsc::channel(ROOM);
-        let pool = PushPool::new(app, limit, sender.clone(), tasks.clone())?;
+        let pool = PushPool::new(app, limit, sender.clone(), unknown.clone(), tasks.clone())?;
         let way = match app {
             AppAddress::Grpc(address) => {
                 let client = grpc::client(push::channel(address)?, limit);
-                Way::Stream(HandlerStream::new(client, pool, ROOM, sender.clone(), tasks))
+                Way::Stream(HandlerStream::new(client, pool, ROOM, sender.clone(), unknown, tasks))
             }
             _ => Way::Push(Box::new(pool)),
         };
@@ -96,19 +132,32 @@ impl Leaf {
 
     /// Hands a delivery over.
     pub fn dispatch(&mut self, delivery: Delivery) {
+        self.call(Call::One(delivery));
+    }
+
+    /// Hands over deliveries of one route that travel in one call, within the timeout of one.
+    pub fn dispatch_batch(&mut self, batch: Vec<Delivery>) {
+        self.call(Call::Many(batch));
+    }
+
+    fn call(&mut self, call: Call) {
         match &mut self.way {
-            Way::Push(pool) => pool.dispatch(delivery),
+            Way::Push(pool) => pool.dispatch(call),
             Way::Stream(stream) => {
-                let id = delivery.id;
-                if !stream.dispatch(delivery) {
-                    let outcome = Outcome::NoService { reason: "the stream's task is gone".to_owned() };
-                    // There is room: the delivery that is answered was let in.
-                    let _ = self.sender.try_send(Answer { id, outcome });
+                if let Some(call) = stream.dispatch(call) {
+                    call.answer(&self.sender, &Outcome::NoService { reason: "the stream's task is gone".to_owned() });
                 }
             }
-            Way::Desk(desk, _) => desk.put([delivery]),
+            Way::Desk(desk, _) => desk.put(match call {
+                Call::One(delivery) => vec![delivery],
+                Call::Many(batch) => batch,
+            }),
+            // One by one: a played route has no batches.
             #[cfg(test)]
-            Way::Played(service) => service(delivery),
+            Way::Played(service) => match call {
+                Call::One(delivery) => service(delivery),
+                Call::Many(batch) => batch.into_iter().for_each(service),
+            },
         }
     }
 

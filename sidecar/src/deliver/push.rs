@@ -2,7 +2,7 @@
 //!
 //! A worker drives its connection itself, so a call costs no hand-over between tasks but the one that brings the delivery.
 //!
-//! Invariant: a worker is idle or has one delivery; it answers it once, whatever happens.
+//! Invariant: a worker is idle or has one call, of one delivery or a batch; it answers each delivery once, in order, whatever happens.
 //! Invariant: redirects are never followed, and no proxy variable is read.
 
 use std::{
@@ -11,14 +11,18 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderValue, Uri};
+use http::{HeaderValue, Request, response::Parts};
+use http_body_util::Full;
 use hyper::client::conn::http2;
 use mesh_proto::v1::handler_client::HandlerClient;
+use prometheus_client::metrics::counter::Counter;
 use tokio::sync::mpsc;
 use tokio_util::task::TaskTracker;
 use tonic::transport::{Channel, Endpoint};
 
 use super::{
+    Call,
+    batch::{self, Gathering},
     connect::{self, Http1, Target, drive, read_body},
     grpc,
     http::{self as http_form, Uris},
@@ -28,11 +32,11 @@ use crate::{
     outcome::{Answer, Delivery, Outcome},
 };
 
-/// How a service is called, one delivery a call.
+/// How a service is called.
 #[derive(Clone)]
 enum Protocol {
     Http1 { target: Target, host: HeaderValue },
-    H2c { target: Target, base: String, shared: Arc<tokio::sync::Mutex<Option<http2::SendRequest<http_body_util::Full<Bytes>>>>> },
+    H2c { target: Target, base: String, shared: Arc<tokio::sync::Mutex<Option<http2::SendRequest<Full<Bytes>>>>> },
     Grpc { client: HandlerClient<Channel> },
 }
 
@@ -41,18 +45,25 @@ pub(crate) struct PushPool {
     protocol: Protocol,
     limit: usize,
     answers: mpsc::Sender<Answer>,
-    workers: Vec<mpsc::Sender<Delivery>>,
+    unknown: Counter,
+    workers: Vec<mpsc::Sender<Call>>,
     idle: Arc<Mutex<Vec<usize>>>,
     tasks: TaskTracker,
 }
 
 impl PushPool {
     /// A pool for a service. `limit` is the largest answer that is taken, in bytes; `answers` must hold as many answers as deliveries are
-    /// ever out.
+    /// ever out; `unknown` counts outcomes that name no record of their batch.
     ///
     /// # Errors
     /// If the address cannot be an address.
-    pub(crate) fn new(app: &AppAddress, limit: usize, answers: mpsc::Sender<Answer>, tasks: TaskTracker) -> Result<Self, String> {
+    pub(super) fn new(
+        app: &AppAddress,
+        limit: usize,
+        answers: mpsc::Sender<Answer>,
+        unknown: Counter,
+        tasks: TaskTracker,
+    ) -> Result<Self, String> {
         let protocol = match app {
             AppAddress::Http(authority) => Protocol::Http1 { target: Target::Tcp(with_port(authority)), host: host(authority)? },
             AppAddress::Unix(path) => Protocol::Http1 { target: Target::Unix(path.clone()), host: HeaderValue::from_static("localhost") },
@@ -63,28 +74,28 @@ impl PushPool {
             },
             AppAddress::Grpc(authority) => Protocol::Grpc { client: grpc::client(channel(authority)?, limit) },
         };
-        Ok(Self { protocol, limit, answers, workers: Vec::new(), idle: Arc::default(), tasks })
+        Ok(Self { protocol, limit, answers, unknown, workers: Vec::new(), idle: Arc::default(), tasks })
     }
 
-    /// Hands a delivery to an idle worker, or to a new one.
-    pub(crate) fn dispatch(&mut self, delivery: Delivery) {
+    /// Hands a call to an idle worker, or to a new one.
+    pub(super) fn dispatch(&mut self, call: Call) {
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let index = idle.unwrap_or_else(|| self.hire());
         if let Some(worker) = self.workers.get(index)
-            && let Err(refused) = worker.try_send(delivery)
+            && let Err(refused) = worker.try_send(call)
         {
             // A worker ends only with the pool; were one gone, the delivery still has to be answered.
-            let (mpsc::error::TrySendError::Full(delivery) | mpsc::error::TrySendError::Closed(delivery)) = refused;
-            let outcome = Outcome::NoService { reason: "the worker of this delivery is gone".to_owned() };
-            let _ = self.answers.try_send(Answer { id: delivery.id, outcome });
+            let (mpsc::error::TrySendError::Full(call) | mpsc::error::TrySendError::Closed(call)) = refused;
+            call.answer(&self.answers, &Outcome::NoService { reason: "the worker of this delivery is gone".to_owned() });
         }
     }
 
     fn hire(&mut self) -> usize {
         let index = self.workers.len();
-        let (sender, deliveries) = mpsc::channel(1);
+        let (sender, calls) = mpsc::channel(1);
         self.workers.push(sender);
-        let worker = Worker { index, idle: self.idle.clone(), answers: self.answers.clone(), limit: self.limit, deliveries };
+        let (idle, answers, unknown) = (self.idle.clone(), self.answers.clone(), self.unknown.clone());
+        let worker = Worker { index, idle, answers, unknown, limit: self.limit, calls };
         match self.protocol.clone() {
             Protocol::Http1 { target, host } => self.tasks.spawn(worker.http1(target, host)),
             Protocol::H2c { target, base, shared } => self.tasks.spawn(worker.h2c(target, base, shared, self.tasks.clone())),
@@ -98,8 +109,20 @@ struct Worker {
     index: usize,
     idle: Arc<Mutex<Vec<usize>>>,
     answers: mpsc::Sender<Answer>,
+    unknown: Counter,
     limit: usize,
-    deliveries: mpsc::Receiver<Delivery>,
+    calls: mpsc::Receiver<Call>,
+}
+
+/// An answer over HTTP, whole; or what came instead.
+type Answered = Result<(Parts, Bytes), Failed>;
+
+/// Why there is no answer.
+enum Failed {
+    NoService(String),
+    /// The request was written, or may have been.
+    Broken(String),
+    TooLong(String),
 }
 
 impl Worker {
@@ -109,29 +132,71 @@ impl Worker {
         self.answers.try_send(Answer { id, outcome }).is_ok()
     }
 
+    /// The same for a batch.
+    fn answer_all(&self, batch: Vec<Delivery>, outcomes: Vec<Outcome>) -> bool {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(self.index);
+        let mut answers = batch.into_iter().zip(outcomes);
+        answers.all(|(delivery, outcome)| self.answers.try_send(Answer { id: delivery.id, outcome }).is_ok())
+    }
+
+    /// Answers with what came over HTTP.
+    fn answer_http(&self, call: Call, answered: Answered) -> bool {
+        match (call, answered) {
+            (Call::One(delivery), Ok((head, body))) => self.answer(delivery.id, http_form::outcome(head.status, &head.headers, body)),
+            (Call::One(delivery), Err(failed)) => self.answer(
+                delivery.id,
+                match failed {
+                    Failed::NoService(reason) => Outcome::NoService { reason },
+                    Failed::Broken(reason) => Outcome::Retry { reason, after: None },
+                    Failed::TooLong(reason) => Outcome::Reject { reason },
+                },
+            ),
+            (Call::Many(batch), Ok((head, body))) => {
+                let outcomes = batch::outcomes(&batch, head.status, &head.headers, body, &self.unknown);
+                self.answer_all(batch, outcomes)
+            }
+            (Call::Many(batch), Err(failed)) => {
+                let outcome = match failed {
+                    Failed::NoService(reason) => Outcome::NoService { reason },
+                    // No single record is to blame for an answer that is too long.
+                    Failed::Broken(reason) | Failed::TooLong(reason) => Outcome::Retry { reason, after: None },
+                };
+                let outcomes = vec![outcome; batch.len()];
+                self.answer_all(batch, outcomes)
+            }
+        }
+    }
+
+    /// The largest answer that is taken.
+    fn limit(&self, call: &Call) -> usize {
+        match call {
+            Call::One(_) => self.limit,
+            Call::Many(_) => self.limit.saturating_mul(batch::ANSWER),
+        }
+    }
+
     async fn http1(mut self, target: Target, host: HeaderValue) {
         let mut uris = Uris::new(String::new());
         let mut connection: Option<Http1> = None;
         loop {
-            let delivery = tokio::select! {
+            let call = tokio::select! {
                 biased;
-                delivery = self.deliveries.recv() => delivery,
+                call = self.calls.recv() => call,
                 // An idle connection that the service closes is dropped before it is used.
                 () = closed(&mut connection), if connection.is_some() => { connection = None; continue }
             };
-            let Some(delivery) = delivery else { return };
-            let uri = uris.get(delivery.route.handler.as_deref().unwrap_or("/"));
-            let timeout = delivery.route.timeout;
-            let call = call_http1(&mut connection, &target, &host, uri, &delivery, self.limit);
-            let outcome = match tokio::time::timeout(timeout, call).await {
-                Ok(outcome) => outcome,
+            let Some(call) = call else { return };
+            let Some((request, timeout)) = request(&call, &mut uris, Some(&host)) else { continue };
+            let answering = call_http1(&mut connection, &target, request, self.limit(&call));
+            let answered = match tokio::time::timeout(timeout, answering).await {
+                Ok(answered) => answered,
                 Err(_) => {
                     // The answer may still come on this connection: it is not used again.
                     connection = None;
-                    no_answer(&target, timeout)
+                    Err(no_answer(&target, timeout))
                 }
             };
-            if !self.answer(delivery.id, outcome) {
+            if !self.answer_http(call, answered) {
                 return;
             }
         }
@@ -141,53 +206,74 @@ impl Worker {
         mut self,
         target: Target,
         base: String,
-        shared: Arc<tokio::sync::Mutex<Option<http2::SendRequest<http_body_util::Full<Bytes>>>>>,
+        shared: Arc<tokio::sync::Mutex<Option<http2::SendRequest<Full<Bytes>>>>>,
         tasks: TaskTracker,
     ) {
         let mut uris = Uris::new(base);
-        while let Some(delivery) = self.deliveries.recv().await {
-            let uri = uris.get(delivery.route.handler.as_deref().unwrap_or("/"));
-            let timeout = delivery.route.timeout;
-            let call = async {
-                let mut sender = match h2c_sender(&shared, &target, &tasks).await {
-                    Ok(sender) => sender,
-                    Err(error) => return Outcome::NoService { reason: format!("{target}: {error}") },
-                };
-                if let Err(error) = sender.ready().await {
-                    return Outcome::NoService { reason: format!("{target}: {error}") };
-                }
-                match sender.try_send_request(http_form::request(&delivery, uri, None)).await {
-                    Ok(response) => answered(response, &target, self.limit).await,
-                    Err(mut error) => match error.take_message() {
-                        Some(_) => Outcome::NoService { reason: format!("{target}: {}", error.error()) },
+        while let Some(call) = self.calls.recv().await {
+            let Some((request, timeout)) = request(&call, &mut uris, None) else { continue };
+            let limit = self.limit(&call);
+            let answering = async {
+                let mut sender =
+                    h2c_sender(&shared, &target, &tasks).await.map_err(|error| Failed::NoService(format!("{target}: {error}")))?;
+                sender.ready().await.map_err(|error| Failed::NoService(format!("{target}: {error}")))?;
+                match sender.try_send_request(request).await {
+                    Ok(response) => answered(response, &target, limit).await,
+                    Err(mut error) => Err(match error.take_message() {
+                        Some(_) => Failed::NoService(format!("{target}: {}", error.error())),
                         None => broken(&target, error.error()),
-                    },
+                    }),
                 }
             };
-            let outcome = tokio::time::timeout(timeout, call).await.unwrap_or_else(|_| no_answer(&target, timeout));
-            if !self.answer(delivery.id, outcome) {
+            let answered = tokio::time::timeout(timeout, answering).await.unwrap_or_else(|_| Err(no_answer(&target, timeout)));
+            if !self.answer_http(call, answered) {
                 return;
             }
         }
     }
 
     async fn grpc(mut self, mut client: HandlerClient<Channel>) {
-        while let Some(delivery) = self.deliveries.recv().await {
-            let (id, timeout) = (delivery.id, delivery.route.timeout);
-            let call = client.handle(grpc::message(&delivery.route.clone(), std::slice::from_ref(&delivery)));
-            let outcome = match tokio::time::timeout(timeout, call).await {
-                Ok(Ok(outcomes)) => match outcomes.into_inner().outcomes.into_iter().find(|outcome| outcome.delivery_id == id) {
-                    Some(outcome) => grpc::outcome(outcome),
-                    None => Outcome::Retry { reason: "the handler's answer does not name the delivery".to_owned(), after: None },
-                },
-                Ok(Err(status)) => grpc::failure(&status),
-                Err(_) => Outcome::Retry { reason: format!("no answer within {timeout:?}"), after: None },
+        while let Some(call) = self.calls.recv().await {
+            let batch = match call {
+                Call::One(delivery) => vec![delivery],
+                Call::Many(batch) => batch,
             };
-            if !self.answer(id, outcome) {
+            let Some(route) = batch.first().map(|delivery| delivery.route.clone()) else { continue };
+            let said = match tokio::time::timeout(route.timeout, client.handle(grpc::message(&route, &batch))).await {
+                Ok(Ok(outcomes)) => {
+                    let mut gathering = Gathering::new(&batch);
+                    for said in outcomes.into_inner().outcomes {
+                        if !gathering.take(said.delivery_id, grpc::outcome(said)) {
+                            self.unknown.inc();
+                        }
+                    }
+                    gathering.finish(batch::missing)
+                }
+                Ok(Err(status)) => vec![grpc::failure(&status); batch.len()],
+                Err(_) => {
+                    let reason = format!("no answer within {:?}", route.timeout);
+                    vec![Outcome::Retry { reason, after: None }; batch.len()]
+                }
+            };
+            if !self.answer_all(batch, said) {
                 return;
             }
         }
     }
+}
+
+/// The request for a call, and how long it may take. `None` for a batch of nothing.
+fn request(call: &Call, uris: &mut Uris, host: Option<&HeaderValue>) -> Option<(Request<Full<Bytes>>, Duration)> {
+    let first = match call {
+        Call::One(delivery) => delivery,
+        Call::Many(batch) => batch.first()?,
+    };
+    let uri = uris.get(first.route.handler.as_deref().unwrap_or("/"));
+    let request = match call {
+        Call::One(delivery) => http_form::request(delivery, uri, host),
+        Call::Many(batch) => batch::request(batch, uri, host),
+    };
+    Some((request, first.route.timeout))
 }
 
 async fn closed(connection: &mut Option<Http1>) {
@@ -198,10 +284,10 @@ async fn closed(connection: &mut Option<Http1>) {
 }
 
 async fn h2c_sender(
-    shared: &tokio::sync::Mutex<Option<http2::SendRequest<http_body_util::Full<Bytes>>>>,
+    shared: &tokio::sync::Mutex<Option<http2::SendRequest<Full<Bytes>>>>,
     target: &Target,
     tasks: &TaskTracker,
-) -> Result<http2::SendRequest<http_body_util::Full<Bytes>>, String> {
+) -> Result<http2::SendRequest<Full<Bytes>>, String> {
     // The lock is held while connecting, on purpose: one connection is made, not one a worker.
     let mut shared = shared.lock().await;
     match &*shared {
@@ -213,22 +299,14 @@ async fn h2c_sender(
     }
 }
 
-async fn call_http1(
-    connection: &mut Option<Http1>,
-    target: &Target,
-    host: &HeaderValue,
-    uri: Uri,
-    delivery: &Delivery,
-    limit: usize,
-) -> Outcome {
-    let mut request = http_form::request(delivery, uri, Some(host));
+async fn call_http1(connection: &mut Option<Http1>, target: &Target, mut request: Request<Full<Bytes>>, limit: usize) -> Answered {
     // Twice at most: a connection that was kept alive may turn out closed before anything was written.
     for _ in 0..2 {
         let reused = connection.as_mut().is_some_and(Http1::usable);
         if !reused {
             *connection = match Http1::connect(target).await {
                 Ok(connection) => Some(connection),
-                Err(error) => return Outcome::NoService { reason: format!("{target}: {error}") },
+                Err(error) => return Err(Failed::NoService(format!("{target}: {error}"))),
             };
         }
         let Some(used) = connection.as_mut() else { break };
@@ -236,42 +314,42 @@ async fn call_http1(
         let sent = drive(driven, sender.try_send_request(request)).await;
         match sent {
             Ok(response) => {
-                let outcome = drive(driven, answered(response, target, limit)).await;
+                let answered = drive(driven, answered(response, target, limit)).await;
                 if driven.is_none() {
                     *connection = None;
                 }
-                return outcome;
+                return answered;
             }
             Err(mut error) => {
                 *connection = None;
                 match error.take_message() {
                     Some(unsent) if reused => request = unsent,
-                    Some(_) => return Outcome::NoService { reason: format!("{target}: {}", error.error()) },
-                    None => return broken(target, error.error()),
+                    Some(_) => return Err(Failed::NoService(format!("{target}: {}", error.error()))),
+                    None => return Err(broken(target, error.error())),
                 }
             }
         }
     }
-    Outcome::NoService { reason: format!("{target}: the connection closes before a request is written") }
+    Err(Failed::NoService(format!("{target}: the connection closes before a request is written")))
 }
 
-async fn answered(response: http::Response<hyper::body::Incoming>, target: &Target, limit: usize) -> Outcome {
+async fn answered(response: http::Response<hyper::body::Incoming>, target: &Target, limit: usize) -> Answered {
     let (head, body) = response.into_parts();
     match read_body(body, limit).await {
-        Ok(Some(body)) => http_form::outcome(head.status, &head.headers, body),
-        Ok(None) => Outcome::Reject { reason: format!("the answer ({}) is longer than {limit} bytes", head.status.as_u16()) },
-        Err(error) => broken(target, &error),
+        Ok(Some(body)) => Ok((head, body)),
+        Ok(None) => Err(Failed::TooLong(format!("the answer ({}) is longer than {limit} bytes", head.status.as_u16()))),
+        Err(error) => Err(broken(target, &error)),
     }
 }
 
-fn broken(target: &Target, error: &hyper::Error) -> Outcome {
+fn broken(target: &Target, error: &hyper::Error) -> Failed {
     use std::error::Error as _;
     let cause = error.source().map(|source| format!(": {source}")).unwrap_or_default();
-    Outcome::Retry { reason: format!("{target}: the connection broke after the request was written: {error}{cause}"), after: None }
+    Failed::Broken(format!("{target}: the connection broke after the request was written: {error}{cause}"))
 }
 
-fn no_answer(target: &Target, timeout: Duration) -> Outcome {
-    Outcome::Retry { reason: format!("{target}: no answer within {timeout:?}"), after: None }
+fn no_answer(target: &Target, timeout: Duration) -> Failed {
+    Failed::Broken(format!("{target}: no answer within {timeout:?}"))
 }
 
 fn strip(address: &str) -> &str {

@@ -1,51 +1,68 @@
 //! Calls the service on one gRPC stream (`HandleStream`), and falls back to `Handle` where that is not implemented.
 //!
-//! What is ready together travels in one message. One task owns the stream; it answers every delivery: by the handler's outcome, at its
-//! deadline, or when the stream breaks.
+//! What is ready together travels in one message; a batch is a message of its own. One task owns the stream; it answers every delivery: by the
+//! handler's outcome, at its deadline, or when the stream breaks.
 //!
 //! Invariant: a delivery that was written to a stream which broke counts an attempt; one that never was counts none.
+//! Invariant: the answers of a batch leave together, in its order, in whatever order its outcomes came.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     sync::Arc,
 };
 
 use mesh_proto::v1::{self, handler_client::HandlerClient};
+use prometheus_client::metrics::counter::Counter;
 use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::TaskTracker;
 use tonic::{Code, Status, Streaming, transport::Channel};
 
-use super::{grpc, push::PushPool};
+use super::{Call, batch::Gathering, grpc, push::PushPool};
 use crate::outcome::{Answer, Delivery, Outcome};
 
-/// How many records travel in one message at most: a handler that works message by message still gets pieces of a useful size.
+/// How many records travel in one message at most: a handler that works message by message still gets pieces of a useful size. A batch is as
+/// large as its route says.
 const MESSAGE_RECORDS: usize = 32;
 
 /// The stream of one route.
 pub(crate) struct HandlerStream {
-    deliveries: mpsc::Sender<Delivery>,
+    calls: mpsc::Sender<Call>,
 }
 
 impl HandlerStream {
-    /// Starts the owner's task. `room` is how many deliveries are ever out.
-    pub(crate) fn new(
+    /// Starts the owner's task. `room` is how many deliveries are ever out; `unknown` counts outcomes that name none of them.
+    pub(super) fn new(
         client: HandlerClient<Channel>,
         fallback: PushPool,
         room: usize,
         answers: mpsc::Sender<Answer>,
+        unknown: Counter,
         tasks: &TaskTracker,
     ) -> Self {
-        let (deliveries, receiver) = mpsc::channel(room);
-        let owner =
-            Owner { client, fallback, room, answers, deliveries: receiver, out: HashMap::new(), deadlines: VecDeque::new(), unary: false };
+        let (calls, receiver) = mpsc::channel(room);
+        let owner = Owner {
+            client,
+            fallback,
+            room,
+            answers,
+            unknown,
+            calls: receiver,
+            out: HashMap::new(),
+            batches: BTreeMap::new(),
+            deadlines: VecDeque::new(),
+            unary: false,
+        };
         tasks.spawn(owner.run());
-        Self { deliveries }
+        Self { calls }
     }
 
-    /// Hands a delivery over; there is room for each that may be out. `false` if the owner is gone.
-    pub(crate) fn dispatch(&mut self, delivery: Delivery) -> bool {
-        self.deliveries.try_send(delivery).is_ok()
+    /// Hands a call over; there is room for each that may be out. It comes back if the owner is gone.
+    pub(super) fn dispatch(&mut self, call: Call) -> Option<Call> {
+        match self.calls.try_send(call) {
+            Ok(()) => None,
+            Err(mpsc::error::TrySendError::Full(call) | mpsc::error::TrySendError::Closed(call)) => Some(call),
+        }
     }
 }
 
@@ -54,11 +71,22 @@ struct Owner {
     fallback: PushPool,
     room: usize,
     answers: mpsc::Sender<Answer>,
-    deliveries: mpsc::Receiver<Delivery>,
-    /// Written to the stream, with their deadlines.
-    out: HashMap<u64, (Instant, Delivery)>,
+    unknown: Counter,
+    calls: mpsc::Receiver<Call>,
+    /// Written to the stream and not answered.
+    out: HashMap<u64, Written>,
+    /// The batches among them, by the id of their first record.
+    batches: BTreeMap<u64, Gathering>,
     deadlines: VecDeque<(Instant, u64)>,
     unary: bool,
+}
+
+/// A delivery that was written to the stream.
+struct Written {
+    deadline: Instant,
+    delivery: Delivery,
+    /// The batch that it belongs to.
+    batch: Option<u64>,
 }
 
 /// How a stream ended.
@@ -71,7 +99,7 @@ enum End {
 
 impl Owner {
     async fn run(mut self) {
-        while let Some(first) = self.deliveries.recv().await {
+        while let Some(first) = self.calls.recv().await {
             if self.unary {
                 self.fallback.dispatch(first);
                 continue;
@@ -80,20 +108,37 @@ impl Owner {
                 End::Finished => return,
                 End::Broken(status) => status,
             };
-            let written: Vec<Delivery> = self.out.drain().map(|(_, (_, delivery))| delivery).collect();
-            self.deadlines.clear();
             if status.code() == Code::Unimplemented {
                 tracing::info!("the handler does not implement HandleStream: using Handle");
                 self.unary = true;
-                let mut written = written;
-                written.sort_unstable_by_key(|delivery| delivery.id);
-                written.into_iter().for_each(|delivery| self.fallback.dispatch(delivery));
+                self.fall_back();
                 continue;
             }
-            for delivery in written {
-                let reason = format!("the stream broke before an answer: {:?}: {}", status.code(), status.message());
-                self.answer(delivery.id, Outcome::Retry { reason, after: None });
-            }
+            let reason = format!("the stream broke before an answer: {:?}: {}", status.code(), status.message());
+            self.end_all(&Outcome::Retry { reason, after: None });
+        }
+    }
+
+    /// Hands what was written to the calls of `Handle`.
+    fn fall_back(&mut self) {
+        self.deadlines.clear();
+        for gathering in std::mem::take(&mut self.batches).into_values() {
+            let batch = gathering.ids().iter().filter_map(|id| self.out.remove(id)).map(|written| written.delivery).collect();
+            self.fallback.dispatch(Call::Many(batch));
+        }
+        let mut written: Vec<Delivery> = self.out.drain().map(|(_, written)| written.delivery).collect();
+        written.sort_unstable_by_key(|delivery| delivery.id);
+        written.into_iter().for_each(|delivery| self.fallback.dispatch(Call::One(delivery)));
+    }
+
+    /// Answers all that was written and has no outcome with this one.
+    fn end_all(&mut self, outcome: &Outcome) {
+        self.deadlines.clear();
+        for first in self.batches.keys().copied().collect::<Vec<u64>>() {
+            self.end_batch(first, outcome);
+        }
+        for id in self.out.drain().map(|(id, _)| id).collect::<Vec<u64>>() {
+            self.answer(id, outcome.clone());
         }
     }
 
@@ -102,29 +147,51 @@ impl Owner {
         let _ = self.answers.try_send(Answer { id, outcome });
     }
 
+    /// Answers a batch; records without an outcome get this one.
+    fn end_batch(&mut self, first: u64, missing: &Outcome) {
+        let Some(gathering) = self.batches.remove(&first) else { return };
+        let ids = gathering.ids().to_vec();
+        for (id, outcome) in ids.into_iter().zip(gathering.finish(|| missing.clone())) {
+            self.out.remove(&id);
+            self.answer(id, outcome);
+        }
+    }
+
+    /// Takes what the handler said to a record.
+    fn said(&mut self, id: u64, outcome: Outcome) {
+        let Some(written) = self.out.remove(&id) else {
+            self.unknown.inc();
+            return;
+        };
+        let Some(first) = written.batch else {
+            self.answer(id, outcome);
+            return;
+        };
+        if let Some(gathering) = self.batches.get_mut(&first) {
+            gathering.take(id, outcome);
+            if gathering.is_complete() {
+                self.end_batch(first, &super::batch::missing());
+            }
+        }
+    }
+
     /// Opens a stream and works on it until it ends.
-    async fn stream(&mut self, first: Delivery) -> End {
+    async fn stream(&mut self, first: Call) -> End {
         let (sender, messages) = mpsc::channel::<v1::Delivery>(self.room.max(1));
         let mut client = self.client.clone();
         // The request's head, and the answer's, may wait for the first message: it is written at once.
-        let mut batch = vec![first];
-        self.gather(&mut batch);
-        let ids: Vec<u64> = batch.iter().map(|delivery| delivery.id).collect();
-        let timeout = batch.first().map_or(std::time::Duration::from_secs(10), |delivery| delivery.route.timeout);
-        if let Some(message) = self.write(batch)
-            && sender.try_send(message).is_err()
-        {
-            return End::Broken(Status::internal("the stream's queue is full"));
+        let timeout = first.timeout();
+        for message in self.messages(first) {
+            if sender.try_send(message).is_err() {
+                return End::Broken(Status::internal("the stream's queue is full"));
+            }
         }
         let opened = tokio::time::timeout(timeout, client.handle_stream(ReceiverStream::new(messages))).await;
         let mut outcomes = match opened {
             Ok(Ok(response)) => response.into_inner(),
             Ok(Err(status)) if status.code() == Code::Unavailable => {
                 // Nothing was handled: no connection.
-                for id in ids {
-                    self.out.remove(&id);
-                    self.answer(id, Outcome::NoService { reason: format!("{:?}: {}", status.code(), status.message()) });
-                }
+                self.end_all(&Outcome::NoService { reason: format!("{:?}: {}", status.code(), status.message()) });
                 return End::Broken(status);
             }
             Ok(Err(status)) => return End::Broken(status),
@@ -134,28 +201,22 @@ impl Owner {
     }
 
     async fn work(&mut self, sender: mpsc::Sender<v1::Delivery>, outcomes: &mut Streaming<v1::Outcomes>) -> End {
-        let mut batch = Vec::new();
         loop {
             let deadline = self.next_deadline();
             tokio::select! {
                 message = outcomes.message() => match message {
                     Ok(Some(message)) => for said in message.outcomes {
-                        let id = said.delivery_id;
-                        if self.out.remove(&id).is_some() {
-                            self.answer(id, grpc::outcome(said));
-                        }
+                        self.said(said.delivery_id, grpc::outcome(said));
                     },
                     Ok(None) => return End::Broken(Status::unavailable("the handler closed the stream")),
                     Err(status) => return End::Broken(status),
                 },
-                delivery = self.deliveries.recv() => {
-                    let Some(delivery) = delivery else { return End::Finished };
-                    batch.push(delivery);
-                    self.gather(&mut batch);
-                    if let Some(message) = self.write(std::mem::take(&mut batch))
-                        && sender.try_send(message).is_err()
-                    {
-                        return End::Broken(Status::unavailable("the stream takes no more messages"));
+                call = self.calls.recv() => {
+                    let Some(call) = call else { return End::Finished };
+                    for message in self.messages(call) {
+                        if sender.try_send(message).is_err() {
+                            return End::Broken(Status::unavailable("the stream takes no more messages"));
+                        }
                     }
                 }
                 () = sleep_until(deadline) => self.end_overdue(),
@@ -163,31 +224,46 @@ impl Owner {
         }
     }
 
-    /// Adds what is ready already.
-    fn gather(&mut self, batch: &mut Vec<Delivery>) {
-        while batch.len() < MESSAGE_RECORDS
-            && let Ok(delivery) = self.deliveries.try_recv()
-        {
-            batch.push(delivery);
+    /// Takes a call on the books, with what is ready already, and makes the messages of it: mostly one.
+    fn messages(&mut self, call: Call) -> Vec<v1::Delivery> {
+        let mut singles = match call {
+            Call::Many(batch) => return self.write(batch, true).into_iter().collect(),
+            Call::One(delivery) => vec![delivery],
+        };
+        let mut batch = Vec::new();
+        while singles.len() < MESSAGE_RECORDS {
+            match self.calls.try_recv() {
+                Ok(Call::One(delivery)) => singles.push(delivery),
+                Ok(Call::Many(many)) => {
+                    batch = many;
+                    break;
+                }
+                Err(_) => break,
+            }
         }
+        [self.write(singles, false), self.write(batch, true)].into_iter().flatten().collect()
     }
 
     /// Takes deliveries on the books, and makes their message.
-    fn write(&mut self, batch: Vec<Delivery>) -> Option<v1::Delivery> {
-        let route = Arc::clone(&batch.first()?.route);
-        let message = grpc::message(&route, &batch);
+    fn write(&mut self, deliveries: Vec<Delivery>, batch: bool) -> Option<v1::Delivery> {
+        let first = deliveries.first()?;
+        let (route, batch) = (Arc::clone(&first.route), batch.then_some(first.id));
+        let message = grpc::message(&route, &deliveries);
+        if let Some(first) = batch {
+            self.batches.insert(first, Gathering::new(&deliveries));
+        }
         let now = Instant::now();
-        for delivery in batch {
+        for delivery in deliveries {
             let deadline = now + delivery.route.timeout;
             self.deadlines.push_back((deadline, delivery.id));
-            self.out.insert(delivery.id, (deadline, delivery));
+            self.out.insert(delivery.id, Written { deadline, delivery, batch });
         }
         Some(message)
     }
 
     fn next_deadline(&mut self) -> Option<Instant> {
         while let Some(&(deadline, id)) = self.deadlines.front() {
-            if self.out.get(&id).is_some_and(|(current, _)| *current == deadline) {
+            if self.out.get(&id).is_some_and(|written| written.deadline == deadline) {
                 return Some(deadline);
             }
             self.deadlines.pop_front();
@@ -199,9 +275,12 @@ impl Owner {
         let now = Instant::now();
         while let Some(deadline) = self.next_deadline().filter(|deadline| *deadline <= now) {
             let Some((_, id)) = self.deadlines.pop_front() else { return };
-            if let Some((_, delivery)) = self.out.remove(&id) {
-                let reason = format!("no answer within {:?} (since {:?})", delivery.route.timeout, deadline.elapsed());
-                self.answer(id, Outcome::Retry { reason, after: None });
+            let Some(written) = self.out.remove(&id) else { continue };
+            let reason = format!("no answer within {:?} (since {:?})", written.delivery.route.timeout, deadline.elapsed());
+            let outcome = Outcome::Retry { reason, after: None };
+            match written.batch {
+                Some(first) => self.end_batch(first, &outcome),
+                None => self.answer(id, outcome),
             }
         }
     }

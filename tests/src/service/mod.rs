@@ -19,11 +19,13 @@ use tokio::{net::TcpListener, task::JoinHandle};
 
 use self::native::Native;
 pub use self::{
+    batches::{BatchAnswer, BatchCall, BatchService, value},
     raw::{Raw, RawService},
     scenario::{Condition, Entry, Rule, Scenario},
 };
 use crate::{http::Http, ports::Port, process::Process, python::Python};
 
+mod batches;
 mod native;
 mod raw;
 mod scenario;

@@ -4,6 +4,7 @@
 //! minutes of outage where 20 s are. `MESH_KEEP=1` keeps the folders of the tests. `MESH_BIN_DIR` names ready-made binaries.
 
 mod api;
+mod batch;
 mod broker_away;
 mod clients;
 mod control;

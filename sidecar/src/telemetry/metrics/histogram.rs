@@ -1,4 +1,4 @@
-//! A histogram of durations for hot paths.
+//! Histograms of durations and of sizes for hot paths.
 //!
 //! Invariant: observing takes no lock: two atomic additions. (The library's histogram locks a mutex for each observation.)
 //! Invariant: a scrape may see an observation's bucket before its sum; both are monotonic.
@@ -67,6 +67,47 @@ impl EncodeMetric for Durations {
         let count = buckets.iter().map(|(_, count)| count).sum();
         let sum = Duration::from_nanos(self.0.nanos.load(Ordering::Relaxed)).as_secs_f64();
         encoder.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
+    }
+
+    fn metric_type(&self) -> MetricType {
+        Self::TYPE
+    }
+}
+
+/// The buckets' upper bounds of [`Sizes`].
+const SIZES: [u32; 13] = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000];
+
+/// Numbers of records, in buckets from 1 to 10,000. Cheap to clone; clones are the same histogram.
+#[derive(Clone, Debug, Default)]
+pub struct Sizes(Arc<SizesInner>);
+
+#[derive(Debug, Default)]
+struct SizesInner {
+    counts: [AtomicU64; SIZES.len() + 1],
+    sum: AtomicU64,
+}
+
+impl Sizes {
+    /// Counts a number of records.
+    pub fn observe(&self, records: usize) {
+        let bucket = SIZES.partition_point(|bound| (*bound as usize) < records);
+        if let Some(count) = self.0.counts.get(bucket) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+        self.0.sum.fetch_add(records as u64, Ordering::Relaxed);
+    }
+}
+
+impl TypedMetric for Sizes {
+    const TYPE: MetricType = MetricType::Histogram;
+}
+
+impl EncodeMetric for Sizes {
+    fn encode(&self, mut encoder: MetricEncoder<'_>) -> Result<(), fmt::Error> {
+        let bounds = SIZES.iter().map(|bound| f64::from(*bound)).chain([f64::INFINITY]);
+        let buckets: Vec<(f64, u64)> = bounds.zip(self.0.counts.iter().map(|count| count.load(Ordering::Relaxed))).collect();
+        let count = buckets.iter().map(|(_, count)| count).sum();
+        encoder.encode_histogram::<NoLabelSet>(self.0.sum.load(Ordering::Relaxed) as f64, count, &buckets, None)
     }
 
     fn metric_type(&self) -> MetricType {

@@ -22,7 +22,7 @@ mod histogram;
 mod process;
 mod route;
 
-pub use histogram::Durations;
+pub use histogram::{Durations, Sizes};
 pub use route::{BreakerState, RouteHandles, RouteMetrics};
 
 /// Topics that get a label of their own; further ones share `(other)`.
@@ -77,6 +77,8 @@ struct Families {
     published_bytes: Family<Labels, Counter>,
     deliveries: Family<Labels, Counter>,
     delivery_duration: Family<Labels, Durations>,
+    batch_size: Family<Labels, Sizes>,
+    unused_outcomes: Family<Labels, Counter>,
     dispositions: Family<Labels, Counter>,
     commits: Family<Labels, Counter>,
     commit_duration: Family<Labels, Durations>,
@@ -226,6 +228,12 @@ fn register(to: &mut Registry, process: &ProcessMetrics, families: &Families) {
     to.register_with_unit("mesh_published", "Keys and values that were acknowledged", Unit::Bytes, f.published_bytes);
     to.register("mesh_deliveries", "Deliveries to the handler, by outcome", f.deliveries);
     to.register_with_unit("mesh_delivery_duration", "From the call of the handler to its answer", Unit::Seconds, f.delivery_duration);
+    to.register("mesh_batch_records", "Records of one call, on routes with batches", f.batch_size);
+    to.register(
+        "mesh_unused_outcomes",
+        "Outcomes that changed nothing: of no record of the batch (unknown), or of one behind a failure of its key (behind_failure)",
+        f.unused_outcomes,
+    );
     to.register("mesh_dispositions", "Records that ended on a route, by disposition and reason", f.dispositions);
     to.register("mesh_commits", "Commits of offsets, by result", f.commits);
     to.register_with_unit("mesh_commit_duration", "How long a commit takes", Unit::Seconds, f.commit_duration);

@@ -9,7 +9,7 @@ use std::{
 
 use prometheus_client::metrics::{counter::Counter, family::Family, gauge::Gauge};
 
-use super::{Durations, Families, Labels, Level, Seconds, lock};
+use super::{Durations, Families, Labels, Level, Seconds, Sizes, lock};
 use crate::{
     outcome::{Disposition, Outcome},
     status::RouteState,
@@ -24,6 +24,12 @@ pub struct RouteMetrics(Arc<RouteHandles>);
 pub struct RouteHandles {
     /// From the call of the handler to its answer.
     pub delivery_duration: Durations,
+    /// How many records went with each call of a route with batches.
+    pub batch_size: Sizes,
+    /// Outcomes that name no record of their batch, or one that has its outcome already.
+    pub unknown_outcomes: Counter,
+    /// Outcomes of records whose key, or partition, has a failed record before them in the same batch.
+    pub outcomes_behind: Counter,
     /// Commits that were made.
     pub commits: Counter,
     /// Commits that failed.
@@ -123,6 +129,9 @@ impl RouteMetrics {
         let f = families;
         Self(Arc::new(RouteHandles {
             delivery_duration: f.delivery_duration.get_or_create_owned(&labels),
+            batch_size: f.batch_size.get_or_create_owned(&labels),
+            unknown_outcomes: f.unused_outcomes.get_or_create_owned(&with(&labels, "reason", "unknown")),
+            outcomes_behind: f.unused_outcomes.get_or_create_owned(&with(&labels, "reason", "behind_failure")),
             commits: f.commits.get_or_create_owned(&with(&labels, "result", "ok")),
             commit_failures: f.commits.get_or_create_owned(&with(&labels, "result", "failed")),
             commit_duration: f.commit_duration.get_or_create_owned(&labels),
@@ -157,6 +166,10 @@ impl RouteMetrics {
         let labels = &self.labels;
         f.delivery_duration.remove(labels);
         f.commit_duration.remove(labels);
+        f.batch_size.remove(labels);
+        for reason in ["unknown", "behind_failure"] {
+            f.unused_outcomes.remove(&with(labels, "reason", reason));
+        }
         f.rebalances.remove(labels);
         f.late.remove(labels);
         f.expired_leases.remove(labels);
