@@ -21,6 +21,7 @@ pub mod embedded;
 #[cfg(test)]
 pub(crate) mod fake;
 pub mod kafka;
+mod sync;
 
 /// A broker: the way to its three parts.
 pub trait Broker: Send + Sync + 'static {

@@ -2,14 +2,14 @@
 //!
 //! Invariant: bounded by the consumer's partitions: a subscription is queued once, a partition has one fetch and one resolve at a time.
 
-use std::{
-    collections::VecDeque,
-    sync::{Arc, Mutex},
-};
+use std::{collections::VecDeque, sync::Arc};
 
 use tokio::sync::Notify;
 
-use super::log::{Partition, Row, Subscription, lock};
+use super::{
+    log::{Partition, Row, Subscription, lock},
+    sync::Mutex,
+};
 use crate::broker::BrokerError;
 
 /// Something that a consumer asked for is there, or something changed.

@@ -6,15 +6,16 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Weak, atomic::Ordering},
 };
 
 use bytes::Bytes;
 
-use super::{inbox::Inbox, names::Settings};
+use super::{
+    inbox::Inbox,
+    names::Settings,
+    sync::{AtomicBool, Mutex, MutexGuard, PoisonError, RwLock},
+};
 use crate::record::TopicPartition;
 
 /// Locks; a panic of another holder left nothing half done that matters here.

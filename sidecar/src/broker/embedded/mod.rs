@@ -43,7 +43,7 @@ use self::{
     store::{Store, StoreOptions},
     writer::Writer,
 };
-use super::{Admin, Broker, BrokerError, BrokerErrorKind, Consumer, ConsumerConfig, NewTopic, Producer};
+use super::{Admin, Broker, BrokerError, BrokerErrorKind, Consumer, ConsumerConfig, NewTopic, Producer, sync};
 
 mod assignor;
 mod checkpoint;
@@ -53,6 +53,8 @@ mod consumer;
 mod group;
 mod housekeeping;
 mod inbox;
+#[cfg(test)]
+mod interleavings;
 mod log;
 mod names;
 mod partitioner;

@@ -5,7 +5,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    sync::{Arc, Condvar, Mutex, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
@@ -15,6 +15,7 @@ use super::{
     group::Group,
     inbox::{Gain, Inbox},
     log::lock,
+    sync::{Condvar, Mutex, PoisonError},
 };
 use crate::{
     broker::{BrokerError, Commit, NewTopic, Outgoing, ProduceError, StartOffset, TransactionError},

@@ -25,12 +25,14 @@ use self::{
     settings::Settings,
     wakeup::lock,
 };
-use super::{Admin, Broker, BrokerError, BrokerErrorKind, Consumer, ConsumerConfig, Producer};
+use super::{Admin, Broker, BrokerError, BrokerErrorKind, Consumer, ConsumerConfig, Producer, sync};
 
 mod admin;
 mod consumer;
 mod error;
 mod health;
+#[cfg(test)]
+mod interleavings;
 mod producer;
 mod settings;
 mod transaction;

@@ -1,10 +1,8 @@
 //! Wakes a thread that waits, from any thread and from async code.
 
-use std::{
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
-    task::Wake,
-    time::Duration,
-};
+use std::{sync::Arc, task::Wake, time::Duration};
+
+use super::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// A lock without poisoning: no state behind it is left half-changed by a panic.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
