@@ -1,6 +1,9 @@
 //! Faults that tests build in on purpose: a verifier that cannot fail is worth nothing. Floor 0.
 //!
-//! Invariant: outside of tests no fault is ever built in, and asking costs nothing.
+//! The simulation sets one for its thread. A binary with the feature `mutations`, which the verifier builds for itself and nobody ships, takes one from
+//! `MESH_MUTATION`.
+//!
+//! Invariant: outside of tests and without the feature no fault is ever built in, and asking costs nothing.
 
 /// A fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,10 +32,30 @@ pub(crate) enum Mutation {
     ForgetAttempt,
     /// A reply that may be stored counts as stored.
     TrustTimeout,
+    /// The embedded broker acknowledges records before their transaction is on disk.
+    AckBeforeFsync,
 }
 
 /// Whether this fault is built in.
-#[cfg(not(test))]
+#[cfg(all(feature = "mutations", not(test)))]
+pub(crate) fn is(fault: Mutation) -> bool {
+    static CHOSEN: std::sync::LazyLock<Option<Mutation>> = std::sync::LazyLock::new(|| {
+        let chosen = match std::env::var("MESH_MUTATION").as_deref() {
+            Ok("commit_early") => Mutation::CommitNewest,
+            Ok("drop_reply") => Mutation::DropReply,
+            Ok("swap_two") => Mutation::ForgetLane,
+            Ok("forget_epoch") => Mutation::ForgetEpoch,
+            Ok("ack_before_fsync") => Mutation::AckBeforeFsync,
+            _ => return None,
+        };
+        tracing::error!(?chosen, "a fault is built in: this process breaks its promises on purpose");
+        Some(chosen)
+    });
+    *CHOSEN == Some(fault)
+}
+
+/// Whether this fault is built in.
+#[cfg(not(any(feature = "mutations", test)))]
 #[inline(always)]
 pub(crate) const fn is(_fault: Mutation) -> bool {
     false

@@ -23,8 +23,13 @@ use rdkafka::{
 };
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 
+pub mod cluster;
+
 /// The version that is started.
 pub const VERSION: &str = "4.1.1";
+
+/// Tells the nodes of this process apart.
+static NUMBER: AtomicU32 = AtomicU32::new(0);
 
 /// How long a broker may take until it answers.
 const START: Duration = Duration::from_secs(90);
@@ -54,6 +59,8 @@ pub struct KafkaHandle {
 struct Node {
     dir: PathBuf,
     process: Mutex<Option<Process>>,
+    /// The most that Java's heap takes.
+    heap: &'static str,
 }
 
 #[derive(Debug)]
@@ -101,6 +108,14 @@ pub async fn own_kafka_with(properties: &'static str) -> Option<KafkaHandle> {
     blocking(move || own(properties)).await
 }
 
+/// A cluster of the caller's own, each broker behind a proxy.
+///
+/// # Panics
+/// As [`kafka`].
+pub async fn cluster(count: usize) -> Option<cluster::Cluster> {
+    had(cluster::Cluster::start(count).await)
+}
+
 /// Runs a start on a thread that may block; its panic is the caller's.
 async fn blocking(start: impl FnOnce() -> Option<KafkaHandle> + Send + 'static) -> Option<KafkaHandle> {
     match tokio::task::spawn_blocking(start).await {
@@ -119,7 +134,12 @@ pub fn own_kafka_blocking() -> Option<KafkaHandle> {
 }
 
 fn own(properties: &str) -> Option<KafkaHandle> {
-    match start_own(properties) {
+    had(start_own(properties))
+}
+
+/// What could be had; else `None` after a line that says so, or a failure where nothing may be skipped.
+fn had<T>(started: anyhow::Result<T>) -> Option<T> {
+    match started {
         Ok(handle) => Some(handle),
         Err(error) => {
             let strict = std::env::var("CI").is_ok_and(|value| value == "true");
@@ -213,7 +233,14 @@ impl Node {
         let mut watchdog = Command::new("sh")
             .args(["-c", WATCHDOG, "kafka-watchdog"])
             .arg(&self.dir)
-            .args(["java", "-Xms256m", "-Xmx512m", "-XX:+UseSerialGC", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp"])
+            .args([
+                "java",
+                "-Xms128m",
+                &format!("-Xmx{}", self.heap),
+                "-XX:+UseSerialGC",
+                "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
+                "-cp",
+            ])
             .arg(class_path())
             .arg("kafka.Kafka")
             .arg(self.dir.join("server.properties"))
@@ -273,7 +300,6 @@ fn class_path() -> String {
 }
 
 fn start_own(more: &str) -> anyhow::Result<KafkaHandle> {
-    static NUMBER: AtomicU32 = AtomicU32::new(0);
     fetch()?;
     let [client, controller] = free_ports()?;
     let dir = root().join(format!("node-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed)));
@@ -283,7 +309,7 @@ fn start_own(more: &str) -> anyhow::Result<KafkaHandle> {
     fs::create_dir_all(&dir)?;
     let dir = dir.canonicalize()?;
     // From here on its drop removes the folder.
-    let node = Node { dir, process: Mutex::default() };
+    let node = Node { dir, process: Mutex::default(), heap: "512m" };
     let dir = &node.dir;
     let bootstrap = format!("127.0.0.1:{client}");
     fs::write(dir.join("server.properties"), properties(dir, client, controller) + &more.replace("{port}", &client.to_string()))?;

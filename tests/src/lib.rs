@@ -16,6 +16,7 @@ pub mod oracle;
 pub mod otlp;
 pub mod ports;
 pub mod process;
+pub mod proxy;
 pub mod python;
 pub mod service;
 pub mod sidecar;

@@ -54,26 +54,38 @@ async fn build() -> Result<PathBuf> {
     let test = std::env::current_exe()?;
     let folder = test.parent().filter(|folder| folder.ends_with("deps")).and_then(Path::parent).or(test.parent());
     let folder = folder.context("the folder of the test")?.to_owned();
+    cargo(&folder, &["-p", "mesh-sidecar", "-p", "mesh-ctl", "--bins"]).await?;
+    Ok(folder)
+}
+
+/// The sidecar that can be told to break its promises (`MESH_MUTATION`), built if need be.
+///
+/// # Errors
+/// If it does not build.
+async fn mutant() -> Result<&'static Path> {
+    static BINARY: OnceCell<PathBuf> = OnceCell::const_new();
+    let build = async || {
+        let test = std::env::current_exe()?;
+        let folder = test.parent().filter(|folder| folder.ends_with("deps")).and_then(Path::parent).or(test.parent());
+        let folder = folder.context("the folder of the test")?.to_owned();
+        cargo(&folder, &["-p", "mesh-sidecar", "--bin", "mesh-sidecar-mutant", "--features", "mutations"]).await?;
+        anyhow::Ok(folder.join("mesh-sidecar-mutant"))
+    };
+    BINARY.get_or_try_init(build).await.map(PathBuf::as_path)
+}
+
+/// Builds with Cargo into a folder `target/<profile>`; other test processes wait.
+async fn cargo(folder: &Path, what: &[&str]) -> Result<()> {
     let profile = folder.file_name().and_then(|name| name.to_str()).context("the profile")?;
     let profile = if profile == "debug" { "dev" } else { profile };
     let lock = File::create(folder.join(".mesh-tests-build"))?;
     let _held = tokio::task::spawn_blocking(move || lock.lock().map(|()| lock)).await??;
     let begin = Instant::now();
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(crate::workspace()).args([
-        "build",
-        "--quiet",
-        "-p",
-        "mesh-sidecar",
-        "-p",
-        "mesh-ctl",
-        "--bins",
-        "--profile",
-        profile,
-    ]);
+    command.current_dir(crate::workspace()).args(["build", "--quiet", "--profile", profile]).args(what);
     run(command, Vec::new(), Duration::from_secs(1800)).await?.success().context("the binaries do not build")?;
-    eprintln!("mesh-sidecar and mesh-ctl are built ({:.1?})", begin.elapsed());
-    Ok(folder)
+    eprintln!("built: {} ({:.1?})", what.join(" "), begin.elapsed());
+    Ok(())
 }
 
 /// What a sidecar is configured with.
@@ -88,6 +100,7 @@ pub struct Builder {
     broker: Option<Value>,
     log: String,
     environment: Vec<(String, String)>,
+    mutation: Option<String>,
 }
 
 impl Builder {
@@ -102,7 +115,15 @@ impl Builder {
             broker: None,
             log: "info".to_owned(),
             environment: Vec::new(),
+            mutation: None,
         }
+    }
+
+    /// A fault that is built in: for tests of what must notice it.
+    #[must_use]
+    pub fn mutation(mut self, name: &str) -> Self {
+        self.mutation = Some(name.to_owned());
+        self
     }
 
     /// Serves a service over HTTP/1.1.
@@ -190,6 +211,12 @@ impl Builder {
     /// If the configuration cannot be written.
     pub async fn prepare(self) -> Result<Sidecar> {
         let binaries = binaries().await?;
+        let program = match &self.mutation {
+            Some(_) => mutant().await?.to_owned(),
+            None => binaries.join("mesh-sidecar"),
+        };
+        let mut environment = self.environment;
+        environment.extend(self.mutation.map(|mutation| ("MESH_MUTATION".to_owned(), mutation)));
         let (api, admin, probe) = (Port::take()?, Port::take()?, Port::take()?);
         let folder = self.stage.folder();
         let broker = match (&self.broker, self.stage.broker()) {
@@ -228,8 +255,9 @@ impl Builder {
             stage: self.stage,
             name: self.name,
             binaries,
+            program,
             file,
-            environment: self.environment,
+            environment,
             api,
             admin,
             probe,
@@ -246,6 +274,7 @@ pub struct Sidecar {
     stage: Stage,
     name: String,
     binaries: &'static Path,
+    program: PathBuf,
     file: PathBuf,
     log: PathBuf,
     environment: Vec<(String, String)>,
@@ -283,7 +312,7 @@ impl Sidecar {
     /// # Errors
     /// If it cannot be started.
     pub fn spawn(&mut self) -> Result<()> {
-        let mut command = Command::new(self.binaries.join("mesh-sidecar"));
+        let mut command = Command::new(&self.program);
         command.arg("run").arg("--config").arg(&self.file).stdin(Stdio::null());
         command.stdout(Stdio::from(File::options().create(true).append(true).open(&self.log)?));
         for variable in std::env::vars_os().map(|variable| variable.0).filter(|name| name.to_string_lossy().starts_with("MESH_")) {

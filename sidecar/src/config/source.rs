@@ -259,6 +259,7 @@ fn is_foreign(name: &str, value: &str) -> bool {
         port.and_then(|port| port.rsplit_once("PORT_")).is_some_and(|(_, number)| digits(number))
     };
     FOREIGN.contains(&name)
+        || (cfg!(feature = "mutations") && name == "MESH_MUTATION")
         || name.ends_with("_SERVICE_HOST")
         || name.ends_with("_SERVICE_PORT")
         || name.contains("_SERVICE_PORT_")

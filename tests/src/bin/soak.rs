@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result};
 use clap::{Parser, ValueEnum};
 use mesh_tests::{
     broker::Broker,
+    kafka::cluster::Cluster,
     soak::{
         plan::Fault,
         run::{Guarantee, Options, run},
@@ -25,6 +26,12 @@ struct Args {
     /// Which broker.
     #[arg(long, value_enum, default_value = "kafka")]
     broker: Kind,
+    /// Brokers of the run's own, behind proxies; 0: the Kafka of KAFKA_BOOTSTRAP as it is, to which nothing is done.
+    #[arg(long, default_value_t = 3)]
+    brokers: usize,
+    /// A fault that is built into the sidecars: the run must notice it. commit_early, drop_reply, swap_two, forget_epoch, ack_before_fsync.
+    #[arg(long)]
+    mutation: Option<String>,
     /// What the route promises.
     #[arg(long, value_enum, default_value = "at_least_once")]
     guarantee: Guarantee,
@@ -68,18 +75,21 @@ fn fault(text: &str) -> Result<Option<Fault>, String> {
 async fn main() -> Result<ExitCode> {
     let args = Args::parse();
     let seed = args.seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u128() as u64 % 1_000_000);
-    let broker = match args.broker {
-        Kind::Embedded => Broker::Embedded,
-        Kind::Kafka => Broker::kafka().await?.context("no Kafka")?,
+    let length = Duration::from_secs_f64(args.minutes * 60.0);
+    let options = match args.broker {
+        Kind::Embedded => Options::new(Broker::Embedded, seed, length),
+        Kind::Kafka if args.brokers == 0 => Options::new(Broker::kafka().await?.context("no Kafka")?, seed, length),
+        Kind::Kafka => Options::on(Cluster::start(args.brokers).await?, seed, length),
     };
     let mut options = Options {
+        mutation: args.mutation,
         guarantee: args.guarantee,
         sidecars: args.sidecars,
         scale_to: args.scale_to,
         rate: args.rate,
         keys: args.keys.max(1),
         loud: true,
-        ..Options::new(broker, seed, Duration::from_secs_f64(args.minutes * 60.0))
+        ..options
     };
     if let Some(faults) = args.faults {
         options.faults = faults.into_iter().flatten().collect();

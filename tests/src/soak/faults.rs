@@ -12,11 +12,13 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    disk::Disk,
     fleet::Fleet,
     ledger::Ledger,
     plan::{Fault, Step},
     service::{Mood, Service},
 };
+use crate::{kafka::cluster::Cluster, proxy::Network};
 
 /// A line of the timeline.
 #[derive(Clone, Debug, Serialize)]
@@ -36,6 +38,10 @@ pub struct Stagehand {
     pub fleet: Fleet,
     /// The service.
     pub service: Service,
+    /// The brokers, if they are the run's own.
+    pub cluster: Option<Arc<Cluster>>,
+    /// The embedded broker's disk.
+    pub disk: Option<Disk>,
     /// For the time.
     pub ledger: Arc<Ledger>,
     /// How many sidecars [`Fault::Scale`] goes up to.
@@ -123,10 +129,65 @@ impl Stagehand {
             Fault::ServiceHang => self.mood(Mood::Hangs, "hangs", lasts).await,
             Fault::ServiceStorm => self.mood(Mood::Storms, "answers 5xx", lasts).await,
             Fault::ServiceSlow => self.mood(Mood::Slow, "is slow", lasts).await,
+            Fault::BrokerKill | Fault::BrokerTerm => {
+                let cluster = self.cluster()?;
+                let (number, kill) = (1 + target % cluster.len(), fault == Fault::BrokerKill);
+                let how = if kill { "killed" } else { "told to end" };
+                self.note(false, format!("broker {number} is {how}, for {:.1} s", lasts.as_secs_f64()));
+                cluster.stop(target, kill).await?;
+                tokio::time::sleep(lasts).await;
+                cluster.start_again(target).await?;
+                self.note(false, format!("broker {number} is back"));
+            }
+            Fault::BrokerFreeze => {
+                let cluster = self.cluster()?;
+                let number = 1 + target % cluster.len();
+                cluster.freeze(target, true)?;
+                self.note(false, format!("broker {number} is frozen, for {:.1} s", lasts.as_secs_f64()));
+                tokio::time::sleep(lasts).await;
+                cluster.freeze(target, false)?;
+                self.note(false, format!("broker {number} goes on"));
+            }
+            Fault::Cut => {
+                for _ in 0..3 {
+                    (0..self.cluster()?.len()).for_each(|broker| self.cluster.iter().for_each(|cluster| cluster.proxy(broker).cut()));
+                    self.note(false, "all connections to the brokers are cut");
+                    tokio::time::sleep(lasts / 3).await;
+                }
+            }
+            Fault::Blackhole => {
+                let proxy = self.cluster()?.proxy(target);
+                proxy.set(Network::Silent);
+                let number = 1 + target % self.cluster()?.len();
+                self.note(false, format!("nothing comes through to broker {number}, for {:.1} s", lasts.as_secs_f64()));
+                tokio::time::sleep(lasts).await;
+                proxy.set(Network::Well);
+                self.note(false, format!("the way to broker {number} is open"));
+            }
+            Fault::Latency => {
+                self.cluster()?.set_all(Network::Slow(Duration::from_millis(50)));
+                self.note(false, format!("the way to the brokers is slow, for {:.1} s", lasts.as_secs_f64()));
+                tokio::time::sleep(lasts).await;
+                self.cluster()?.set_all(Network::Well);
+                self.note(false, "the way to the brokers is fast");
+            }
+            Fault::DiskFull => {
+                let disk = self.disk.as_ref().context("a disk that fills up")?;
+                let room = target as u32 * 1_777;
+                disk.set(Some(room))?;
+                self.note(false, format!("the disk has {room} bytes left, for {:.1} s", lasts.as_secs_f64()));
+                tokio::time::sleep(lasts).await;
+                disk.set(None)?;
+                self.note(false, "the disk has room");
+            }
             Fault::Swap => self.swap(lasts).await?,
             Fault::Scale => self.scale(lasts).await?,
         }
         Ok(())
+    }
+
+    fn cluster(&self) -> Result<&Cluster> {
+        self.cluster.as_deref().context("brokers of the run's own")
     }
 
     async fn mood(&self, mood: Mood, what: &str, lasts: Duration) {

@@ -20,6 +20,8 @@ pub struct Recipe {
     pub app: String,
     /// Variables of the environment.
     pub environment: Vec<(String, String)>,
+    /// A fault that is built into the sidecars.
+    pub mutation: Option<String>,
 }
 
 /// The sidecars that take publishes and serve the route.
@@ -56,6 +58,9 @@ impl Fleet {
         let mut builder = self.stage.sidecar(&name).app("work", &self.recipe.app);
         for (variable, value) in &self.recipe.environment {
             builder = builder.env(variable, value);
+        }
+        if let Some(mutation) = &self.recipe.mutation {
+            builder = builder.mutation(mutation);
         }
         if instance {
             builder = builder.instance(&name);

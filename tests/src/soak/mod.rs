@@ -8,6 +8,7 @@
 //! Invariant: a checker that cannot fail is worth nothing: each check has a unit test in which it does, and each mutation of the sidecar is caught.
 
 pub mod check;
+pub mod disk;
 pub mod faults;
 pub mod fleet;
 pub mod ground;

@@ -25,6 +25,20 @@ pub enum Fault {
     ServiceStorm,
     /// The service takes a second longer for every request.
     ServiceSlow,
+    /// A broker is killed (SIGKILL), and started again.
+    BrokerKill,
+    /// A broker ends in good order (SIGTERM), and is started again.
+    BrokerTerm,
+    /// A broker is frozen (SIGSTOP): connections stay, nothing is answered.
+    BrokerFreeze,
+    /// All connections to the brokers are cut, three times.
+    Cut,
+    /// Nothing comes through to one broker, and nobody is told.
+    Blackhole,
+    /// The way to all brokers becomes slow: 50 ms, each way.
+    Latency,
+    /// The embedded broker's disk fills up: writes fail in the middle, with ENOSPC.
+    DiskFull,
     /// The routing table is changed again and again.
     Swap,
     /// Sidecars are added one by one, and taken away again. Kafka only.
@@ -36,6 +50,8 @@ pub enum Fault {
 enum Kind {
     Sidecar,
     Service,
+    Broker,
+    Network,
     Table,
 }
 
@@ -44,14 +60,18 @@ impl Fault {
         match self {
             Self::SidecarKill | Self::SidecarStop | Self::SidecarTerm | Self::Scale => Kind::Sidecar,
             Self::ServiceKill | Self::ServiceHang | Self::ServiceStorm | Self::ServiceSlow => Kind::Service,
+            Self::BrokerKill | Self::BrokerTerm | Self::BrokerFreeze | Self::DiskFull => Kind::Broker,
+            Self::Cut | Self::Blackhole | Self::Latency => Kind::Network,
             Self::Swap => Kind::Table,
         }
     }
 
-    /// Whether it can happen on this broker.
-    pub fn is_of(self, kafka: bool) -> bool {
+    /// Whether it can happen: on Kafka or on the embedded broker; with so many brokers of the run's own.
+    pub fn is_of(self, kafka: bool, brokers: usize) -> bool {
         match self {
             Self::Scale => kafka,
+            Self::DiskFull => !kafka,
+            Self::BrokerKill | Self::BrokerTerm | Self::BrokerFreeze | Self::Cut | Self::Blackhole | Self::Latency => brokers > 0,
             _ => true,
         }
     }
@@ -64,6 +84,10 @@ impl Fault {
             Self::SidecarStop => (session + 2.0, session + 8.0),
             Self::ServiceHang | Self::ServiceStorm => (2.0, 8.0),
             Self::ServiceSlow | Self::Swap => (4.0, 8.0),
+            Self::BrokerKill | Self::BrokerTerm | Self::BrokerFreeze | Self::Blackhole => (3.0, 10.0),
+            Self::Cut => (0.5, 1.5),
+            Self::Latency => (4.0, 10.0),
+            Self::DiskFull => (2.0, 6.0),
             Self::Scale => (30.0, 40.0),
         }
     }
@@ -168,7 +192,13 @@ pub fn plan(seed: u64, faults: &[Fault], length: Duration, session: Duration) ->
 mod tests {
     use super::*;
 
-    const ALL: [Fault; 8] = [
+    const ALL: [Fault; 14] = [
+        Fault::BrokerKill,
+        Fault::BrokerTerm,
+        Fault::BrokerFreeze,
+        Fault::Cut,
+        Fault::Blackhole,
+        Fault::Latency,
         Fault::SidecarKill,
         Fault::SidecarStop,
         Fault::SidecarTerm,

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     check::{Bounds, Evidence, Violation, check},
+    disk::Disk,
     faults::{Moment, Stagehand},
     fleet::{Fleet, Recipe},
     ground::{Ground, Names},
@@ -20,13 +21,10 @@ use super::{
     service::Service,
     watch::{Usage, Watched},
 };
-use crate::{broker::Broker, stage::Stage};
+use crate::{broker::Broker, kafka::cluster::Cluster, stage::Stage};
 
 /// The route's attempts: a failure of this number is the last.
 const ATTEMPTS: u32 = 10;
-
-/// The longest wait for the work to end after the load.
-const DRAIN: Duration = Duration::from_secs(180);
 
 /// What a route promises.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -57,6 +55,10 @@ pub struct Options {
     pub length: Duration,
     /// The broker.
     pub broker: Broker,
+    /// Brokers of the run's own, behind proxies; `broker` must name them.
+    pub cluster: Option<Arc<Cluster>>,
+    /// A fault that is built into the sidecars (`MESH_MUTATION`).
+    pub mutation: Option<String>,
     /// The route's guarantee.
     pub guarantee: Guarantee,
     /// The faults.
@@ -69,6 +71,8 @@ pub struct Options {
     pub rate: f64,
     /// Keys.
     pub keys: u32,
+    /// The longest wait for the work to end after the load.
+    pub drain: Duration,
     /// What check 8 allows.
     pub bounds: Bounds,
     /// Says what happens as it happens.
@@ -79,21 +83,33 @@ impl Options {
     /// A run of this length with every fault that the broker knows.
     pub fn new(broker: Broker, seed: u64, length: Duration) -> Self {
         let kafka = broker.bootstrap().is_some();
-        let faults = <Fault as clap::ValueEnum>::value_variants().iter().copied().filter(|fault| fault.is_of(kafka)).collect();
+        let faults = <Fault as clap::ValueEnum>::value_variants().iter().copied().filter(|fault| fault.is_of(kafka, 0)).collect();
         Self {
             seed,
             length,
             broker,
+            cluster: None,
+            mutation: None,
             guarantee: Guarantee::default(),
             faults,
             sidecars: if kafka { 3 } else { 1 },
             scale_to: 8,
             rate: 400.0,
             keys: 96,
+            drain: Duration::from_secs(180),
             // A build without optimisation takes more.
             bounds: Bounds { stall: Duration::from_secs(60), memory: if cfg!(debug_assertions) { 160 << 20 } else { 80 << 20 } },
             loud: false,
         }
+    }
+
+    /// The same on brokers of the run's own.
+    pub fn on(cluster: Cluster, seed: u64, length: Duration) -> Self {
+        let mut options = Self::new(Broker::Kafka(cluster.bootstrap()), seed, length);
+        let count = cluster.len();
+        options.faults = <Fault as clap::ValueEnum>::value_variants().iter().copied().filter(|fault| fault.is_of(true, count)).collect();
+        options.cluster = Some(Arc::new(cluster));
+        options
     }
 
     /// How long a group waits for a member that says nothing. A short run has no time for the sidecar's own 10 s.
@@ -156,7 +172,7 @@ async fn run_on(options: &Options, stage: Stage) -> Result<Report> {
         partitions: if kafka.is_some() { 8 } else { 4 },
     };
     let ground = match kafka {
-        Some(bootstrap) => Ground::Kafka(bootstrap.to_owned()),
+        Some(bootstrap) => Ground::Kafka(options.cluster.as_ref().map_or_else(|| bootstrap.to_owned(), |cluster| cluster.direct())),
         None => Ground::Embedded(stage.folder().join("data").join("mesh.db")),
     };
     let ledger = Arc::new(Ledger::new(ATTEMPTS));
@@ -167,7 +183,12 @@ async fn run_on(options: &Options, stage: Stage) -> Result<Report> {
     if kafka.is_some() {
         environment.push(("MESH_BROKER_KAFKA_SESSION_TIMEOUT_MS".to_owned(), options.session().as_millis().to_string()));
     }
-    let recipe = Recipe { app: service.url(), environment };
+    let disk = match options.faults.contains(&Fault::DiskFull) {
+        true => Some(Disk::new(stage.folder(), &stage.folder().join("data")).await?),
+        false => None,
+    };
+    environment.extend(disk.iter().flat_map(|disk| disk.environment().to_vec()));
+    let recipe = Recipe { app: service.url(), environment, mutation: options.mutation.clone() };
     let watched = Watched::default();
     let count = if kafka.is_some() { options.sidecars.max(1) } else { 1 };
     let fleet = Fleet::start(stage.clone(), recipe, count, watched.clone()).await?;
@@ -187,6 +208,8 @@ async fn run_on(options: &Options, stage: Stage) -> Result<Report> {
     let hand = Arc::new(Stagehand {
         fleet,
         service,
+        cluster: options.cluster.clone(),
+        disk,
         ledger: ledger.clone(),
         scale_to: options.scale_to,
         tables,
@@ -216,12 +239,12 @@ async fn run_on(options: &Options, stage: Stage) -> Result<Report> {
         faults.await??;
     }
     let mut violations = Vec::new();
-    let drained = match drained(&ground, &names, &ledger).await {
+    let drained = match drained(&ground, &names, &ledger, options.drain).await {
         Ok(()) => ledger.now().saturating_sub(loaded),
         Err(error) => {
-            let (what, offenders) = (format!("not done {DRAIN:?} after the load"), vec![format!("{error:#}")]);
+            let (what, offenders) = (format!("not done {:?} after the load", options.drain), vec![format!("{error:#}")]);
             violations.push(Violation { check: 2, what, count: 1, offenders });
-            DRAIN
+            options.drain
         }
     };
     stop_all.cancel();
@@ -253,7 +276,11 @@ async fn run_on(options: &Options, stage: Stage) -> Result<Report> {
     verdict.violations.extend(over_bounds(&options.bounds, longest.map(super::ledger::Gap::length), &usage));
     Ok(Report {
         seed: options.seed,
-        broker: kafka.map_or("embedded", |_| "kafka").to_owned(),
+        broker: match (&options.cluster, kafka) {
+            (Some(cluster), _) => format!("kafka, {} brokers", cluster.len()),
+            (None, Some(_)) => "kafka".to_owned(),
+            (None, None) => "embedded".to_owned(),
+        },
         guarantee: options.guarantee.as_str(),
         length: options.length,
         rebalances: rebalances(&timeline, &books, loaded),
@@ -268,8 +295,8 @@ async fn run_on(options: &Options, stage: Stage) -> Result<Report> {
 }
 
 /// Waits until everything in A is committed.
-async fn drained(ground: &Ground, names: &Names, ledger: &Arc<Ledger>) -> Result<()> {
-    let end = tokio::time::Instant::now() + DRAIN;
+async fn drained(ground: &Ground, names: &Names, ledger: &Arc<Ledger>, deadline: Duration) -> Result<()> {
+    let end = tokio::time::Instant::now() + deadline;
     loop {
         let left = async {
             let ends = ground.ends(names).await?;

@@ -27,6 +27,7 @@ use super::{
 };
 use crate::{
     broker::{BrokerError, BrokerErrorKind, Commit, NewTopic, Outgoing, ProduceError, ProduceErrorKind, StartOffset, TransactionError},
+    mutation::{self, Mutation},
     record::{Position, TopicPartition},
 };
 
@@ -214,6 +215,9 @@ impl Writer {
     }
 
     fn write(&mut self, mut plan: Plan, now: i64) {
+        if mutation::is(Mutation::AckBeforeFsync) {
+            plan.appended.drain(..).for_each(|(reply, results)| drop(reply.send(results)));
+        }
         let written = if plan.growth.is_empty() && plan.offsets.is_empty() && plan.resolve.is_empty() {
             Ok(Vec::new())
         } else {
