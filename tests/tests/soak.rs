@@ -5,8 +5,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use mesh_tests::{
     broker::Broker,
-    full,
-    kafka::{self, cluster::Cluster},
+    full, kafka,
     soak::{
         plan::Fault,
         report::Report,
