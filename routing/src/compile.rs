@@ -177,8 +177,10 @@ pub enum ForwardHeaders {
 pub enum Decision<'a> {
     /// Its status says: forward nothing.
     Ignored,
-    /// A case, or `to`, says where it goes.
+    /// `to` says where it goes.
     Forward(&'a Destinations),
+    /// A case says where it goes, be it empty or not.
+    Case(&'a Destinations),
     /// Its status is neither good nor named by a case.
     NotAccepted,
 }
@@ -226,7 +228,7 @@ impl Route {
                 None => true,
             };
             if matches {
-                return Ok(Decision::Forward(&case.to));
+                return Ok(Decision::Case(&case.to));
             }
         }
         Ok(if good { Decision::Forward(&self.to) } else { Decision::NotAccepted })

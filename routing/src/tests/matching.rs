@@ -17,8 +17,8 @@ fn decide(status: u16, body: &str) -> String {
     match decision {
         Ok(Decision::Ignored) => "ignored".into(),
         Ok(Decision::NotAccepted) => "not accepted".into(),
-        Ok(Decision::Forward(Destinations::Void)) => "void".into(),
-        Ok(Decision::Forward(Destinations::Topics(topics))) => topics.join(","),
+        Ok(Decision::Forward(Destinations::Void) | Decision::Case(Destinations::Void)) => "void".into(),
+        Ok(Decision::Forward(Destinations::Topics(topics)) | Decision::Case(Destinations::Topics(topics))) => topics.join(","),
         Err(error) => format!("error: {error}"),
     }
 }
@@ -44,8 +44,8 @@ fn a_bad_status_that_is_named_is_a_good_answer() {
     );
     let compiled = compile(&parse("t", &text).unwrap()).unwrap();
     let decide = |status| compiled.routes[0].decide(&record(b"{}"), &reply(status, b"")).unwrap();
-    assert!(matches!(decide(409), Decision::Forward(Destinations::Topics(_))));
-    assert_eq!(decide(500), Decision::Forward(&Destinations::Void));
+    assert!(matches!(decide(409), Decision::Case(Destinations::Topics(_))));
+    assert_eq!(decide(500), Decision::Case(&Destinations::Void));
     assert_eq!(decide(404), Decision::Ignored);
     assert_eq!(decide(204), Decision::Forward(&Destinations::Void));
     assert_eq!(decide(503), Decision::NotAccepted);
@@ -69,7 +69,7 @@ fn a_when_without_a_status_is_about_good_answers_unless_it_asks() {
         let text = with_routes(&format!("  - {{ name: a, service: s, from: [x], handler: /h, to: void, {cases} }}\n"));
         let compiled = compile(&parse("t", &text).unwrap()).unwrap();
         let decision = compiled.routes[0].decide(&record(b"{}"), &reply(status, b"error page"));
-        decision.map(|decision| matches!(decision, Decision::Forward(Destinations::Topics(_)))).map_err(|_| ())
+        decision.map(|decision| matches!(decision, Decision::Case(Destinations::Topics(_)))).map_err(|_| ())
     };
     assert_eq!(of("reply.json.x == 1", 500), Ok(false));
     assert_eq!(of("reply.json.x == 1", 200), Err(()));

@@ -182,6 +182,11 @@ pub(super) async fn open(api: &Api, caller: Caller, topics: &[String], group: &s
     if group.len() > 255 || group.chars().any(char::is_control) {
         return Err(ApiError::Query { name: "group", reason: "must have at most 255 characters and no control character".to_owned() });
     }
+    let route =
+        api.inner.table.borrow().as_ref().and_then(|table| table.compiled.routes.iter().find(|route| *route.group == *group).cloned());
+    if let Some(route) = route {
+        return Err(ApiError::RouteGroup { group: group.to_owned(), route: route.name.to_string() });
+    }
     if group.starts_with("__") {
         return Err(ApiError::Query { name: "group", reason: "must not begin with `__`".to_owned() });
     }

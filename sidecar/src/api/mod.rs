@@ -15,7 +15,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 use tower::Service;
 
-use crate::{broker::Broker, deliver::desk::Desks, publish::Publisher};
+use crate::{broker::Broker, deliver::desk::Desks, publish::Publisher, table::TableWatch};
 
 pub mod admin;
 mod auth;
@@ -48,6 +48,8 @@ struct Inner {
     publisher: Publisher,
     broker: Arc<dyn Broker>,
     desks: Desks,
+    /// Which groups are the routes'.
+    table: TableWatch,
     callers: auth::Callers,
     tasks: TaskTracker,
     /// Subscribers are sent away; publishing goes on.
@@ -68,9 +70,16 @@ impl Api {
     ///
     /// # Errors
     /// A token file that cannot be read.
-    pub fn new(publisher: Publisher, broker: Arc<dyn Broker>, desks: Desks, draining: CancellationToken) -> io::Result<Self> {
+    pub fn new(
+        publisher: Publisher,
+        broker: Arc<dyn Broker>,
+        desks: Desks,
+        table: TableWatch,
+        draining: CancellationToken,
+    ) -> io::Result<Self> {
         let callers = auth::Callers::new(&publisher.config().services)?;
-        let inner = Inner { publisher, broker, desks, callers, tasks: TaskTracker::new(), draining, closing: CancellationToken::new() };
+        let inner =
+            Inner { publisher, broker, desks, table, callers, tasks: TaskTracker::new(), draining, closing: CancellationToken::new() };
         Ok(Self { inner: Arc::new(inner) })
     }
 

@@ -132,6 +132,14 @@ pub enum ApiError {
         /// The mode that was asked for.
         wants: &'static str,
     },
+    /// A reader that names a route's group: it would take records from the route.
+    #[error("the group `{group}` is that of the route `{route}`: a reader in it would take records from the route")]
+    RouteGroup {
+        /// The group.
+        group: String,
+        /// The route.
+        route: String,
+    },
     /// A delivery that is not known, or not any more.
     #[error("the delivery {0} is not waiting for an answer: it was answered before, or it never was")]
     UnknownDelivery(u64),
@@ -282,6 +290,13 @@ impl ApiError {
                     again(row("broker-unavailable", S::SERVICE_UNAVAILABLE, Code::Unavailable, "The broker is away", "Try again."))
                 }
             },
+            Self::RouteGroup { .. } => row(
+                "group-of-route",
+                S::FORBIDDEN,
+                Code::PermissionDenied,
+                "Not your group",
+                "Name a group of your own, or read without one.",
+            ),
             Self::UnknownPath(_) => row("unknown-path", S::NOT_FOUND, Code::Unimplemented, "No such path", "See /openapi.json."),
             Self::Method { .. } => {
                 row("method-not-allowed", S::METHOD_NOT_ALLOWED, Code::Unimplemented, "Wrong method", "See /openapi.json.")

@@ -121,7 +121,7 @@ impl App {
 
         let (stop_listeners, drain) = (CancellationToken::new(), CancellationToken::new());
         let publisher = Publisher::new(broker.clone(), config.clone(), tracer.clone(), metrics.clone());
-        let api = Api::new(publisher, broker.clone(), desks, stop_routes.clone())?;
+        let api = Api::new(publisher, broker.clone(), desks, control.table(), stop_routes.clone())?;
         let admin_router = admin::router(admin::AdminService::new(control.control().clone(), board.clone(), drain.clone())).await?;
         let listeners = vec![
             tokio::spawn(api.serve(api_listener, stop_listeners.clone())),

@@ -2,10 +2,11 @@
 
 use std::{sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use mesh_routing::{Decision, Destinations, HeaderSource, NoHeaders, RecordView, ReplyView, Route};
 
 use crate::{
-    outcome::{Delivery, Outcome, Reply},
+    outcome::{Delivery, Outcome, Reply, ReplyRecord},
     record::{Record, TopicPartition},
 };
 
@@ -73,9 +74,16 @@ fn judge_reply(route: &Route, delivery: &Delivery, reply: Reply) -> Verdict {
     let said = ReplyView { status: reply.status, body: reply.body.as_deref(), headers };
     match route.decide(&record, &said) {
         Ok(Decision::Ignored) => Verdict::Ignored { empty: false },
-        Ok(Decision::Forward(Destinations::Void)) => Verdict::Void,
-        Ok(Decision::Forward(Destinations::Topics(_))) if reply.records.is_empty() => Verdict::Ignored { empty: true },
-        Ok(Decision::Forward(Destinations::Topics(topics))) => Verdict::Forward(topics.clone(), reply),
+        Ok(Decision::Forward(Destinations::Void) | Decision::Case(Destinations::Void)) => Verdict::Void,
+        Ok(Decision::Case(Destinations::Topics(topics))) if reply.records.is_empty() && reply.body.is_none() => {
+            // The case stands before the row of empty answers: that it came is what is told.
+            let empty = ReplyRecord { value: Some(Bytes::new()), ..ReplyRecord::default() };
+            Verdict::Forward(topics.clone(), Reply { records: vec![empty], ..reply })
+        }
+        Ok(Decision::Forward(Destinations::Topics(topics)) | Decision::Case(Destinations::Topics(topics))) => match reply.records.len() {
+            0 => Verdict::Ignored { empty: true },
+            _ => Verdict::Forward(topics.clone(), reply),
+        },
         Ok(Decision::NotAccepted) => not_accepted(route, delivery.attempt, &reply),
         Err(error) => Verdict::DeadLetter { reason: Reason::Expression, detail: error.to_string() },
     }
@@ -121,10 +129,8 @@ pub(crate) fn view<'a>(record: &'a Record, partition: &'a TopicPartition, offset
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
-
     use super::*;
-    use crate::{consume::test_delivery, outcome::ReplyRecord};
+    use crate::consume::test_delivery;
 
     fn answer(status: u16, body: &'static str) -> Outcome {
         let body = Some(Bytes::from(body)).filter(|body| !body.is_empty());
@@ -154,7 +160,7 @@ mod tests {
             (200, "", "empty", "empty"),
             (200, "not json", "dead expression", "dead expression"),
             (202, "not json", "review", "review"),
-            (202, "", "empty", "empty"),
+            (202, "", "review", "review"),
             (204, "", "ignored", "ignored"),
             (418, "a body all the same", "ignored", "ignored"),
             (409, "x", "void", "void"),

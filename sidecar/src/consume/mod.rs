@@ -83,6 +83,8 @@ pub struct Supervisor {
     tasks: JoinSet<()>,
     names: HashMap<Id, Arc<str>>,
     restarts: HashMap<Arc<str>, Instant>,
+    /// Why routes cannot start, as it was logged.
+    complaints: HashMap<Arc<str>, String>,
     /// The tasks of the leaves.
     leaves: TaskTracker,
 }
@@ -108,6 +110,7 @@ impl Supervisor {
             tasks: JoinSet::new(),
             names: HashMap::new(),
             restarts: HashMap::new(),
+            complaints: HashMap::new(),
             leaves: TaskTracker::new(),
         }
     }
@@ -192,13 +195,16 @@ impl Supervisor {
         match self.make(&route, changes, stop.clone()) {
             Ok(made) => {
                 let name = route.name.clone();
+                self.complaints.remove(&name);
                 tracing::info!(route = %name, service = %route.service, group = %route.group, "route starts");
                 let task = self.tasks.spawn(made.run()).id();
                 self.names.insert(task, name.clone());
                 self.running.insert(name, Running { route, change, stop, stopping: false, task });
             }
             Err(reason) => {
-                tracing::error!(route = %route.name, service = %route.service, reason, "the route cannot start: trying again");
+                if self.complaints.insert(route.name.clone(), reason.clone()).is_none_or(|before| before != reason) {
+                    tracing::error!(route = %route.name, service = %route.service, reason, "the route cannot start: trying again");
+                }
                 self.context.board.post(RouteStatus {
                     route: route.name.clone(),
                     service: route.service.clone(),
@@ -267,7 +273,8 @@ impl Supervisor {
         }
     }
 
-    fn gone(&self, name: &str) {
+    fn gone(&mut self, name: &str) {
+        self.complaints.remove(name);
         self.context.board.remove(name);
         self.context.metrics.remove_route(name);
     }

@@ -36,6 +36,7 @@ const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
 const HEADER_PREFIX: &str = "mesh-header-";
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
+const IDENTITY: HeaderValue = HeaderValue::from_static("identity");
 
 /// What a header's value does not carry as it is, as in CloudEvents' HTTP binding: controls, space, `"`, `%` itself, and all that is not ASCII.
 const VALUE: &AsciiSet = &CONTROLS.add(b' ').add(b'"').add(b'%');
@@ -53,6 +54,7 @@ pub(crate) fn request(delivery: &Delivery, method_uri: Uri, host: Option<&Header
         (None, None) => JSON,
     };
     headers.insert(header::CONTENT_TYPE, content_type);
+    headers.insert(header::ACCEPT_ENCODING, IDENTITY);
     // Names of routes and topics are checked: they are valid header values.
     put(&mut headers, MESH_ROUTE, HeaderValue::from_str(&delivery.route.name));
     put(&mut headers, MESH_TOPIC, HeaderValue::from_str(&delivery.position.partition.topic));
@@ -136,8 +138,9 @@ fn as_is(headers: &mut HeaderMap, header: &Header) -> bool {
     let name = HeaderName::try_from([HEADER_PREFIX, &header.name].concat());
     match (name, text) {
         (Ok(name), true) => match HeaderValue::from_maybe_shared(value.clone()) {
+            // Of names that HTTP cannot tell apart, the first one: all are in the list.
             Ok(value) => {
-                headers.insert(name, value);
+                headers.entry(name).or_insert(value);
                 true
             }
             Err(_) => false,
@@ -161,28 +164,46 @@ pub(crate) fn outcome(status: StatusCode, headers: &HeaderMap, body: Bytes) -> O
     let retry_after = headers.get(header::RETRY_AFTER).and_then(|value| retry_after(value.as_bytes()));
     let body = Some(body).filter(|body| !body.is_empty());
     let records = match (several(headers), &body) {
-        (Some(form), Some(body)) => match read_several(form, body) {
-            Ok(records) => records,
-            Err(why) => return Outcome::Reject { reason: format!("the answer ({}) cannot be read: {why}", status.as_u16()) },
-        },
-        _ => one(headers, body.as_ref()).into_iter().collect(),
+        (Some(form), Some(body)) => coded(headers).and_then(|()| read_several(form, body)),
+        // An error page is no record, whatever it says of itself.
+        _ if !status.is_success() => Ok(one(headers, body.as_ref()).unwrap_or_default().into_iter().collect()),
+        _ => coded(headers).and_then(|()| one(headers, body.as_ref())).map(|one| one.into_iter().collect()),
+    };
+    let records = match records {
+        Ok(records) => records,
+        Err(why) => return Outcome::Reject { reason: format!("the answer ({}) cannot be read: {why}", status.as_u16()) },
     };
     Outcome::Reply(Reply { status: status.as_u16(), records, body, retry_after })
 }
 
+/// Whether the body is what it says: records carry no content-encoding, so an encoded one would be nonsense to whoever reads it.
+fn coded(headers: &HeaderMap) -> Result<(), String> {
+    match headers.get(header::CONTENT_ENCODING).filter(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity")) {
+        None => Ok(()),
+        Some(coding) => Err(format!(
+            "content-encoding: {}, though the request accepts identity only",
+            crate::record::clip(&String::from_utf8_lossy(coding.as_bytes()))
+        )),
+    }
+}
+
 /// The answer as one record; none if it is empty.
-fn one(headers: &HeaderMap, body: Option<&Bytes>) -> Option<ReplyRecord> {
+fn one(headers: &HeaderMap, body: Option<&Bytes>) -> Result<Option<ReplyRecord>, String> {
     let tombstone = headers.get(MESH_TOMBSTONE).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"true"));
     if body.is_none() && !tombstone {
-        return None;
+        return Ok(None);
     }
-    Some(ReplyRecord {
+    if body.is_some() && tombstone {
+        return Err("it has a body, and `mesh-tombstone: true`, which says that it has none".to_owned());
+    }
+    Ok(Some(ReplyRecord {
         key: match (headers.get(MESH_KEY), headers.get(MESH_KEY_BASE64)) {
-            (Some(key), _) => Some(percent_decode(key.as_bytes()).collect::<Vec<u8>>().into()),
-            (None, Some(key)) => STANDARD.decode(key.as_bytes()).ok().map(Bytes::from),
+            (Some(_), Some(_)) => return Err("it has both `mesh-key` and `mesh-key-base64`".to_owned()),
+            (Some(key), None) => Some(percent_decode(key.as_bytes()).collect::<Vec<u8>>().into()),
+            (None, Some(key)) => Some(STANDARD.decode(key.as_bytes()).map_err(|_| "`mesh-key-base64` is not base64".to_owned())?.into()),
             (None, None) => None,
         },
-        value: body.filter(|_| !tombstone).cloned(),
+        value: body.cloned(),
         content_type: headers.get(header::CONTENT_TYPE).map(|value| Bytes::copy_from_slice(value.as_bytes())),
         headers: headers
             .iter()
@@ -191,7 +212,7 @@ fn one(headers: &HeaderMap, body: Option<&Bytes>) -> Option<ReplyRecord> {
                 Some(Header { name: ByteString::from(name), value: Some(Bytes::copy_from_slice(value.as_bytes())) })
             })
             .collect(),
-    })
+    }))
 }
 
 /// The forms of an answer of several records.
@@ -302,6 +323,24 @@ mod tests {
         let null = records(&[("mesh-tombstone", "true"), ("mesh-key-base64", "/w==")], "").remove(0);
         assert_eq!((null.key.as_deref(), null.value), (Some(&[0xff][..]), None));
         assert!(records(&[], "").is_empty());
+    }
+
+    #[test]
+    fn an_answer_that_contradicts_itself_is_refused_by_name() {
+        for (pairs, body, word) in [
+            (vec![("content-encoding", "gzip")], "\u{1f}", "gzip"),
+            (vec![("content-encoding", "gzip"), ("content-type", "application/x-ndjson")], "\u{1f}", "gzip"),
+            (vec![("mesh-key-base64", "???")], "v", "mesh-key-base64"),
+            (vec![("mesh-key-base64", "YQ=="), ("mesh-key", "a")], "v", "both"),
+            (vec![("mesh-tombstone", "true")], "v", "mesh-tombstone"),
+        ] {
+            let said = outcome(StatusCode::OK, &headers(&pairs), body.into());
+            assert!(matches!(&said, Outcome::Reject { reason } if reason.contains(word)), "{pairs:?}: {said:?}");
+            let error = outcome(StatusCode::BAD_GATEWAY, &headers(&pairs[..1]), body.into());
+            let page = pairs.len() == 1;
+            assert!(!page || matches!(error, Outcome::Reply(Reply { status: 502, .. })), "an error stays what it is: {error:?}");
+        }
+        assert_eq!(records(&[("content-encoding", "identity")], "v").len(), 1);
     }
 
     #[test]

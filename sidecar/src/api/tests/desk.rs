@@ -35,7 +35,9 @@ impl Open {
         let desks = Desks::default();
         let counters = Counters::default();
         let desk = desks.open(route.clone(), sender, counters.clone());
-        let world = World::serving(config(&["a", "b"]), Fake::new(&["orders"]), desks.clone()).await;
+        let active =
+            crate::table::ActiveTable { generation: 1, applied_ms: 0, origin: crate::table::TableOrigin::Mesh, compiled: Arc::new(table) };
+        let world = World::in_force(config(&["a", "b"]), Fake::new(&["orders"]), desks.clone(), Some(Arc::new(active))).await;
         Self { world, desk, route, answers, desks, counters }
     }
 
@@ -71,6 +73,26 @@ impl Open {
 /// The ids of the deliveries of an answer.
 fn ids(answer: &Answer) -> Vec<String> {
     answer.json["records"].as_array().unwrap().iter().map(|record| record["id"].as_str().unwrap().to_owned()).collect()
+}
+
+#[tokio::test]
+async fn a_reader_in_the_group_of_a_route_would_take_its_records_and_is_refused() {
+    let open = Open::new("pull").await;
+    let request = Request::get("/v1/topics/orders/records?group=m.r").header("host", "s").header("mesh-service", "a");
+    let response = open.world.open(request.body(Full::default()).unwrap()).await;
+    assert_eq!(response.status(), 403);
+    let body = response.into_body().collect().await.unwrap().to_bytes();
+    let problem: serde_json::Value = serde_json::from_slice(&body).unwrap();
+    assert_eq!(
+        (problem["code"].as_str(), problem["detail"].as_str().is_some_and(|detail| detail.contains("`r`"))),
+        (Some("group-of-route"), true)
+    );
+    let topics = v1::TopicSubscription { topics: vec!["orders".to_owned()], group: "m.r".to_owned(), ..v1::TopicSubscription::default() };
+    let first = v1::SubscribeRequest { request: Some(Ask::Topics(topics)) };
+    let mut request = tonic::Request::new(tokio_stream::iter([first]));
+    request.metadata_mut().insert("mesh-service", "a".parse().unwrap());
+    let mut answers = open.world.client().await.subscribe(request).await.unwrap().into_inner();
+    assert_eq!(answers.message().await.unwrap_err().code(), tonic::Code::PermissionDenied);
 }
 
 #[tokio::test]

@@ -53,11 +53,16 @@ impl World {
     }
 
     async fn serving(config: Config, fake: Fake, desks: Desks) -> Self {
+        Self::in_force(config, fake, desks, None).await
+    }
+
+    async fn in_force(config: Config, fake: Fake, desks: Desks, table: Option<Arc<crate::table::ActiveTable>>) -> Self {
         let broker: Arc<dyn Broker> = Arc::new(fake.clone());
         let metrics = Metrics::new();
         let publisher = Publisher::new(broker.clone(), Arc::new(config), Tracer::disabled(), metrics.clone());
         let (draining, shutdown) = (CancellationToken::new(), CancellationToken::new());
-        let api = Api::new(publisher, broker, desks, draining.clone()).unwrap();
+        let (_, table) = tokio::sync::watch::channel(table);
+        let api = Api::new(publisher, broker, desks, table, draining.clone()).unwrap();
         let listener = listen::bind("api", "127.0.0.1:0".parse().unwrap()).await.unwrap();
         let address = listener.local_addr().unwrap();
         let serving = tokio::spawn(api.serve(listener, shutdown.clone()));
