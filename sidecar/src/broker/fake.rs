@@ -211,6 +211,8 @@ impl Consumer for FakeConsumer {
 
     fn unassign(&mut self, _partitions: &[TopicPartition]) {}
 
+    fn seek(&mut self, _partition: &TopicPartition, _offset: i64) {}
+
     fn commit(&self, offsets: Vec<Commit>) -> BoxFuture<'static, Result<(), BrokerError>> {
         self.committing.send_modify(|commits| commits.extend(offsets));
         Box::pin(async { Ok(()) })
@@ -263,5 +265,13 @@ impl Admin for Fake {
 
     fn committed(&self, _group: &str, partitions: Vec<TopicPartition>) -> BoxFuture<'_, Result<Vec<Option<Commit>>, BrokerError>> {
         Box::pin(async move { Ok(partitions.iter().map(|_| None).collect()) })
+    }
+
+    fn commit_for(&self, _group: &str, _offsets: Vec<Commit>) -> BoxFuture<'_, Result<(), BrokerError>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn delete_records(&self, _below: Vec<(TopicPartition, i64)>) -> BoxFuture<'_, Result<(), BrokerError>> {
+        Box::pin(async { Ok(()) })
     }
 }

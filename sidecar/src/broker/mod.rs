@@ -171,6 +171,10 @@ pub trait Consumer: Send + 'static {
     /// Undoes [`Consumer::assign`]: when it returns, no record of these partitions comes any more.
     fn unassign(&mut self, partitions: &[TopicPartition]);
 
+    /// Goes on reading an assigned partition at this offset: what was fetched and not given out is dropped, and no record of another position
+    /// comes after this call. Commits nothing, and leaves a hold as it is. A partition that is not assigned is left alone.
+    fn seek(&mut self, partition: &TopicPartition, offset: i64);
+
     /// Commits, synchronously at the broker. A member may commit partitions of topics that its group does not read; of its own only what it
     /// owns. The future is `'static` so that it can run beside `next`; one at a time.
     ///
@@ -290,6 +294,18 @@ pub trait Admin: Send + Sync + 'static {
 
     /// The committed offsets of a group, `None` where there is none.
     fn committed(&self, group: &str, partitions: Vec<TopicPartition>) -> BoxFuture<'_, Result<Vec<Option<Commit>>, BrokerError>>;
+
+    /// Commits offsets for a group that has no members.
+    ///
+    /// # Errors
+    /// [`BrokerErrorKind::Fenced`] if it has members: those alone may commit for it.
+    fn commit_for(&self, group: &str, offsets: Vec<Commit>) -> BoxFuture<'_, Result<(), BrokerError>>;
+
+    /// Deletes the records below these offsets, for good; they become the low watermarks. An offset at or below the low watermark deletes nothing.
+    ///
+    /// # Errors
+    /// If an offset is above the high watermark, or the topic's policy forbids it (Kafka: without `delete` in `cleanup.policy`).
+    fn delete_records(&self, below: Vec<(TopicPartition, i64)>) -> BoxFuture<'_, Result<(), BrokerError>>;
 }
 
 /// A topic to create.

@@ -178,6 +178,14 @@ impl Admin for Memory {
         let commit = move |partition| known.then(|| Commit { partition, offset: 1, metadata: String::new() });
         Box::pin(async move { Ok(partitions.into_iter().map(commit).collect()) })
     }
+
+    fn commit_for(&self, _: &str, _: Vec<Commit>) -> BoxFuture<'_, Result<(), BrokerError>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn delete_records(&self, _: Vec<(TopicPartition, i64)>) -> BoxFuture<'_, Result<(), BrokerError>> {
+        Box::pin(async { Ok(()) })
+    }
 }
 
 struct Reader {
@@ -227,6 +235,8 @@ impl Consumer for Reader {
     fn assign(&mut self, _: Vec<(TopicPartition, i64)>) {}
 
     fn unassign(&mut self, _: &[TopicPartition]) {}
+
+    fn seek(&mut self, _: &TopicPartition, _: i64) {}
 
     fn commit(&self, _: Vec<Commit>) -> BoxFuture<'static, Result<(), BrokerError>> {
         unreachable!("the control plane commits nothing")

@@ -200,6 +200,86 @@ pub(super) async fn commits_are_seen(broker: Arc<dyn Broker>) -> Result<()> {
     reader.close().await
 }
 
+/// A consumer that turns while records are on their way: nothing of the old place comes after the call, nothing of the new one is missing.
+pub(super) async fn seeks_go_back_and_forth(broker: Arc<dyn Broker>) -> Result<()> {
+    const COUNT: i64 = 3000;
+    let topic = topic(&broker, "seek", 2).await?;
+    let group = fresh("seek");
+    let value = "v".repeat(300);
+    produce(&broker, (0..2 * COUNT).map(|index| to(&topic, (index % 2) as i32, record(None, &value))).collect()).await?;
+    let mut reader = Reader::start(&broker, config(Some(&group), &[&topic], StartOffset::Earliest), 2).await?;
+    let (turned, other) = (TopicPartition::new(topic.clone(), 0), TopicPartition::new(topic.clone(), 1));
+    let (mut next, mut next_of_other) = (0, 0);
+    for target in [0, COUNT - 10, 5, COUNT / 2, 1, 2] {
+        // In the middle of the reading, and held for a while.
+        for _ in 0..3 {
+            follow(&mut reader, &turned, &mut next, &mut next_of_other).await?;
+        }
+        reader.consumer.hold(&turned);
+        reader.consumer.seek(&turned, target);
+        reader.consumer.release(&turned);
+        next = target;
+    }
+    while next < COUNT || next_of_other < COUNT {
+        follow(&mut reader, &turned, &mut next, &mut next_of_other).await?;
+    }
+    // From the end, where nothing is fetched; and to the end.
+    reader.consumer.seek(&turned, COUNT - 1);
+    reader.consumer.seek(&TopicPartition::new(fresh("none"), 0), 0);
+    let (position, _) = reader.read(1).await?.remove(0);
+    ensure!(position.partition == turned && position.offset == COUNT - 1, "{position}");
+    reader.consumer.seek(&turned, 0);
+    reader.consumer.seek(&turned, COUNT);
+    produce(&broker, vec![to(&topic, 0, record(None, "new")), to(&topic, 1, record(None, "new"))]).await?;
+    let mut read: Vec<_> = reader.read(2).await?.into_iter().map(|(position, _)| position).collect();
+    read.sort_by_key(|position| position.partition.partition);
+    ensure!(read[0].offset == COUNT && read[1].partition == other && read[1].offset == COUNT, "{read:?}");
+    // Turning commits nothing.
+    let committed = within("committed offsets", broker.admin().committed(&group, vec![turned])).await??;
+    ensure!(committed.first().and_then(Option::as_ref).is_none_or(|commit| commit.offset == 0), "{committed:?}");
+    reader.close().await
+}
+
+/// Reads a batch, and checks that it follows what came before.
+async fn follow(reader: &mut Reader, turned: &TopicPartition, next: &mut i64, next_of_other: &mut i64) -> Result<()> {
+    let Event::Records(batch) = reader.event("records").await? else { return Ok(()) };
+    let should = if batch.partition == *turned { next } else { next_of_other };
+    for (offset, _) in batch.records {
+        ensure!(offset == *should, "{}/{offset} comes where {should} is due", batch.partition);
+        *should += 1;
+    }
+    Ok(())
+}
+
+pub(super) async fn only_an_empty_group_is_committed_for(broker: Arc<dyn Broker>) -> Result<()> {
+    let topic = topic(&broker, "for", 1).await?;
+    let partition = TopicPartition::new(topic.clone(), 0);
+    let group = fresh("for");
+    produce(&broker, (0..10).map(|_| to(&topic, 0, record(None, "v"))).collect()).await?;
+    let at = |offset| vec![Commit { partition: partition.clone(), offset, metadata: String::new() }];
+    within("commit", broker.admin().commit_for(&group, at(4))).await?.context("a group that nobody knows")?;
+    let reader = Reader::start(&broker, config(Some(&group), &[&topic], StartOffset::Earliest), 1).await?;
+    ensure!(reader.position(&partition) == Some(4), "{:?}", reader.assigned);
+    let refused = within("commit", broker.admin().commit_for(&group, at(1))).await?;
+    ensure!(refused.as_ref().is_err_and(|error| error.kind == BrokerErrorKind::Fenced), "a group with a member: {refused:?}");
+    within("commit", reader.consumer.commit(at(6))).await??;
+    reader.close().await?;
+    let committed = within("committed offsets", broker.admin().committed(&group, vec![partition.clone()])).await??;
+    ensure!(committed.first().and_then(Option::as_ref).map(|commit| commit.offset) == Some(6), "{committed:?}");
+    // The member is gone when the broker says so, a moment later.
+    within("commit for the empty group", async {
+        while let Err(error) = broker.admin().commit_for(&group, at(2)).await {
+            ensure!(error.kind == BrokerErrorKind::Fenced, "{error}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Ok(())
+    })
+    .await??;
+    let reader = Reader::start(&broker, config(Some(&group), &[&topic], StartOffset::Earliest), 1).await?;
+    ensure!(reader.position(&partition) == Some(2), "{:?}", reader.assigned);
+    reader.close().await
+}
+
 pub(super) async fn a_group_resumes_after_reopening(broker: Arc<dyn Broker>, make: Make<'_>) -> Result<()> {
     let topic = topic(&broker, "reopen", 1).await?;
     let partition = TopicPartition::new(topic.clone(), 0);

@@ -184,3 +184,25 @@ pub(super) async fn sizes(broker: Arc<dyn Broker>) -> Result<()> {
     ensure!(lengths == [10, 900 << 10, 20], "{lengths:?}");
     reader.close().await
 }
+
+/// Records below an offset are deleted, in the middle of a stored batch too; a reader from the start begins behind them.
+pub(super) async fn deleted_records_are_gone(broker: Arc<dyn Broker>) -> Result<()> {
+    let topic = topic(&broker, "deleted", 2).await?;
+    let partition = TopicPartition::new(topic.clone(), 0);
+    produce(&broker, (0..20).map(|index| to(&topic, 0, record(None, &index.to_string()))).collect()).await?;
+    within("deletion", broker.admin().delete_records(vec![(partition.clone(), 7)])).await??;
+    ensure!(within("watermarks", broker.admin().watermarks(&partition)).await?? == (7, 20));
+    within("deletion", broker.admin().delete_records(vec![(partition.clone(), 3)])).await?.context("below the low watermark")?;
+    let mut reader = Reader::start(&broker, config(None, &[&topic], StartOffset::Earliest), 2).await?;
+    let read: Vec<_> = reader.read(13).await?.into_iter().map(|(position, record)| (position.offset, value(&record))).collect();
+    ensure!(read[0] == (7, "7".to_owned()) && read[12].0 == 19, "{read:?}");
+    reader.close().await?;
+    let beyond = within("deletion", broker.admin().delete_records(vec![(partition.clone(), 21)])).await?;
+    ensure!(beyond.is_err(), "beyond the end");
+    within("deletion", broker.admin().delete_records(vec![(partition.clone(), 20)])).await??;
+    ensure!(within("watermarks", broker.admin().watermarks(&partition)).await?? == (20, 20));
+    ensure!(within("deletion", broker.admin().delete_records(vec![(TopicPartition::new(topic, 9), 0)])).await?.is_err(), "no such partition");
+    let position = produce(&broker, vec![to(&partition.topic, 0, record(None, "new"))]).await?.remove(0);
+    ensure!(position.offset == 20, "{position}");
+    Ok(())
+}

@@ -83,6 +83,13 @@ fn unknown(what: impl std::fmt::Display) -> BrokerError {
     BrokerError::new(BrokerErrorKind::UnknownTopic, format!("embedded broker: there is no {what}; create the topic or publish to it"))
 }
 
+/// Waits for the writer's answer.
+async fn done(submitted: Result<(), NotQueued>, answer: oneshot::Receiver<Result<(), BrokerError>>) -> Result<(), BrokerError> {
+    let closed = || BrokerError::new(BrokerErrorKind::Unreachable, "the embedded broker is closed");
+    submitted.map_err(|_| closed())?;
+    answer.await.unwrap_or_else(|_| Err(closed()))
+}
+
 impl EmbeddedAdmin {
     /// Runs a read on the reader's thread.
     async fn read<T: Send + 'static>(
@@ -145,5 +152,17 @@ impl Admin for EmbeddedAdmin {
             partitions.into_iter().map(of).collect()
         };
         Box::pin(self.read("read offsets of a group from", offsets))
+    }
+
+    fn commit_for(&self, group: &str, offsets: Vec<Commit>) -> BoxFuture<'_, Result<(), BrokerError>> {
+        let (reply, answer) = oneshot::channel();
+        let submitted = self.0.submit(Job::CommitFor { group: group.to_owned(), offsets, reply });
+        Box::pin(done(submitted, answer))
+    }
+
+    fn delete_records(&self, below: Vec<(TopicPartition, i64)>) -> BoxFuture<'_, Result<(), BrokerError>> {
+        let (reply, answer) = oneshot::channel();
+        let submitted = self.0.submit(Job::DeleteRecords { below, reply });
+        Box::pin(done(submitted, answer))
     }
 }

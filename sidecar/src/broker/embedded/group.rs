@@ -260,6 +260,11 @@ async fn hand_over(group: Arc<Group>, shared: Arc<Shared>, begun: Begun, deadlin
 pub(super) struct Groups(Mutex<HashMap<String, Arc<Group>>>);
 
 impl Groups {
+    /// Whether a group has members.
+    pub(super) fn exists(&self, group: &str) -> bool {
+        lock(&self.0).contains_key(group)
+    }
+
     /// Adds a member.
     pub(super) fn join(&self, group: &str, member: u64, topics: BTreeSet<Arc<str>>, inbox: Arc<Inbox>) -> Arc<Group> {
         let mut groups = lock(&self.0);

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     broker::{BrokerError, Commit, NewTopic, Outgoing, ProduceError, StartOffset, TransactionError},
-    record::Position,
+    record::{Position, TopicPartition},
 };
 
 /// The results of a batch, in the order of its records.
@@ -32,6 +32,9 @@ pub(super) enum Job {
     Commit { group: Arc<Group>, member: u64, offsets: Vec<(Option<u64>, Commit)>, reply: oneshot::Sender<Result<(), BrokerError>> },
     Transact { transaction: Transaction, bytes: usize, reply: oneshot::Sender<Result<(), TransactionError>> },
     Resolve { group: Option<Arc<Group>>, gains: Vec<Gain>, start: StartOffset, inbox: Arc<Inbox> },
+    /// Offsets of a group without members.
+    CommitFor { group: String, offsets: Vec<Commit>, reply: oneshot::Sender<Result<(), BrokerError>> },
+    DeleteRecords { below: Vec<(TopicPartition, i64)>, reply: oneshot::Sender<Result<(), BrokerError>> },
     CreateTopics { topics: Vec<NewTopic>, reply: oneshot::Sender<Result<BTreeMap<String, i32>, BrokerError>> },
 }
 

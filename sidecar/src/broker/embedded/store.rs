@@ -341,6 +341,15 @@ impl Store {
         Ok(())
     }
 
+    /// Deletes the rows that end at or below `low`, and remembers both watermarks. Within [`Store::transaction`].
+    pub(super) fn delete_whole_below(&self, partition: i64, low: i64, high: i64) -> rusqlite::Result<()> {
+        self.connection
+            .prepare_cached("DELETE FROM batches WHERE id >= ?1 AND id < ?2 AND id + span <= ?2")?
+            .execute([key(partition, 0), key(partition, low)])?;
+        self.connection.prepare_cached("UPDATE partitions SET low = ?, high = ? WHERE id = ?")?.execute([low, high, partition])?;
+        Ok(())
+    }
+
     /// Replaces the data of a row, or deletes it. Within [`Store::transaction`].
     pub(super) fn rewrite(&self, partition: i64, base: i64, data: Option<&[u8]>, high: i64) -> rusqlite::Result<()> {
         match data {

@@ -198,6 +198,12 @@ impl Writer {
                     // Whoever dropped its receiver does not want to know.
                     Err(error) => drop(reply.send(Err(error))),
                 },
+                Job::CommitFor { group, offsets, reply } => {
+                    let result = self.plan_commit_for(&mut plan, &group, offsets);
+                    plan.committed.push((reply, result));
+                }
+                // Nobody may wait any more.
+                Job::DeleteRecords { below, reply } => drop(reply.send(self.delete_records(below))),
                 Job::Resolve { group, gains, start, inbox } => plan.resolve.push(Resolve { group, gains, start, inbox }),
                 Job::CreateTopics { topics, reply } => {
                     // Nobody may wait any more.
@@ -440,6 +446,51 @@ impl Writer {
         self.shared.catalog.insert(created.clone());
         self.shared.topic_created(&created.name);
         Ok(created)
+    }
+
+    /// Takes the offsets of a group without members into the plan: all of them or none.
+    fn plan_commit_for(&mut self, plan: &mut Plan, group: &str, offsets: Vec<Commit>) -> Result<(), BrokerError> {
+        let refused = |kind, detail: String| Err(BrokerError::new(kind, format!("commit for group '{group}' refused: {detail}")));
+        if self.shared.groups.exists(group) {
+            return refused(BrokerErrorKind::Fenced, "it has members, and those alone may commit for it".to_owned());
+        }
+        let mut found = Vec::with_capacity(offsets.len());
+        for Commit { partition, offset, metadata } in offsets {
+            let Some(known) = self.shared.catalog.partition(&partition) else {
+                return refused(BrokerErrorKind::UnknownTopic, format!("there is no partition {partition}"));
+            };
+            if offset < 0 || metadata.len() > MAX_METADATA {
+                let detail = format!("offset {offset} with {} characters of metadata for {partition}", metadata.len());
+                return refused(BrokerErrorKind::Config, detail);
+            }
+            found.push((group.into(), known.id, offset, metadata));
+        }
+        plan.offsets.extend(found);
+        Ok(())
+    }
+
+    /// Deletes the records below offsets, in whole rows; the rest of a row is out of reach.
+    fn delete_records(&mut self, below: Vec<(TopicPartition, i64)>) -> Result<(), BrokerError> {
+        let mut found = Vec::with_capacity(below.len());
+        for (name, offset) in below {
+            let known = self.shared.catalog.partition(&name);
+            let known = known.ok_or_else(|| BrokerError::new(BrokerErrorKind::UnknownTopic, format!("there is no partition {name}")))?;
+            let (low, high) = known.watermarks();
+            if offset > high {
+                let detail = format!("records of {name} cannot be deleted below {offset}: it ends at {high}");
+                return Err(BrokerError::new(BrokerErrorKind::Config, detail));
+            }
+            if offset > low {
+                found.push((known, offset, high));
+            }
+        }
+        for (partition, low, _) in &found {
+            partition.raise_low(*low);
+        }
+        let deleted = self.store.transaction(|store| {
+            found.iter().try_for_each(|(partition, low, high)| store.delete_whole_below(partition.id, *low, *high))
+        });
+        deleted.map_err(|failure| failure.error).inspect_err(|error| self.shared.failed(error))
     }
 
     /// Takes what may be committed into the plan. The rest is refused by name; it does not hold the others up.

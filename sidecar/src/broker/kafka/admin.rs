@@ -14,7 +14,7 @@ use rdkafka::{
     ClientConfig,
     admin::{AdminClient, AdminOptions, NewTopic as KafkaTopic, TopicReplication},
     config::FromClientConfigAndContext,
-    consumer::{BaseConsumer, Consumer as _},
+    consumer::{BaseConsumer, CommitMode, Consumer as _},
     error::KafkaError,
     metadata::Metadata,
     topic_partition_list::{Offset, TopicPartitionList},
@@ -101,6 +101,32 @@ impl Asker {
             runtime.block_on(create(&admin, &topics))
         });
         created.await.unwrap_or_else(|error| Err(BrokerError::new(BrokerErrorKind::Other, format!("create topics: {error}"))))
+    }
+
+    /// Deletes records, by a client of its own.
+    async fn delete(&self, below: Vec<(TopicPartition, i64)>) -> Result<(), BrokerError> {
+        let _slot = self.slots.acquire().await;
+        let (config, health) = (self.settings.admin(None), self.health.clone());
+        let runtime = tokio::runtime::Handle::current();
+        let deleted = tokio::task::spawn_blocking(move || {
+            let what = |partition: &TopicPartition| format!("delete records of {partition}");
+            let mut list = TopicPartitionList::with_capacity(below.len());
+            for (partition, offset) in &below {
+                list.add_partition_offset(&partition.topic, partition.partition, Offset::Offset(*offset))
+                    .map_err(|error| broker_error(what(partition), &error))?;
+            }
+            let admin =
+                AdminClient::from_config_and_context(&config, Reporter(health)).map_err(|error| broker_error("delete records", &error))?;
+            let options = AdminOptions::new().request_timeout(Some(TIMEOUT)).operation_timeout(Some(TIMEOUT));
+            let answer = runtime.block_on(admin.delete_records(&list, &options)).map_err(|error| broker_error("delete records", &error))?;
+            for (partition, _) in &below {
+                let element = answer.find_partition(&partition.topic, partition.partition);
+                let element = element.ok_or_else(|| BrokerError::new(BrokerErrorKind::Other, format!("{}: no answer", what(partition))))?;
+                element.error().map_err(|error| broker_error(what(partition), &error))?;
+            }
+            Ok(())
+        });
+        deleted.await.unwrap_or_else(|error| Err(BrokerError::new(BrokerErrorKind::Other, format!("delete records: {error}"))))
     }
 
     /// Waits until topics that the controller created are known to the broker that is asked: it learns of them a moment later.
@@ -335,6 +361,47 @@ impl Admin for Asker {
                 committed(&client, &partitions, TIMEOUT).map_err(|error| broker_error(what, &error))
             });
             asked.await.unwrap_or_else(|error| Err(BrokerError::new(BrokerErrorKind::Other, format!("committed offsets: {error}"))))
+        })
+    }
+
+    fn commit_for(&self, group: &str, offsets: Vec<Commit>) -> BoxFuture<'_, Result<(), BrokerError>> {
+        let group = group.to_owned();
+        Box::pin(async move {
+            if offsets.is_empty() {
+                return Ok(());
+            }
+            let list = super::consumer::commit_list(&offsets)?;
+            let _slot = self.slots.acquire().await;
+            let (config, health) = (self.settings.admin(Some(&group)), self.health.clone());
+            let committed = tokio::task::spawn_blocking(move || {
+                let what = format!("commit for group `{group}`");
+                let client: BaseConsumer<Reporter> =
+                    BaseConsumer::from_config_and_context(&config, Reporter(health)).map_err(|error| broker_error(&what, &error))?;
+                client.commit(&list, CommitMode::Sync).map_err(|error| match error {
+                    // The coordinator takes offsets from who is no member only while the group has none.
+                    KafkaError::ConsumerCommit(
+                        Code::UnknownMemberId | Code::IllegalGeneration | Code::RebalanceInProgress | Code::StaleMemberEpoch,
+                    ) => BrokerError::new(BrokerErrorKind::Fenced, format!("{what}: it has members, and those alone may commit for it")),
+                    error => broker_error(what, &error),
+                })
+            });
+            committed.await.unwrap_or_else(|error| Err(BrokerError::new(BrokerErrorKind::Other, format!("commit: {error}"))))
+        })
+    }
+
+    fn delete_records(&self, below: Vec<(TopicPartition, i64)>) -> BoxFuture<'_, Result<(), BrokerError>> {
+        Box::pin(async move {
+            if below.is_empty() {
+                return Ok(());
+            }
+            for (partition, _) in &below {
+                check_name(&partition.topic)?;
+            }
+            // Kafka refuses an offset below the low watermark.
+            let partitions: Vec<TopicPartition> = below.iter().map(|(partition, _)| partition.clone()).collect();
+            let marks = self.ask(move |client| watermarks(client, &partitions, TIMEOUT)).await?;
+            let below = below.into_iter().zip(marks).filter(|((_, offset), (low, _))| offset > low).map(|(one, _)| one).collect::<Vec<_>>();
+            if below.is_empty() { Ok(()) } else { self.delete(below).await }
         })
     }
 }

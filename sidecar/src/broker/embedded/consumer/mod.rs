@@ -420,6 +420,18 @@ impl Consumer for EmbeddedConsumer {
         }
     }
 
+    fn seek(&mut self, partition: &TopicPartition, offset: i64) {
+        let Some(cursor) = self.cursors.get_mut(partition) else { return };
+        // A fetch under way belongs to the old subscription, and is forgotten with it.
+        cursor.subscription = cursor.subscription.partition.subscribe(&self.inbox);
+        cursor.next = offset;
+        cursor.rows.clear();
+        cursor.fetching = false;
+        cursor.parked = false;
+        let charged = std::mem::take(&mut cursor.charged);
+        self.uncharge(charged);
+    }
+
     fn commit(&self, offsets: Vec<Commit>) -> BoxFuture<'static, Result<(), BrokerError>> {
         let Some(group) = self.group.clone() else {
             let detail = "a consumer without a group has no offsets to commit; name a group";

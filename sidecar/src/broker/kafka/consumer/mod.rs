@@ -228,6 +228,12 @@ impl Consumer for KafkaConsumer {
         }
     }
 
+    fn seek(&mut self, partition: &TopicPartition, offset: i64) {
+        if lock(&self.shared.queue).seek(partition, offset) {
+            self.shared.wakeup.set();
+        }
+    }
+
     fn commit(&self, offsets: Vec<Commit>) -> BoxFuture<'static, Result<(), BrokerError>> {
         let shared = self.shared.clone();
         Box::pin(async move {
@@ -296,7 +302,7 @@ impl Consumer for KafkaConsumer {
 }
 
 /// Offsets in librdkafka's form.
-fn commit_list(offsets: &[Commit]) -> Result<TopicPartitionList, BrokerError> {
+pub(super) fn commit_list(offsets: &[Commit]) -> Result<TopicPartitionList, BrokerError> {
     let mut list = TopicPartitionList::with_capacity(offsets.len());
     for commit in offsets {
         let what = || format!("commit of {} at {}", commit.partition, commit.offset);

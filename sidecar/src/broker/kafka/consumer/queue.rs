@@ -38,6 +38,8 @@ struct Buffer {
     queued: bool,
     /// Being revoked: nothing is taken in, commits still are.
     leaving: bool,
+    /// To be read from elsewhere: nothing is taken in until the polling thread has turned.
+    seeking: bool,
 }
 
 /// The queue of a consumer.
@@ -48,6 +50,8 @@ pub(super) struct Queue {
     buffers: HashMap<TopicPartition, Buffer>,
     turn: VecDeque<TopicPartition>,
     resume: Vec<TopicPartition>,
+    /// Where partitions are to be read from, for the polling thread.
+    seeks: Vec<(TopicPartition, i64)>,
     high: usize,
     /// What the async side wants to read from now on, from where, or (`None`) no more: for the polling thread, in order.
     choices: Vec<(TopicPartition, Option<i64>)>,
@@ -124,7 +128,7 @@ impl Queue {
 
     /// Takes in records of a partition.
     pub(super) fn records(&mut self, partition: &TopicPartition, mut records: Vec<(i64, Record)>, bytes: usize) {
-        let Some(buffer) = self.buffers.get_mut(partition).filter(|buffer| !buffer.leaving) else { return };
+        let Some(buffer) = self.buffers.get_mut(partition).filter(|buffer| !buffer.leaving && !buffer.seeking) else { return };
         buffer.bytes += bytes;
         match buffer.items.back_mut() {
             Some(Item::Records { records: last, bytes: size })
@@ -166,7 +170,7 @@ impl Queue {
 
     /// Offsets of a partition were deleted unread, behind the records taken in so far.
     pub(super) fn expired(&mut self, partition: &TopicPartition, from: i64, to: i64) {
-        if let Some(buffer) = self.buffers.get_mut(partition).filter(|buffer| !buffer.leaving) {
+        if let Some(buffer) = self.buffers.get_mut(partition).filter(|buffer| !buffer.leaving && !buffer.seeking) {
             buffer.items.push_back(Item::Expired { from, to });
             self.enqueue(partition);
         }
@@ -183,8 +187,40 @@ impl Queue {
         }
     }
 
+    /// Drops what is buffered of a partition, and asks the polling thread to read it from elsewhere. Says whether there is something to do.
+    pub(super) fn seek(&mut self, partition: &TopicPartition, offset: i64) -> bool {
+        let Some(buffer) = self.buffers.get_mut(partition).filter(|buffer| !buffer.leaving) else { return false };
+        buffer.items.clear();
+        buffer.bytes = 0;
+        buffer.queued = false;
+        buffer.seeking = true;
+        self.turn.retain(|queued| queued != partition);
+        self.forget_seeks(partition);
+        self.seeks.push((partition.clone(), offset));
+        true
+    }
+
+    /// Where the polling thread has to turn.
+    pub(super) fn take_seeks(&mut self) -> Vec<(TopicPartition, i64)> {
+        std::mem::take(&mut self.seeks)
+    }
+
+    /// The polling thread has turned, unless it has to turn again: what comes from now on is of the new place. Says whether the partition was
+    /// paused, which it is no more.
+    pub(super) fn sought(&mut self, partition: &TopicPartition) -> bool {
+        let again = self.seeks.iter().any(|(other, _)| other == partition);
+        let Some(buffer) = self.buffers.get_mut(partition) else { return false };
+        buffer.seeking = again;
+        std::mem::take(&mut buffer.paused)
+    }
+
+    fn forget_seeks(&mut self, partition: &TopicPartition) {
+        self.seeks.retain(|(other, _)| other != partition);
+    }
+
     /// A partition is ours.
     pub(super) fn add(&mut self, partition: TopicPartition) {
+        self.forget_seeks(&partition);
         self.buffers.insert(partition, Buffer::default());
     }
 
@@ -193,6 +229,7 @@ impl Queue {
         if let Some(buffer) = self.buffers.get_mut(partition) {
             *buffer = Buffer { leaving: true, ..Buffer::default() };
         }
+        self.forget_seeks(partition);
         self.turn.retain(|queued| queued != partition);
     }
 
@@ -365,6 +402,30 @@ mod tests {
         queue.hold(&partition(0), false);
         assert_eq!(offsets(queue.pop()), [0, 1]);
         assert!(queue.pop().is_none());
+    }
+
+    #[test]
+    fn after_a_seek_nothing_of_the_old_place_leaves() {
+        let mut queue = Queue::default();
+        queue.set_high(100);
+        queue.add(partition(0));
+        queue.records(&partition(0), some(7, 2), 10);
+        assert!(queue.seek(&partition(0), 3));
+        assert!(queue.pop().is_none(), "what was buffered is dropped");
+        queue.records(&partition(0), some(9, 1), 10);
+        assert!(queue.pop().is_none(), "what the thread still had is refused");
+        assert_eq!(queue.take_seeks(), [(partition(0), 3)]);
+        assert!(queue.seek(&partition(0), 5), "again, before the thread has turned");
+        queue.sought(&partition(0));
+        queue.records(&partition(0), some(3, 1), 10);
+        assert!(queue.pop().is_none(), "of the first seek");
+        assert_eq!(queue.take_seeks(), [(partition(0), 5)]);
+        queue.sought(&partition(0));
+        queue.records(&partition(0), some(5, 1), 10);
+        assert_eq!(offsets(queue.pop()), [5]);
+        assert!(queue.seek(&partition(0), 0));
+        queue.leaving(&partition(0));
+        assert!(queue.take_seeks().is_empty() && !queue.seek(&partition(0), 0), "it goes: who gets it begins where it was committed");
     }
 
     #[test]

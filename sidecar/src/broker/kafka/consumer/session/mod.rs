@@ -203,6 +203,10 @@ impl Session {
             }
             self.take_choices(client);
             self.watch_transactions(client);
+            let seeks = lock(&self.shared.queue).take_seeks();
+            for (partition, offset) in seeks {
+                self.seek(client, &partition, offset);
+            }
             if std::mem::take(&mut self.out_of_range) {
                 self.find_range(client);
             }

@@ -300,6 +300,18 @@ impl Session {
         }
     }
 
+    /// Reads a partition from elsewhere, as the async side asked.
+    pub(super) fn seek(&mut self, client: &Arc<Client>, partition: &TopicPartition, offset: i64) {
+        let Some(local) = self.locals.iter_mut().find(|local| local.partition == *partition) else { return };
+        local.raw.clear();
+        let one = plain_list(std::slice::from_ref(partition));
+        // Stopping the fetcher is what makes librdkafka drop what it fetched ahead, before the call returns.
+        self.restart(client, partition, offset);
+        if lock(&self.shared.queue).sought(partition) {
+            self.log_failed("resume", client.resume(&one));
+        }
+    }
+
     /// Begins to fetch a partition at an offset. A seek does not start a partition that stopped on an error.
     fn restart(&mut self, client: &Arc<Client>, partition: &TopicPartition, offset: i64) {
         let Some(local) = self.locals.iter_mut().find(|local| local.partition == *partition) else { return };
