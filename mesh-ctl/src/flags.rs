@@ -3,14 +3,17 @@
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use mesh_proto::v1::PartitionOffset;
+
+use crate::moment::Moment;
 
 const EXIT_CODES: &str = "\
 Exit codes:
   0  done; `diff`: no difference
-  1  the answer is no: faults in a table, a table refused, `diff`: there are differences
+  1  the answer is no: faults in a table, a table refused, a reset refused, `diff`: there are differences
   2  an error: wrong usage, an unreadable file, no sidecar at the admin address
   3  a conflict: somebody else applied, or another generation is in force than expected
-  4  not known whether it was applied, or not in force everywhere in time (`apply --wait`)
+  4  not known whether it was done, or not in force everywhere in time (`apply --wait`)
 
 Environment:
   MESH_ADMIN  the admin address of a sidecar, as --admin
@@ -62,6 +65,8 @@ pub(crate) enum Command {
     Status(Status),
     /// Draw the routes: of a file, or those in force.
     Graph(Graph),
+    /// Let a route read its sources from elsewhere: deliver records again, or skip them. A dry run, unless --execute is given.
+    Reset(Reset),
 }
 
 /// `validate`.
@@ -127,6 +132,95 @@ pub(crate) struct Graph {
     pub(crate) format: GraphFormat,
 }
 
+/// `reset`.
+#[derive(Debug, Args)]
+#[command(after_help = RESET_HELP)]
+pub(crate) struct Reset {
+    /// The route.
+    pub(crate) route: String,
+    #[command(flatten)]
+    pub(crate) to: ResetTo,
+    /// Only this source topic; may be given several times.
+    #[arg(long = "topic", value_name = "TOPIC")]
+    pub(crate) topics: Vec<String>,
+    /// Only this partition; may be given several times.
+    #[arg(long = "partition", value_name = "N", value_parser = clap::value_parser!(i32).range(0..))]
+    pub(crate) partitions: Vec<i32>,
+    /// Do it. Without this, it is only shown what would be done.
+    #[arg(long)]
+    pub(crate) execute: bool,
+    /// Write the offsets that are committed now to this file first; --from-file takes them back.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) backup: Option<PathBuf>,
+    /// How long the sidecars that own the partitions may take: they wait for records that are at the service.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
+    pub(crate) timeout: Duration,
+}
+
+const RESET_HELP: &str = "\
+The route goes on while it is reset: the sidecar that owns a partition waits for what is at the service,
+commits the new offset, and reads on from there. Other partitions and routes are not touched. A route that
+no sidecar runs is reset too, while its consumer group has no members.
+
+An offset outside of what exists is refused, with the range; then nothing at all is reset.
+
+Examples:
+  mesh-ctl reset price --to-datetime 2026-11-21T10:00:00+09:00
+  mesh-ctl reset price --to-offset 0=17,1=23 --execute
+  mesh-ctl reset price --shift-by -100 --partition 2 --backup before.csv --execute
+  mesh-ctl reset price --from-file before.csv --execute";
+
+/// Where a route is to be read from.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct ResetTo {
+    /// From the oldest record.
+    #[arg(long)]
+    pub(crate) to_earliest: bool,
+    /// From the end: skips what exists.
+    #[arg(long)]
+    pub(crate) to_latest: bool,
+    /// From this offset in every partition, or from one for each: 0=17,1=23, or orders/0=17 where the route reads several topics.
+    #[arg(long, value_name = "N|P=N,…")]
+    pub(crate) to_offset: Option<Offsets>,
+    /// From the first record that is not older: 2026-11-21T10:00:00Z, with any zone's offset (+09:00); without one it is UTC.
+    /// Or a duration, such as 15m: so long ago. The time that was taken is printed.
+    #[arg(long, value_name = "TIME")]
+    pub(crate) to_datetime: Option<Moment>,
+    /// So many offsets after what is committed, or before it: -100. Ends at what exists.
+    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    pub(crate) shift_by: Option<i64>,
+    /// From the offsets in this file (`-` is stdin): one partition a line, TOPIC,PARTITION,OFFSET, as --backup writes it.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) from_file: Option<Source>,
+}
+
+/// Offsets on the command line.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Offsets {
+    /// One for all partitions.
+    All(i64),
+    /// One for each.
+    Each(Vec<PartitionOffset>),
+}
+
+impl std::str::FromStr for Offsets {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(offset) = text.parse() {
+            return Ok(Self::All(offset));
+        }
+        let each = text.split(',').map(|one| {
+            let (place, offset) = one.split_once('=')?;
+            let (topic, partition) = place.rsplit_once('/').unwrap_or(("", place));
+            Some(PartitionOffset { topic: topic.to_owned(), partition: partition.parse().ok()?, offset: offset.parse().ok()? })
+        });
+        let each: Option<Vec<_>> = each.collect();
+        each.map(Self::Each).ok_or_else(|| "use one offset, such as 17, or one for each partition: 0=17,1=23 or orders/0=17".to_owned())
+    }
+}
+
 /// The language of a graph.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum GraphFormat {
@@ -179,6 +273,17 @@ mod tests {
     #[test]
     fn the_flags_are_consistent() {
         Flags::command().debug_assert();
+    }
+
+    #[test]
+    fn offsets() {
+        let at = |topic: &str, partition, offset| PartitionOffset { topic: topic.to_owned(), partition, offset };
+        assert_eq!("17".parse(), Ok(Offsets::All(17)));
+        assert_eq!("0=17,1=23".parse(), Ok(Offsets::Each(vec![at("", 0, 17), at("", 1, 23)])));
+        assert_eq!("orders/3=5".parse(), Ok(Offsets::Each(vec![at("orders", 3, 5)])));
+        for wrong in ["", "a", "0=", "=1", "0=1,", "0:1", "orders=1"] {
+            assert!(wrong.parse::<Offsets>().is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@
 //! | `get` | prints the table in force, ready to be edited and applied again |
 //! | `diff -f FILE` | what `apply` would change |
 //! | `status` | every instance and every route: state, reason, lag, age |
+//! | `reset ROUTE --to-…` | lets a route read its sources from elsewhere; a dry run, unless `--execute` |
 //! | `graph` | the routes as a graph, of a file or of the mesh: text, Mermaid, Graphviz |
 //!
 //! Exit codes: 0 done (`diff`: the same); 1 the answer is no: faults, refused, `diff` differs; 2 an error: usage, files, no sidecar;
@@ -21,6 +22,7 @@
 mod client;
 mod commands;
 mod flags;
+mod moment;
 mod output;
 mod view;
 

@@ -42,6 +42,8 @@ struct State {
     /// Answered one after the other; the last one stays.
     status: Vec<v1::GetStatusResponse>,
     applied: Vec<v1::ApplyRequest>,
+    reset: Option<Result<v1::ResetResponse, Status>>,
+    resets: Vec<v1::ResetRequest>,
 }
 
 #[tonic::async_trait]
@@ -65,6 +67,12 @@ impl v1::control_server::Control for Script {
         let mut state = self.0.lock().unwrap();
         let next = if state.status.len() > 1 { state.status.remove(0) } else { state.status[0].clone() };
         Ok(Response::new(next))
+    }
+
+    async fn reset(&self, request: Request<v1::ResetRequest>) -> Result<Response<v1::ResetResponse>, Status> {
+        let mut state = self.0.lock().unwrap();
+        state.resets.push(request.into_inner());
+        state.reset.clone().unwrap().map(Response::new)
     }
 
     async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
@@ -453,4 +461,58 @@ async fn an_absent_sidecar_and_wrong_flags_come_with_hints() {
 
     let said = bench.run(&["--help"]).await.ends(0);
     assert!(said.out.contains("Exit codes:") && said.out.contains("MESH_ADMIN"), "{}", said.out);
+}
+
+#[tokio::test]
+async fn reset_says_what_it_would_do_and_what_it_did() {
+    let bench = Bench::new().await;
+    let partition = |number, from, to, again, skipped| v1::PartitionReset {
+        topic: "orders".to_owned(),
+        partition: number,
+        from,
+        to,
+        high: 20,
+        again,
+        skipped,
+        ..v1::PartitionReset::default()
+    };
+    let planned = v1::ResetResponse {
+        route: "price".to_owned(),
+        group: "shop.price".to_owned(),
+        partitions: vec![partition(0, Some(12), 2, 10, 0), partition(1, None, 2, 0, 0)],
+        executed: false,
+    };
+    bench.script.set(|state| state.reset = Some(Ok(planned.clone())));
+    let said = bench.run(&["reset", "price", "--to-datetime", "2026-11-21 10:00"]).await.ends(0);
+    assert_eq!(
+        said.out,
+        "route price, group shop.price: dry run, nothing is changed\ntime 2026-11-21T10:00:00Z (UTC, since no zone was named)\n\n\
+         TOPIC   PARTITION  FROM  TO  OLDEST  END  AGAIN  SKIPPED  NOTE\norders  0          12    2   0       20   10     0\n\
+         orders  1          -     2   0       20   0      0\n\n10 records would be delivered again, 0 records would be skipped\n"
+    );
+    let asked = bench.script.0.lock().unwrap().resets.pop().unwrap();
+    assert_eq!((asked.to, asked.execute, asked.wait_ms), (Some(v1::reset_request::To::TimeMs(1_795_255_200_000)), false, 30_000));
+    let json = bench.run(&["reset", "price", "--to-earliest", "-o", "json"]).await.ends(0).json();
+    assert_eq!((&json["partitions"][0]["again"], &json["partitions"][1]["from"]), (&10.into(), &serde_json::Value::Null));
+
+    // Nothing is reset before the copy of the offsets is written.
+    bench.run(&["reset", "price", "--shift-by", "-5", "--backup", "/nowhere/file", "--execute"]).await.ends(2);
+    assert!(bench.script.0.lock().unwrap().resets.drain(..).all(|asked| !asked.execute));
+
+    for (change, code, said) in [
+        (v1::PartitionReset { refused: "the range is 0 to 20".to_owned(), ..v1::PartitionReset::default() }, 1, "the range is 0 to 20"),
+        (
+            v1::PartitionReset { failed: "no answer from b".to_owned(), unclear: true, ..v1::PartitionReset::default() },
+            4,
+            "no answer from b",
+        ),
+        (v1::PartitionReset { failed: "busy".to_owned(), ..v1::PartitionReset::default() }, 1, "busy"),
+    ] {
+        let response = v1::ResetResponse { partitions: vec![change], executed: true, ..planned.clone() };
+        bench.script.set(|state| state.reset = Some(Ok(response)));
+        let output = bench.run(&["reset", "price", "--to-offset", "0=1,1=2", "--execute"]).await.ends(code);
+        assert!(output.err.contains(said), "{}", output.err);
+    }
+    let asked = bench.script.0.lock().unwrap().resets.pop().unwrap();
+    assert!(asked.execute && matches!(asked.to, Some(v1::reset_request::To::Offsets(offsets)) if offsets.offsets.len() == 2));
 }

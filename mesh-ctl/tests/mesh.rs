@@ -9,6 +9,7 @@ use mesh_sidecar::{
         Broker,
         embedded::{EmbeddedBroker, EmbeddedConfig},
     },
+    command,
     config::{BrokerConfig, Config, Limits, Listen, LogFormat, ServiceConfig, TelemetryConfig},
     control::{Control, ControlHandle},
     status::{Board, RouteState, RouteStatus},
@@ -50,7 +51,8 @@ impl Instance {
             },
         };
         let board = Board::default();
-        let handle = Control::start(broker.clone(), Arc::new(config), board.clone(), CancellationToken::new()).await.unwrap();
+        let (commands, _) = command::channel();
+        let handle = Control::start(broker.clone(), Arc::new(config), board.clone(), commands, CancellationToken::new()).await.unwrap();
         let service = AdminService::new(handle.control().clone(), board.clone(), CancellationToken::new());
         let router = admin::router(service).await.unwrap();
         let listener = tokio::net::TcpListener::bind(address).await.unwrap();

@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use prost::Message as _;
 
-const FILES: [&str; 4] = ["record", "mesh", "handler", "control"];
+const FILES: [&str; 5] = ["record", "mesh", "handler", "command", "control"];
 
 #[test]
 fn generated_code_is_fresh() {

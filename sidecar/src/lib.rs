@@ -1,11 +1,13 @@
 //! The event mesh sidecar. See `ARCHITECTURE.md` for the house and the life of a record.
 //!
 //! Floors, from the top: `app` · `api` · `consume`, `publish`, `control` · `deliver` · `broker` · `config`, `telemetry` ·
-//! `record`, `json`, `outcome`, `completed`, `watermark`, `lanes`, `mutation`, `status`, `table`. A module imports only from floors below its own (a test reads the imports).
+//! `record`, `json`, `outcome`, `completed`, `watermark`, `lanes`, `mutation`, `status`, `table`, `command`. A module imports only from floors below
+//! its own (a test reads the imports).
 
 pub mod api;
 pub mod app;
 pub mod broker;
+pub mod command;
 pub mod completed;
 pub mod config;
 pub mod consume;

@@ -48,7 +48,10 @@ async fn start(bootstrap: &str, name: &str, folder: &Path) -> (ControlHandle, Ar
         },
     };
     let broker = KafkaBroker::open(keys, KafkaOptions::default()).unwrap();
-    let handle = Control::start(broker.clone(), Arc::new(config), Board::default(), CancellationToken::new()).await.unwrap();
+    let handle =
+        Control::start(broker.clone(), Arc::new(config), Board::default(), mesh_sidecar::command::channel().0, CancellationToken::new())
+            .await
+            .unwrap();
     (handle, broker)
 }
 

@@ -4,6 +4,7 @@ mod apply;
 mod diff;
 mod get;
 mod graph;
+mod reset;
 mod status;
 mod validate;
 
@@ -42,6 +43,7 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<Code, Fai
         Command::Diff(flags) => diff::run(context, &flags).await,
         Command::Status(flags) => status::run(context, &flags).await,
         Command::Graph(flags) => graph::run(context, &flags).await,
+        Command::Reset(flags) => reset::run(context, &flags).await,
     }
 }
 

@@ -1224,6 +1224,141 @@ pub mod handler_server {
         const NAME: &'static str = SERVICE_NAME;
     }
 }
+/// One record of the topic. Its key is `<mesh>/<instance>`: whom it is for.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct CommandRecord {
+    /// Names the command; its answer has the same. A command that comes again is not obeyed again: it gets the known answer.
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+    /// The instance that says it.
+    #[prost(string, tag = "2")]
+    pub from: ::prost::alloc::string::String,
+    /// What is said.
+    #[prost(oneof = "command_record::Content", tags = "3, 4")]
+    pub content: ::core::option::Option<command_record::Content>,
+}
+/// Nested message and enum types in `CommandRecord`.
+pub mod command_record {
+    /// What is said.
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Content {
+        /// A command.
+        #[prost(message, tag = "3")]
+        Command(super::OwnerCommand),
+        /// The answer to one.
+        #[prost(message, tag = "4")]
+        Answer(super::OwnerAnswer),
+    }
+}
+/// What an instance is told to do with the partitions that it owns.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct OwnerCommand {
+    /// The route.
+    #[prost(string, tag = "1")]
+    pub route: ::prost::alloc::string::String,
+    /// When it is too late, in milliseconds since 1970-01-01 UTC: from then on it is not obeyed, and what waits for it is given up.
+    #[prost(int64, tag = "2")]
+    pub expires_ms: i64,
+    /// What to do.
+    #[prost(oneof = "owner_command::Action", tags = "3")]
+    pub action: ::core::option::Option<owner_command::Action>,
+}
+/// Nested message and enum types in `OwnerCommand`.
+pub mod owner_command {
+    /// What to do.
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Action {
+        /// Read partitions from elsewhere.
+        #[prost(message, tag = "3")]
+        Reset(super::ResetPartitions),
+    }
+}
+/// Partitions to read from elsewhere.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ResetPartitions {
+    /// The partitions, each with the next offset to read. Those that the instance does not own are left alone.
+    #[prost(message, repeated, tag = "1")]
+    pub partitions: ::prost::alloc::vec::Vec<PartitionOffset>,
+}
+/// An offset of a partition.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PartitionOffset {
+    /// The topic.
+    #[prost(string, tag = "1")]
+    pub topic: ::prost::alloc::string::String,
+    /// The partition.
+    #[prost(int32, tag = "2")]
+    pub partition: i32,
+    /// The offset.
+    #[prost(int64, tag = "3")]
+    pub offset: i64,
+}
+/// What an instance did.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct OwnerAnswer {
+    /// One entry for each partition.
+    #[prost(message, repeated, tag = "1")]
+    pub partitions: ::prost::alloc::vec::Vec<PartitionAnswer>,
+    /// Why nothing was done at all. Empty otherwise.
+    #[prost(string, tag = "2")]
+    pub error: ::prost::alloc::string::String,
+}
+/// What became of one partition.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PartitionAnswer {
+    /// The topic.
+    #[prost(string, tag = "1")]
+    pub topic: ::prost::alloc::string::String,
+    /// The partition.
+    #[prost(int32, tag = "2")]
+    pub partition: i32,
+    /// Whether it was done, and if not, whether another instance is to be asked.
+    #[prost(enumeration = "PartitionResult", tag = "3")]
+    pub result: i32,
+    /// The watermark before, where it was done.
+    #[prost(int64, tag = "4")]
+    pub from: i64,
+    /// Why it failed.
+    #[prost(string, tag = "5")]
+    pub reason: ::prost::alloc::string::String,
+}
+/// How a command to a partition's owner ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum PartitionResult {
+    /// Not said.
+    Unspecified = 0,
+    /// Done.
+    Done = 1,
+    /// The instance does not own the partition.
+    NotOwner = 2,
+    /// Nothing was changed; `reason` says why.
+    Failed = 3,
+}
+impl PartitionResult {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "PARTITION_RESULT_UNSPECIFIED",
+            Self::Done => "PARTITION_RESULT_DONE",
+            Self::NotOwner => "PARTITION_RESULT_NOT_OWNER",
+            Self::Failed => "PARTITION_RESULT_FAILED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "PARTITION_RESULT_UNSPECIFIED" => Some(Self::Unspecified),
+            "PARTITION_RESULT_DONE" => Some(Self::Done),
+            "PARTITION_RESULT_NOT_OWNER" => Some(Self::NotOwner),
+            "PARTITION_RESULT_FAILED" => Some(Self::Failed),
+            _ => None,
+        }
+    }
+}
 /// A routing table as text.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TableSource {
@@ -1455,6 +1590,116 @@ pub struct DrainResponse {
     /// Deliveries that were at services when it began.
     #[prost(uint64, tag = "1")]
     pub in_flight: u64,
+}
+/// Asks for a reset.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ResetRequest {
+    /// The route.
+    #[prost(string, tag = "1")]
+    pub route: ::prost::alloc::string::String,
+    /// Only these source topics. Empty: all.
+    #[prost(string, repeated, tag = "8")]
+    pub topics: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Only partitions of these numbers. Empty: all.
+    #[prost(int32, repeated, tag = "9")]
+    pub partitions: ::prost::alloc::vec::Vec<i32>,
+    /// Do it. Otherwise it is shown what would be done.
+    #[prost(bool, tag = "10")]
+    pub execute: bool,
+    /// How long the owners may take, in milliseconds; 0: 30 s.
+    #[prost(uint64, tag = "11")]
+    pub wait_ms: u64,
+    /// Where each partition is to be read from.
+    #[prost(oneof = "reset_request::To", tags = "2, 3, 4, 5, 6, 7")]
+    pub to: ::core::option::Option<reset_request::To>,
+}
+/// Nested message and enum types in `ResetRequest`.
+pub mod reset_request {
+    /// Where each partition is to be read from.
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum To {
+        /// Its oldest record.
+        #[prost(bool, tag = "2")]
+        Earliest(bool),
+        /// The end: what exists is skipped.
+        #[prost(bool, tag = "3")]
+        Latest(bool),
+        /// The first record that is not older than this, in milliseconds since 1970-01-01 UTC.
+        #[prost(int64, tag = "4")]
+        TimeMs(i64),
+        /// So many offsets after the committed one; negative: before it. Ends at the range that exists.
+        #[prost(int64, tag = "5")]
+        ShiftBy(i64),
+        /// This offset, in every partition.
+        #[prost(int64, tag = "6")]
+        Offset(i64),
+        /// An offset for each partition; those that are not named are left alone.
+        #[prost(message, tag = "7")]
+        Offsets(super::PartitionOffsets),
+    }
+}
+/// Offsets by partition.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PartitionOffsets {
+    /// The offsets. An empty topic is the route's source, if it has one alone.
+    #[prost(message, repeated, tag = "1")]
+    pub offsets: ::prost::alloc::vec::Vec<PartitionOffset>,
+}
+/// What a reset does, or would do.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ResetResponse {
+    /// The route.
+    #[prost(string, tag = "1")]
+    pub route: ::prost::alloc::string::String,
+    /// Its consumer group.
+    #[prost(string, tag = "2")]
+    pub group: ::prost::alloc::string::String,
+    /// The partitions.
+    #[prost(message, repeated, tag = "3")]
+    pub partitions: ::prost::alloc::vec::Vec<PartitionReset>,
+    /// Whether it was carried out; false for a dry run, and where a partition is refused.
+    #[prost(bool, tag = "4")]
+    pub executed: bool,
+}
+/// What a reset does with a partition.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PartitionReset {
+    /// The topic.
+    #[prost(string, tag = "1")]
+    pub topic: ::prost::alloc::string::String,
+    /// The partition.
+    #[prost(int32, tag = "2")]
+    pub partition: i32,
+    /// The next offset to read before, as committed. Absent: nothing was committed yet.
+    #[prost(int64, optional, tag = "3")]
+    pub from: ::core::option::Option<i64>,
+    /// The next offset to read after.
+    #[prost(int64, tag = "4")]
+    pub to: i64,
+    /// The oldest offset that exists.
+    #[prost(int64, tag = "5")]
+    pub low: i64,
+    /// The offset after the newest.
+    #[prost(int64, tag = "6")]
+    pub high: i64,
+    /// How many offsets are delivered again. Fewer records, if some of them do not exist any more.
+    #[prost(uint64, tag = "7")]
+    pub again: u64,
+    /// How many offsets are skipped.
+    #[prost(uint64, tag = "8")]
+    pub skipped: u64,
+    /// Why it cannot be done. Empty otherwise. One refused partition keeps all from being reset.
+    #[prost(string, tag = "9")]
+    pub refused: ::prost::alloc::string::String,
+    /// The instance that did it. Empty in a dry run, and where it was not done.
+    #[prost(string, tag = "10")]
+    pub done_by: ::prost::alloc::string::String,
+    /// Why it was not done, though it was asked for. Empty otherwise.
+    #[prost(string, tag = "11")]
+    pub failed: ::prost::alloc::string::String,
+    /// It is not known whether it was done: an instance that is silent may still do it.
+    #[prost(bool, tag = "12")]
+    pub unclear: bool,
 }
 /// Where a table came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
@@ -1794,6 +2039,26 @@ pub mod control_client {
             req.extensions_mut().insert(GrpcMethod::new("mesh.v1.Control", "Drain"));
             self.inner.unary(req, path, codec).await
         }
+        /// Lets a route read its sources from elsewhere: what lies behind is delivered again, what is skipped never is. Shows what would happen, unless
+        /// `execute` is set. The owners of the partitions do it, while they run.
+        pub async fn reset(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ResetRequest>,
+        ) -> std::result::Result<tonic::Response<super::ResetResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/mesh.v1.Control/Reset");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("mesh.v1.Control", "Reset"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -1844,6 +2109,12 @@ pub mod control_server {
             &self,
             request: tonic::Request<super::DrainRequest>,
         ) -> std::result::Result<tonic::Response<super::DrainResponse>, tonic::Status>;
+        /// Lets a route read its sources from elsewhere: what lies behind is delivered again, what is skipped never is. Shows what would happen, unless
+        /// `execute` is set. The owners of the partitions do it, while they run.
+        async fn reset(
+            &self,
+            request: tonic::Request<super::ResetRequest>,
+        ) -> std::result::Result<tonic::Response<super::ResetResponse>, tonic::Status>;
     }
     /// Control distributes routing tables and tells their state.
     #[derive(Debug)]
@@ -2122,6 +2393,49 @@ pub mod control_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = DrainSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/mesh.v1.Control/Reset" => {
+                    #[allow(non_camel_case_types)]
+                    struct ResetSvc<T: Control>(pub Arc<T>);
+                    impl<T: Control> tonic::server::UnaryService<super::ResetRequest>
+                    for ResetSvc<T> {
+                        type Response = super::ResetResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ResetRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::reset(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ResetSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -12,8 +12,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use crate::{
-    broker::BrokerErrorKind,
-    control::{ApplyError, ApplyOptions, Control},
+    broker::{BrokerError, BrokerErrorKind},
+    control::{ApplyError, ApplyOptions, Control, ResetError},
     status::Board,
 };
 
@@ -109,6 +109,10 @@ impl v1::control_server::Control for AdminService {
         Ok(Response::new(self.control.status()))
     }
 
+    async fn reset(&self, request: Request<v1::ResetRequest>) -> Result<Response<v1::ResetResponse>, Status> {
+        self.control.reset(request.into_inner()).await.map(Response::new).map_err(|error| reset_status(&error))
+    }
+
     async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
         let in_flight = self.board.routes().iter().map(|route| route.in_flight).sum();
         tracing::info!(in_flight, "a drain was asked for");
@@ -140,6 +144,24 @@ fn faults(faults: Vec<Fault>) -> Vec<v1::Fault> {
     faults.into_iter().map(convert).collect()
 }
 
+fn reset_status(error: &ResetError) -> Status {
+    let message = error.to_string();
+    match error {
+        ResetError::Invalid(_) => Status::invalid_argument(message),
+        ResetError::NoTable(_) => Status::unavailable(message),
+        ResetError::NoRoute { .. } => Status::not_found(message),
+        ResetError::Broker(broker) => broker_status(broker, message),
+    }
+}
+
+fn broker_status(error: &BrokerError, message: String) -> Status {
+    match error.kind {
+        BrokerErrorKind::Unreachable => Status::unavailable(message),
+        BrokerErrorKind::Unauthorized => Status::permission_denied(message),
+        _ => Status::failed_precondition(message),
+    }
+}
+
 fn status(error: &ApplyError) -> Status {
     let message = error.to_string();
     match error {
@@ -148,11 +170,7 @@ fn status(error: &ApplyError) -> Status {
         // Compare-and-set failed: read, and try again.
         ApplyError::Expected { .. } | ApplyError::Lost { .. } => Status::aborted(message),
         ApplyError::NotReady(_) => Status::unavailable(message),
-        ApplyError::Broker(broker) => match broker.kind {
-            BrokerErrorKind::Unreachable => Status::unavailable(message),
-            BrokerErrorKind::Unauthorized => Status::permission_denied(message),
-            _ => Status::failed_precondition(message),
-        },
+        ApplyError::Broker(broker) => broker_status(broker, message),
         ApplyError::Refused(_) => Status::failed_precondition(message),
         ApplyError::Unclear { .. } => Status::unknown(message),
         ApplyError::Internal(_) => Status::internal(message),
@@ -164,7 +182,7 @@ mod tests {
     use tonic::Code;
 
     use super::*;
-    use crate::broker::{BrokerError, ProduceError, ProduceErrorKind};
+    use crate::broker::{ProduceError, ProduceErrorKind};
 
     #[test]
     fn errors_say_what_to_do_next() {

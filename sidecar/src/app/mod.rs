@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     api::{Api, admin, listen, probe},
     broker::{Broker, embedded, kafka},
+    command,
     config::{BrokerConfig, Config, Listen},
     consume::{self, Supervisor},
     control::{Control, ControlHandle},
@@ -95,7 +96,8 @@ impl App {
 
         let broker = open_broker(&config)?;
         let stop_control = CancellationToken::new();
-        let control = Control::start(broker.clone(), config.clone(), board.clone(), stop_control).await?;
+        let (commands, commanded) = command::channel();
+        let control = Control::start(broker.clone(), config.clone(), board.clone(), commands, stop_control).await?;
         let tracer = match &config.telemetry.otlp {
             None => Tracer::disabled(),
             Some(endpoint) => {
@@ -117,7 +119,7 @@ impl App {
             metrics: metrics.clone(),
             tracer: tracer.clone(),
         };
-        let routes = tokio::spawn(Supervisor::new(context, control.table()).run(stop_routes.clone()));
+        let routes = tokio::spawn(Supervisor::new(context, control.table(), commanded).run(stop_routes.clone()));
 
         let (stop_listeners, drain) = (CancellationToken::new(), CancellationToken::new());
         let publisher = Publisher::new(broker.clone(), config.clone(), tracer.clone(), metrics.clone());

@@ -114,7 +114,7 @@ impl RouteLoop {
                         span.fail("commit", || error.to_string());
                     }
                     drop(span);
-                    CommitResult { commits: due, began: now, result }
+                    CommitResult { commits: due, resets: Vec::new(), began: now, result }
                 })
                 .boxed(),
         );
@@ -122,6 +122,9 @@ impl RouteLoop {
 
     pub(super) fn on_committed(&mut self, done: CommitResult) {
         self.commit = None;
+        if !done.resets.is_empty() {
+            return self.on_reset(done.resets, &done.result);
+        }
         match done.result {
             Ok(()) => {
                 self.parts.metrics.commits.inc();
@@ -163,7 +166,7 @@ impl RouteLoop {
     }
 
     /// Drops what waits of partitions that are given away: whoever owns them next reads it again.
-    fn abandon_waiting(&mut self) {
+    pub(super) fn abandon_waiting(&mut self) {
         if mutation::is(Mutation::KeepWaiting) {
             return;
         }
@@ -237,6 +240,7 @@ impl RouteLoop {
             let done = commit.await;
             self.on_committed(done);
         }
+        self.serve_commands(Instant::now());
         self.answer_revoke(Instant::now() + REVOKE);
         let owned: Vec<u32> = self.owned().map(|(index, _)| index).collect();
         let last = self.as_commits(&self.commits(owned.into_iter()));
@@ -287,6 +291,7 @@ mod tests {
             board: board.clone(),
             route: changes,
             applied_ms: 0,
+            commands: crate::command::channel().1,
             instance: None,
             buffer_bytes: 1 << 20,
             drain_timeout: Duration::from_secs(1),

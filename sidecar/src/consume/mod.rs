@@ -15,13 +15,14 @@ use std::{
 use mesh_routing::{Deliver, Route};
 use tokio::time::Instant;
 use tokio::{
-    sync::watch,
+    sync::{mpsc, watch},
     task::{Id, JoinError, JoinSet},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     broker::Broker,
+    command::{self as commands, Command},
     config::Config,
     deliver::{Leaf, desk::Desks},
     status::{Board, RouteState, RouteStatus},
@@ -30,6 +31,7 @@ use crate::{
 };
 
 mod batch;
+mod command;
 mod commit;
 mod dispatch;
 mod intake;
@@ -77,6 +79,7 @@ impl std::fmt::Debug for Context {
 pub struct Supervisor {
     context: Context,
     table: TableWatch,
+    commands: mpsc::Receiver<Command>,
     wanted: BTreeMap<Arc<str>, Arc<Route>>,
     applied_ms: i64,
     running: HashMap<Arc<str>, Running>,
@@ -93,6 +96,7 @@ pub struct Supervisor {
 struct Running {
     route: Arc<Route>,
     change: watch::Sender<Arc<Route>>,
+    commands: mpsc::Sender<Command>,
     stop: CancellationToken,
     stopping: bool,
     task: Id,
@@ -100,10 +104,11 @@ struct Running {
 
 impl Supervisor {
     /// A supervisor of nothing yet.
-    pub fn new(context: Context, table: TableWatch) -> Self {
+    pub fn new(context: Context, table: TableWatch, commands: mpsc::Receiver<Command>) -> Self {
         Self {
             context,
             table,
+            commands,
             wanted: BTreeMap::new(),
             applied_ms: 0,
             running: HashMap::new(),
@@ -125,10 +130,16 @@ impl Supervisor {
             let restart = self.restarts.values().min().copied();
             tokio::select! {
                 changed = self.table.changed() => if changed.is_err() { break },
+                Some(command) = self.commands.recv() => self.command(command),
                 Some(ended) = self.tasks.join_next_with_id(), if !self.tasks.is_empty() => self.ended(ended),
                 () = sleep_until(restart) => self.restart(Instant::now()),
                 () = stop.cancelled() => break,
             }
+        }
+        // From here on nobody is obeyed: whoever asks learns it.
+        self.commands.close();
+        while let Ok(command) = self.commands.try_recv() {
+            command.not_owner();
         }
         self.running.values().for_each(|running| running.stop.cancel());
         while let Some(ended) = self.tasks.join_next().await {
@@ -140,6 +151,18 @@ impl Supervisor {
         self.leaves.close();
         if tokio::time::timeout(RESTART, self.leaves.wait()).await.is_err() {
             tracing::warn!(calls = self.leaves.len(), "calls of services were still open at the end of the drain");
+        }
+    }
+
+    /// Hands a command to its route. One that does not run owns nothing; and a route that has not taken its last commands yet is asked again
+    /// later.
+    fn command(&mut self, command: Command) {
+        let handed = match self.running.get(&command.route).filter(|running| !running.stopping) {
+            Some(running) => running.commands.try_send(command).map_err(mpsc::error::TrySendError::into_inner),
+            None => Err(command),
+        };
+        if let Err(command) = handed {
+            command.not_owner();
         }
     }
 
@@ -191,15 +214,16 @@ impl Supervisor {
 
     fn start(&mut self, route: Arc<Route>) {
         let (change, changes) = watch::channel(route.clone());
+        let (commands, ordered) = mpsc::channel(commands::ROOM);
         let stop = CancellationToken::new();
-        match self.make(&route, changes, stop.clone()) {
+        match self.make(&route, changes, ordered, stop.clone()) {
             Ok(made) => {
                 let name = route.name.clone();
                 self.complaints.remove(&name);
                 tracing::info!(route = %name, service = %route.service, group = %route.group, "route starts");
                 let task = self.tasks.spawn(made.run()).id();
                 self.names.insert(task, name.clone());
-                self.running.insert(name, Running { route, change, stop, stopping: false, task });
+                self.running.insert(name, Running { route, change, commands, stop, stopping: false, task });
             }
             Err(reason) => {
                 if self.complaints.insert(route.name.clone(), reason.clone()).is_none_or(|before| before != reason) {
@@ -217,7 +241,13 @@ impl Supervisor {
         }
     }
 
-    fn make(&self, route: &Arc<Route>, changes: watch::Receiver<Arc<Route>>, stop: CancellationToken) -> Result<RouteLoop, String> {
+    fn make(
+        &self,
+        route: &Arc<Route>,
+        changes: watch::Receiver<Arc<Route>>,
+        commands: mpsc::Receiver<Command>,
+        stop: CancellationToken,
+    ) -> Result<RouteLoop, String> {
         let context = &self.context;
         let metrics = context.metrics.route(&route.name, &route.service);
         let leaf = match route.deliver {
@@ -238,6 +268,7 @@ impl Supervisor {
             tracer: context.tracer.clone(),
             board: context.board.clone(),
             route: changes,
+            commands,
             applied_ms: self.applied_ms,
             instance: context.config.instance.clone(),
             buffer_bytes: context.config.limits.buffer_bytes,

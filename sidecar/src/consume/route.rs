@@ -21,17 +21,19 @@ use std::{
 
 use futures_util::future::BoxFuture;
 use mesh_routing::{Route, Start};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{
     batch::{Gathered, OutCall},
+    command::Ordered,
     outbox::{Done, Outbox},
     report::{Asked, End, Measured, watch_lag},
 };
 use crate::{
     broker::{Broker, BrokerError, Consumer, ConsumerConfig, Event, Revoking, StartOffset},
+    command::Command,
     deliver::{
         Leaf,
         breaker::{Allowance, Breaker},
@@ -64,6 +66,8 @@ pub(crate) struct Parts {
     pub(crate) instance: Option<String>,
     pub(crate) buffer_bytes: usize,
     pub(crate) drain_timeout: Duration,
+    /// Commands to this route.
+    pub(crate) commands: mpsc::Receiver<Command>,
     /// Cancelled to drain.
     pub(crate) stop: CancellationToken,
     /// A number that nobody outside knows: the lanes' hashes, the ids of deliveries and the order in which what is ready is looked at follow
@@ -94,11 +98,12 @@ enum Woken {
     Lag(Measured),
     Time,
     Changed,
+    Command(Command),
     Stop,
 }
 
 /// How many things a wait waits for.
-const SOURCES: u64 = 8;
+const SOURCES: u64 = 9;
 
 /// A record in a lane.
 pub(super) struct Job {
@@ -172,6 +177,8 @@ pub(crate) struct RouteLoop {
     pub(super) lag_measured_ms: i64,
     pub(super) lag_due: Instant,
     pub(super) revoke: Option<Revoke>,
+    /// Commands that are not answered yet.
+    pub(super) ordered: Vec<Ordered>,
     /// Draining, until this time.
     pub(super) draining: Option<Instant>,
     pub(super) broker_trouble: Option<BrokerError>,
@@ -187,6 +194,8 @@ pub(crate) struct RouteLoop {
 pub(super) struct CommitResult {
     /// For each partition's slot and epoch what was committed.
     pub(super) commits: Vec<(u32, u64, Snapshot)>,
+    /// Partitions that were reset by it: slot, epoch, offset.
+    pub(super) resets: Vec<(u32, u64, i64)>,
     pub(super) began: Instant,
     pub(super) result: Result<(), BrokerError>,
 }
@@ -238,6 +247,7 @@ impl RouteLoop {
             lag_measured_ms: 0,
             lag_due: now,
             revoke: None,
+            ordered: Vec::new(),
             draining: None,
             broker_trouble: None,
             service_trouble: None,
@@ -267,6 +277,7 @@ impl RouteLoop {
                 Woken::Lag(lag) => self.on_lag(lag),
                 Woken::Time => {}
                 Woken::Changed => self.swap(),
+                Woken::Command(command) => self.on_command(command),
                 Woken::Stop => self.drain(),
             }
         }
@@ -279,7 +290,7 @@ impl RouteLoop {
         self.waits = self.waits.wrapping_add(1);
         let first = (self.parts.seed ^ self.waits).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
         let draining = self.draining.is_some();
-        let Parts { leaf, route, stop, .. } = &mut self.parts;
+        let Parts { leaf, route, commands, stop, .. } = &mut self.parts;
         let mut event = pin!(self.consumer.next());
         let mut answered = pin!(leaf.answers(answers));
         let mut published = pin!(self.outbox.acknowledged(done));
@@ -290,6 +301,12 @@ impl RouteLoop {
             if route.changed().await.is_err() {
                 // Nobody changes it any more.
                 pending::<()>().await;
+            }
+        });
+        let mut commanded = pin!(async {
+            match commands.recv().await {
+                Some(command) => command,
+                None => pending().await,
             }
         });
         let mut stopped = pin!(async {
@@ -308,6 +325,7 @@ impl RouteLoop {
                     4 => measured.as_mut().poll(cx).map(Woken::Lag),
                     5 => time.as_mut().poll(cx).map(|()| Woken::Time),
                     6 => changed.as_mut().poll(cx).map(|()| Woken::Changed),
+                    7 => commanded.as_mut().poll(cx).map(Woken::Command),
                     _ => stopped.as_mut().poll(cx).map(|()| Woken::Stop),
                 };
                 if ready.is_ready() {
@@ -329,6 +347,7 @@ impl RouteLoop {
         }
         self.dispatch(now);
         self.outbox.flush(now);
+        self.serve_commands(now);
         self.start_commit(now);
         self.answer_revoke(now);
         if self.lag.is_none() && now >= self.lag_due {
@@ -353,6 +372,7 @@ impl RouteLoop {
         at(self.outbox.wake());
         at(self.commit_again);
         at(self.revoke.as_ref().map(|revoke| revoke.deadline));
+        at(self.command_wake());
         at(self.draining);
         if let Allowance::Wait(until) = self.breaker.allowance(now)
             && (self.lanes.has_ready() || self.has_gathered())

@@ -27,6 +27,7 @@ struct Mesh {
     board: Board,
     desks: Desks,
     table: watch::Sender<Option<Arc<ActiveTable>>>,
+    ask: crate::command::Commands,
     stop: CancellationToken,
     running: JoinHandle<()>,
 }
@@ -59,6 +60,7 @@ fn broker() -> Arc<EmbeddedBroker> {
 impl Mesh {
     fn on(broker: Arc<EmbeddedBroker>, routes: &str) -> Self {
         let (table, watch) = watch::channel(active(routes));
+        let (ask, commands) = crate::command::channel();
         let (board, desks, stop) = (Board::default(), Desks::default(), CancellationToken::new());
         let context = Context {
             config: Arc::new(config()),
@@ -68,8 +70,8 @@ impl Mesh {
             metrics: Metrics::new(),
             tracer: Tracer::disabled(),
         };
-        let running = tokio::spawn(Supervisor::new(context, watch).run(stop.clone()));
-        Self { broker, board, desks, table, stop, running }
+        let running = tokio::spawn(Supervisor::new(context, watch, commands).run(stop.clone()));
+        Self { broker, board, desks, table, ask, stop, running }
     }
 
     async fn desk(&self, route: &str) -> Arc<crate::deliver::desk::Desk> {
@@ -465,4 +467,78 @@ async fn filters_and_hops_decide_before_a_call() {
     let mut reasons: Vec<String> = read(&broker, "work.dlq").await.iter().map(|record| text(record.header("mesh-dlq-reason"))).collect();
     reasons.sort();
     assert_eq!(reasons, ["expression", "expression", "hops"]);
+}
+
+/// A partition that is reset waits for what is at the service, is committed without metadata, and goes on from there; others go on all the
+/// while. One that takes too long goes on where it was.
+#[tokio::test(start_paused = true)]
+async fn a_reset_waits_for_the_service_and_moves_one_partition_alone() {
+    use crate::command::Reset;
+    const ROUTE: &str = "  - { name: work, service: worker, deliver: stream, from: [in], to: void, order: none, concurrency: 100 }";
+    let broker = broker();
+    let topic = NewTopic { name: "in".to_owned(), partitions: Some(2), ..NewTopic::default() };
+    broker.admin().create_topics(vec![topic]).await.unwrap();
+    let mesh = Mesh::on(broker.clone(), ROUTE);
+    let records = (0..20).map(|n| Outgoing {
+        topic: "in".into(),
+        partition: Some(n % 2),
+        record: Record { value: Some(n.to_string().into()), ..Record::default() },
+    });
+    for ack in broker.producer().send(records.collect()).await {
+        ack.unwrap();
+    }
+    let desk = mesh.desk("work").await;
+    let (one, other) = (TopicPartition::new("in", 0), TopicPartition::new("in", 1));
+    let take = async |count: usize| {
+        let mut taken = Vec::new();
+        while taken.len() < count {
+            taken.extend(desk.take(100, Duration::from_secs(1)).await.unwrap());
+        }
+        taken
+    };
+    let ignore = |deliveries: &[&Delivery]| desk.answer(deliveries.iter().map(|d| Answer { id: d.id, outcome: Outcome::Ignore }).collect());
+    let of = |deliveries: &[Delivery], partition: &TopicPartition| {
+        deliveries
+            .iter()
+            .filter(|delivery| delivery.position.partition == *partition)
+            .map(|delivery| delivery.position.offset)
+            .collect::<Vec<_>>()
+    };
+
+    // Nine of one partition are done, the first hangs at the service: it takes too long, and all goes on as it was.
+    let taken = take(20).await;
+    let first = taken.iter().find(|delivery| delivery.position == crate::record::Position { partition: one.clone(), offset: 0 }).unwrap();
+    ignore(&taken.iter().filter(|delivery| delivery.position != first.position).collect::<Vec<_>>());
+    mesh.ended("work", 19).await;
+    let answered = mesh.ask.reset("work", vec![(one.clone(), 5)], Duration::from_secs(3)).await;
+    assert!(
+        matches!(&answered[..], [(partition, Reset::Failed(why))] if *partition == one && why.contains("1 of its records")),
+        "{answered:?}"
+    );
+    let again = take(1).await;
+    assert_eq!((of(&again, &one), of(&again, &other)), (vec![0], vec![]), "what was complete above the watermark stays so");
+    ignore(&[first]);
+
+    // With the answer in time it is reset, and nothing else is delivered.
+    let answer = async {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        ignore(&[&again[0]]);
+    };
+    let (answered, ()) =
+        tokio::join!(mesh.ask.reset("work", vec![(one.clone(), 7), (TopicPartition::new("no", 0), 0)], Duration::from_secs(3)), answer);
+    assert!(answered.contains(&(one.clone(), Reset::Done { from: 10 })), "{answered:?}");
+    assert!(answered.contains(&(TopicPartition::new("no", 0), Reset::NotOwner)), "{answered:?}");
+    let committed = broker.admin().committed("test.work", vec![one.clone()]).await.unwrap().remove(0).unwrap();
+    assert_eq!((committed.offset, committed.metadata.as_str()), (7, ""));
+    let again = take(3).await;
+    assert_eq!((of(&again, &one), of(&again, &other)), (vec![7, 8, 9], vec![]));
+    ignore(&again.iter().collect::<Vec<_>>());
+    mesh.ended("work", 23).await;
+
+    assert_eq!(mesh.ask.reset("none", vec![(one.clone(), 0)], Duration::from_secs(3)).await, [(one.clone(), Reset::NotOwner)]);
+    let ask = mesh.ask.clone();
+    mesh.end().await;
+    assert_eq!(ask.reset("work", vec![(one.clone(), 0)], Duration::from_secs(3)).await, [(one.clone(), Reset::NotOwner)]);
+    let committed = broker.admin().committed("test.work", vec![one, other]).await.unwrap();
+    assert!(committed.iter().flatten().all(|commit| commit.offset == 10), "{committed:?}");
 }

@@ -6,6 +6,7 @@
 //! __mesh.control ──▶ reader ──▶ log ──▶ adopter ──▶ table (a watch that routes follow) ──▶ copy on disk
 //!        ▲                       │
 //!        └── apply ◀─────────────┘          __mesh.status ◀──▶ status: what each instance says of itself
+//!                                          __mesh.commands ◀──▶ commands: what only the owner of a partition can do
 //! ```
 //!
 //! Invariant: a sidecar is ready once it has read the log to its end, or runs its copy on disk, or a pinned file.
@@ -17,9 +18,11 @@
 mod adopt;
 mod apply;
 mod cache;
+mod commands;
 mod log;
 mod read;
 mod report;
+mod reset;
 mod snapshot;
 mod state;
 #[cfg(test)]
@@ -41,10 +44,12 @@ use self::{
 };
 pub use self::{
     apply::{Applied, ApplyError, ApplyOptions, Checked},
+    reset::ResetError,
     topics::RouteBacklog,
 };
 use crate::{
     broker::Broker,
+    command::Commands,
     config::Config,
     status::Board,
     table::{TableOrigin, TableWatch},
@@ -102,7 +107,7 @@ pub struct ControlHandle {
 impl Control {
     /// Starts the control plane. Returns at once, but for a pinned table, which is read and compiled first.
     ///
-    /// `shutdown` ends its tasks; [`ControlHandle::close`] awaits them.
+    /// `commands` reaches the routes of this process. `shutdown` ends its tasks; [`ControlHandle::close`] awaits them.
     ///
     /// # Errors
     /// Only for a pinned table that cannot be used. A broker that is away is waited for.
@@ -110,13 +115,14 @@ impl Control {
         broker: Arc<dyn Broker>,
         config: Arc<Config>,
         board: Board,
+        commands: Commands,
         shutdown: CancellationToken,
     ) -> Result<ControlHandle, StartError> {
         let pinned = match &config.table {
             Some(path) => Some(Pinned::load(path, &config.mesh).await?),
             None => None,
         };
-        let shared = Arc::new(Shared::new(broker, config, board));
+        let shared = Arc::new(Shared::new(broker, config, board, commands));
         let stop = shutdown.child_token();
         let tasks = TaskTracker::new();
         tasks.spawn(read::run(shared.clone(), stop.clone()));
@@ -125,6 +131,7 @@ impl Control {
             None => tasks.spawn(adopt::run(shared.clone(), stop.clone())),
         };
         tasks.spawn(report::read(shared.clone(), stop.clone()));
+        tasks.spawn(commands::run(shared.clone(), stop.clone()));
         tasks.spawn(report::publish(shared.clone(), stop.clone()));
         tasks.close();
         Ok(ControlHandle { control: Self(shared), tasks, stop })

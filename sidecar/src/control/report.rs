@@ -84,6 +84,23 @@ pub(super) fn mesh(shared: &Shared) -> v1::GetStatusResponse {
     v1::GetStatusResponse { mesh: shared.config.mesh.to_string(), generation: head, instances }
 }
 
+/// The live instances that report a route, this one among them: those that may own its partitions.
+pub(super) fn instances_of(shared: &Shared, route: &str) -> Vec<String> {
+    let now = now_ms();
+    let peers = shared.peers.lock().unwrap_or_else(PoisonError::into_inner);
+    let others = peers.iter().filter(|(instance, peer)| {
+        **instance != shared.instance
+            && now.saturating_sub(peer.heard_ms) <= LOST_AFTER_MS
+            && peer.status.routes.iter().any(|status| status.route == route)
+    });
+    let mut instances: Vec<String> = others.map(|(instance, _)| instance.clone()).collect();
+    drop(peers);
+    if shared.board.routes().iter().any(|status| *status.route == *route) {
+        instances.push(shared.instance.clone());
+    }
+    instances
+}
+
 /// This instance, now.
 fn own(shared: &Shared) -> v1::InstanceStatus {
     let local = shared.local.borrow().clone();

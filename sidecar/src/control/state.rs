@@ -11,10 +11,11 @@ use std::{
 use mesh_proto::v1;
 use tokio::sync::{Semaphore, watch};
 
-use super::{log::Log, report::Peers, snapshot::Snapshot};
+use super::{commands::Waiting, log::Log, report::Peers, snapshot::Snapshot};
 pub(super) use crate::record::now_ms;
 use crate::{
     broker::Broker,
+    command::Commands,
     config::Config,
     status::Board,
     table::{ActiveTable, TableOrigin},
@@ -76,6 +77,10 @@ pub(super) struct Shared {
     /// What is waited for, by subject.
     waiting: Mutex<BTreeMap<&'static str, String>>,
     pub(super) peers: Mutex<Peers>,
+    /// To the routes of this process.
+    pub(super) commands: Commands,
+    /// To other instances, until they answer.
+    pub(super) waiting_commands: Waiting,
     /// One apply at a time here; what others do is settled by the log.
     pub(super) applying: Semaphore,
 }
@@ -87,7 +92,7 @@ impl fmt::Debug for Shared {
 }
 
 impl Shared {
-    pub(super) fn new(broker: Arc<dyn Broker>, config: Arc<Config>, board: Board) -> Self {
+    pub(super) fn new(broker: Arc<dyn Broker>, config: Arc<Config>, board: Board, commands: Commands) -> Self {
         let instance = config.instance.clone().unwrap_or_else(|| {
             let service = config.services.first().map_or("sidecar", |service| &*service.name);
             let random = uuid::Uuid::new_v4().simple().to_string();
@@ -105,6 +110,8 @@ impl Shared {
             ready: watch::Sender::default(),
             waiting: Mutex::default(),
             peers: Mutex::default(),
+            commands,
+            waiting_commands: Waiting::default(),
             applying: Semaphore::new(1),
         }
     }

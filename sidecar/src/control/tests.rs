@@ -51,8 +51,9 @@ async fn start(broker: &Memory, name: &str) -> Instance {
 
 async fn start_in(broker: &Memory, name: &str, state: tempfile::TempDir) -> Instance {
     let board = Board::default();
+    let (commands, _) = crate::command::channel();
     let config = config(name, state.path(), None);
-    let handle = Control::start(Arc::new(broker.clone()), config, board.clone(), CancellationToken::new()).await.unwrap();
+    let handle = Control::start(Arc::new(broker.clone()), config, board.clone(), commands, CancellationToken::new()).await.unwrap();
     Instance { handle, board, state }
 }
 
@@ -383,7 +384,7 @@ async fn a_pinned_table() {
     let file = state.path().join("routes.yaml");
     let begin = || {
         let config = config("p", state.path(), Some(&file));
-        Control::start(Arc::new(broker.clone()), config, Board::default(), CancellationToken::new())
+        Control::start(Arc::new(broker.clone()), config, Board::default(), crate::command::channel().0, CancellationToken::new())
     };
     assert!(matches!(begin().await, Err(StartError::Read { .. })));
     std::fs::write(&file, one("__no").replace("service: pricing", "servise: x")).unwrap();
@@ -486,7 +487,7 @@ async fn over_the_embedded_broker() {
     let begin = |broker: Arc<EmbeddedBroker>, name: &'static str| async move {
         let (state, board) = (tempfile::tempdir().unwrap(), Board::default());
         let config = config(name, state.path(), None);
-        let handle = Control::start(broker, config, board.clone(), CancellationToken::new()).await.unwrap();
+        let handle = Control::start(broker, config, board.clone(), crate::command::channel().0, CancellationToken::new()).await.unwrap();
         Instance { handle, board, state }
     };
     let broker = EmbeddedBroker::open(EmbeddedConfig::new(data.path())).unwrap();
@@ -520,4 +521,55 @@ async fn over_the_embedded_broker() {
     assert_eq!(status.instances.len(), 1, "the others left cleanly: {status:#?}");
     c.handle.close().await;
     broker.close(Duration::from_secs(5)).await.unwrap();
+}
+
+/// A command reaches its instance through the topic, is obeyed once however often it comes, and its answer comes back.
+#[tokio::test(start_paused = true)]
+async fn a_command_that_comes_again_gets_the_known_answer() {
+    use mesh_proto::v1::{command_record::Content, owner_command::Action};
+    use prost::Message as _;
+
+    use super::{state::now_ms, topics::COMMANDS_TOPIC};
+    use crate::{command, record::TopicPartition};
+    let broker = Memory::new(true);
+    let state = tempfile::tempdir().unwrap();
+    let (commands, mut obeyed) = command::channel();
+    let config = config("b", state.path(), None);
+    let handle = Control::start(Arc::new(broker.clone()), config, Board::default(), commands, CancellationToken::new()).await.unwrap();
+    timeout(SOON, handle.ready().wait_for(|ready| *ready)).await.unwrap().unwrap();
+    let command = |id: &str, expires_ms| {
+        let reset = v1::ResetPartitions { partitions: vec![v1::PartitionOffset { topic: "in".to_owned(), partition: 3, offset: 7 }] };
+        let command = v1::OwnerCommand { route: "price".to_owned(), expires_ms, action: Some(Action::Reset(reset)) };
+        v1::CommandRecord { id: id.to_owned(), from: "a".to_owned(), content: Some(Content::Command(command)) }.encode_to_vec()
+    };
+    let answers = || -> Vec<v1::CommandRecord> {
+        let to_a = broker.records(COMMANDS_TOPIC).into_iter().filter(|record| record.key.as_deref() == Some(b"shop/a"));
+        to_a.map(|record| v1::CommandRecord::decode(record.value.unwrap()).unwrap()).collect()
+    };
+    let soon = now_ms() + 600_000;
+    broker.append(COMMANDS_TOPIC, 0, "shop/b", Some(b"no command"));
+    broker.append(COMMANDS_TOPIC, 0, "shop/c", Some(&command("for another", soon)));
+    broker.append(COMMANDS_TOPIC, 0, "shop/b", Some(&command("too late", now_ms() - 1)));
+    broker.append(COMMANDS_TOPIC, 0, "shop/b", Some(&command("one", soon)));
+    broker.append(COMMANDS_TOPIC, 0, "shop/b", Some(&command("one", soon)));
+    let heard = timeout(SOON, obeyed.recv()).await.expect("a command").unwrap();
+    let partition = TopicPartition::new("in", 3);
+    assert_eq!((&*heard.route, &heard.reset), ("price", &vec![(partition.clone(), 7)]));
+    heard.answer.send(vec![(partition, command::Reset::Done { from: 4 })]).unwrap();
+    let wait = async |count: usize| {
+        while answers().len() < count {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    timeout(SOON, wait(1)).await.expect("an answer");
+    // Its answer was lost, so it is asked again.
+    broker.append(COMMANDS_TOPIC, 0, "shop/b", Some(&command("one", soon)));
+    timeout(SOON, wait(2)).await.expect("the known answer");
+    for answer in answers() {
+        assert_eq!((answer.id.as_str(), answer.from.as_str()), ("one", "b"));
+        let Some(Content::Answer(answer)) = answer.content else { panic!("{answer:?}") };
+        assert_eq!((answer.partitions[0].result(), answer.partitions[0].from), (v1::PartitionResult::Done, 4));
+    }
+    assert!(obeyed.try_recv().is_err(), "obeyed twice, or one that was too late");
+    handle.close().await;
 }

@@ -21,6 +21,9 @@ pub(crate) const CONTROL_TOPIC: &str = "__mesh.control";
 /// Where instances report.
 pub(crate) const STATUS_TOPIC: &str = "__mesh.status";
 
+/// What instances tell each other to do.
+pub(crate) const COMMANDS_TOPIC: &str = "__mesh.commands";
+
 /// Nothing in it ages: old generations are deleted by name.
 const CONTROL_CONFIG: &[(&str, &str)] = &[("cleanup.policy", "compact")];
 /// Reports come all the time, and every sidecar that starts reads them all: small segments are compacted soon, and what is a day old goes.
@@ -31,6 +34,10 @@ const STATUS_CONFIG: &[(&str, &str)] = &[
     ("segment.bytes", "16777216"),
     ("min.cleanable.dirty.ratio", "0.1"),
 ];
+
+/// A command is worth nothing after some minutes.
+const COMMANDS_CONFIG: &[(&str, &str)] =
+    &[("cleanup.policy", "delete"), ("retention.ms", "3600000"), ("segment.ms", "3600000"), ("segment.bytes", "16777216")];
 
 /// How many questions for watermarks are asked at once.
 const QUESTIONS: usize = 16;
@@ -114,7 +121,7 @@ pub(crate) async fn create(admin: &dyn Admin, topics: &[NewTopic]) -> Result<(),
 /// What the broker says, or [`BrokerErrorKind::Config`] if the control topic has several partitions.
 pub(crate) async fn ensure_own(admin: &dyn Admin) -> Result<(), BrokerError> {
     let existing = admin.topics().await?;
-    let own = [(CONTROL_TOPIC, CONTROL_CONFIG), (STATUS_TOPIC, STATUS_CONFIG)];
+    let own = [(CONTROL_TOPIC, CONTROL_CONFIG), (STATUS_TOPIC, STATUS_CONFIG), (COMMANDS_TOPIC, COMMANDS_CONFIG)];
     let missing: Vec<_> = own
         .into_iter()
         .filter(|(name, _)| !existing.contains_key(*name))

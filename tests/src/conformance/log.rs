@@ -201,7 +201,10 @@ pub(super) async fn deleted_records_are_gone(broker: Arc<dyn Broker>) -> Result<
     ensure!(beyond.is_err(), "beyond the end");
     within("deletion", broker.admin().delete_records(vec![(partition.clone(), 20)])).await??;
     ensure!(within("watermarks", broker.admin().watermarks(&partition)).await?? == (20, 20));
-    ensure!(within("deletion", broker.admin().delete_records(vec![(TopicPartition::new(topic, 9), 0)])).await?.is_err(), "no such partition");
+    ensure!(
+        within("deletion", broker.admin().delete_records(vec![(TopicPartition::new(topic, 9), 0)])).await?.is_err(),
+        "no such partition"
+    );
     let position = produce(&broker, vec![to(&partition.topic, 0, record(None, "new"))]).await?.remove(0);
     ensure!(position.offset == 20, "{position}");
     Ok(())

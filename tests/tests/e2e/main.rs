@@ -12,6 +12,7 @@ mod crash;
 mod faults;
 mod flows;
 mod pitfalls;
+mod reset;
 mod routes;
 mod subscribe;
 mod trace;

@@ -28,14 +28,42 @@ pub(super) type Results = Vec<Result<Position, ProduceError>>;
 /// What the writer does.
 #[derive(Debug)]
 pub(super) enum Job {
-    Append { records: Vec<Outgoing>, bytes: usize, reply: oneshot::Sender<Results> },
-    Commit { group: Arc<Group>, member: u64, offsets: Vec<(Option<u64>, Commit)>, reply: oneshot::Sender<Result<(), BrokerError>> },
-    Transact { transaction: Transaction, bytes: usize, reply: oneshot::Sender<Result<(), TransactionError>> },
-    Resolve { group: Option<Arc<Group>>, gains: Vec<Gain>, start: StartOffset, inbox: Arc<Inbox> },
+    Append {
+        records: Vec<Outgoing>,
+        bytes: usize,
+        reply: oneshot::Sender<Results>,
+    },
+    Commit {
+        group: Arc<Group>,
+        member: u64,
+        offsets: Vec<(Option<u64>, Commit)>,
+        reply: oneshot::Sender<Result<(), BrokerError>>,
+    },
+    Transact {
+        transaction: Transaction,
+        bytes: usize,
+        reply: oneshot::Sender<Result<(), TransactionError>>,
+    },
+    Resolve {
+        group: Option<Arc<Group>>,
+        gains: Vec<Gain>,
+        start: StartOffset,
+        inbox: Arc<Inbox>,
+    },
     /// Offsets of a group without members.
-    CommitFor { group: String, offsets: Vec<Commit>, reply: oneshot::Sender<Result<(), BrokerError>> },
-    DeleteRecords { below: Vec<(TopicPartition, i64)>, reply: oneshot::Sender<Result<(), BrokerError>> },
-    CreateTopics { topics: Vec<NewTopic>, reply: oneshot::Sender<Result<BTreeMap<String, i32>, BrokerError>> },
+    CommitFor {
+        group: String,
+        offsets: Vec<Commit>,
+        reply: oneshot::Sender<Result<(), BrokerError>>,
+    },
+    DeleteRecords {
+        below: Vec<(TopicPartition, i64)>,
+        reply: oneshot::Sender<Result<(), BrokerError>>,
+    },
+    CreateTopics {
+        topics: Vec<NewTopic>,
+        reply: oneshot::Sender<Result<BTreeMap<String, i32>, BrokerError>>,
+    },
 }
 
 /// Records and offsets that are stored together.

@@ -487,9 +487,9 @@ impl Writer {
         for (partition, low, _) in &found {
             partition.raise_low(*low);
         }
-        let deleted = self.store.transaction(|store| {
-            found.iter().try_for_each(|(partition, low, high)| store.delete_whole_below(partition.id, *low, *high))
-        });
+        let deleted = self
+            .store
+            .transaction(|store| found.iter().try_for_each(|(partition, low, high)| store.delete_whole_below(partition.id, *low, *high)));
         deleted.map_err(|failure| failure.error).inspect_err(|error| self.shared.failed(error))
     }
 

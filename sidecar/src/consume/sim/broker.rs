@@ -425,6 +425,12 @@ impl Consumer for RoughConsumer {
         self.held.remove(partition);
     }
 
+    fn seek(&mut self, partition: &TopicPartition, offset: i64) {
+        if let Some(inner) = &mut self.inner {
+            inner.seek(partition, offset);
+        }
+    }
+
     fn assign(&mut self, partitions: Vec<(TopicPartition, i64)>) {
         if let Some(inner) = &mut self.inner {
             inner.assign(partitions);

@@ -247,6 +247,7 @@ impl Stage {
             board: board.clone(),
             route: changes,
             applied_ms: 0,
+            commands: crate::command::channel().1,
             instance: None,
             buffer_bytes: 1 << 20,
             drain_timeout: Duration::from_secs(5),

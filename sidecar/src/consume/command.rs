@@ -1,0 +1,186 @@
+//! Commands to a route's loop: partitions that are to be read from elsewhere.
+//!
+//! A partition that is reset stops as one that is given away: what waits is dropped, what is at the service is awaited with its replies. Then
+//! the new offset is committed, synchronously and without metadata, and reading goes on there with a fresh watermark in a new epoch.
+//!
+//! Invariant: a reset whose commit failed, or that waited too long, changes nothing: reading goes on at the watermark.
+//! Invariant: a partition that is given away meanwhile is not reset; its next owner has to be asked.
+
+use futures_util::FutureExt as _;
+use tokio::{sync::oneshot, time::Instant};
+
+use super::route::{CommitResult, RouteLoop};
+use crate::{
+    broker::{BrokerError, BrokerErrorKind, Commit},
+    command::{Command, Reset},
+    record::TopicPartition,
+    watermark::Watermark,
+};
+
+/// A command that is not answered yet.
+pub(super) struct Ordered {
+    targets: Vec<Target>,
+    deadline: Instant,
+    answers: Vec<(TopicPartition, Reset)>,
+    answer: oneshot::Sender<Vec<(TopicPartition, Reset)>>,
+}
+
+/// A partition that drains before it is reset.
+struct Target {
+    slot: u32,
+    epoch: u64,
+    offset: i64,
+    committing: bool,
+}
+
+impl RouteLoop {
+    pub(super) fn on_command(&mut self, command: Command) {
+        if self.draining.is_some() {
+            return command.not_owner();
+        }
+        let Command { reset, deadline, answer, .. } = command;
+        let mut ordered = Ordered { targets: Vec::with_capacity(reset.len()), deadline, answers: Vec::new(), answer };
+        for (partition, offset) in reset {
+            let index = self.by_partition.get(&partition).copied();
+            let again = index.is_some_and(|index| self.is_reset(index) || ordered.targets.iter().any(|target| target.slot == index));
+            let slot = index.and_then(|index| self.slots.get_mut(index as usize)).filter(|slot| slot.owned);
+            match (index, slot) {
+                (_, Some(_)) if again => ordered.answers.push((partition, Reset::Failed("another reset of it is under way".to_owned()))),
+                (Some(index), Some(slot)) if !slot.revoking => {
+                    slot.revoking = true;
+                    self.consumer.hold(&partition);
+                    ordered.targets.push(Target { slot: index, epoch: slot.watermark.epoch(), offset, committing: false });
+                }
+                _ => ordered.answers.push((partition, Reset::NotOwner)),
+            }
+        }
+        if !ordered.targets.is_empty() {
+            tracing::info!(route = %self.route.name, partitions = ordered.targets.len(), "partitions drain before they are reset");
+            self.abandon_waiting();
+        }
+        self.ordered.push(ordered);
+    }
+
+    fn is_reset(&self, index: u32) -> bool {
+        self.ordered.iter().flat_map(|ordered| &ordered.targets).any(|target| target.slot == index)
+    }
+
+    /// When a reset has waited long enough.
+    pub(super) fn command_wake(&self) -> Option<Instant> {
+        self.ordered.iter().filter(|ordered| ordered.targets.iter().any(|target| !target.committing)).map(|ordered| ordered.deadline).min()
+    }
+
+    /// Commits the partitions that have drained, gives up those that take too long, and answers what is done.
+    pub(super) fn serve_commands(&mut self, now: Instant) {
+        if self.ordered.is_empty() {
+            return;
+        }
+        let mut all = std::mem::take(&mut self.ordered);
+        let mut due = Vec::new();
+        for ordered in &mut all {
+            let mut left = Vec::with_capacity(ordered.targets.len());
+            for mut target in std::mem::take(&mut ordered.targets) {
+                let Some(slot) = self.slots.get(target.slot as usize) else { continue };
+                let partition = slot.partition.clone();
+                if !target.committing {
+                    let busy = slot.busy;
+                    if !slot.owned || slot.watermark.epoch() != target.epoch || self.is_revoked(target.slot) || self.draining.is_some() {
+                        ordered.answers.push((partition, Reset::NotOwner));
+                        continue;
+                    }
+                    if busy == 0 && self.commit.is_none() {
+                        target.committing = true;
+                        due.push((target.slot, target.epoch, Commit { partition, offset: target.offset, metadata: String::new() }));
+                    } else if now >= ordered.deadline {
+                        self.go_on(target.slot);
+                        let detail = format!("{busy} of its records were still at the service, or on their way to the broker");
+                        ordered.answers.push((partition, Reset::Failed(detail)));
+                        continue;
+                    }
+                }
+                left.push(target);
+            }
+            ordered.targets = left;
+        }
+        if !due.is_empty() {
+            let resets = due.iter().map(|(slot, epoch, commit)| (*slot, *epoch, commit.offset)).collect();
+            let commit = self.consumer.commit(due.into_iter().map(|(_, _, commit)| commit).collect());
+            // In the place of the loop's own commit: there is one at a time, and a revoke waits for it.
+            self.commit = Some(commit.map(move |result| CommitResult { commits: Vec::new(), resets, began: now, result }).boxed());
+        }
+        for ordered in all {
+            if ordered.targets.is_empty() {
+                // Whoever asked may be gone.
+                drop(ordered.answer.send(ordered.answers));
+            } else {
+                self.ordered.push(ordered);
+            }
+        }
+    }
+
+    fn is_revoked(&self, index: u32) -> bool {
+        self.revoke.as_ref().is_some_and(|revoke| revoke.slots.contains(&index))
+    }
+
+    /// The commit of resets came back.
+    pub(super) fn on_reset(&mut self, resets: Vec<(u32, u64, i64)>, result: &Result<(), BrokerError>) {
+        for (index, epoch, offset) in resets {
+            let Some(slot) = self.slots.get_mut(index as usize) else { continue };
+            let (partition, ours) = (slot.partition.clone(), slot.owned && slot.watermark.epoch() == epoch);
+            let from = slot.watermark.offset();
+            let outcome = match result {
+                Ok(()) => {
+                    tracing::info!(route = %self.route.name, %partition, from, to = offset, "partition reset");
+                    if ours {
+                        self.epoch += 1;
+                        slot.watermark = Watermark::new(self.epoch, offset);
+                        slot.committed = offset;
+                        slot.recorded = 0;
+                        slot.unrecorded = 0;
+                        self.go_on(index);
+                    }
+                    Reset::Done { from }
+                }
+                Err(error) => {
+                    if ours {
+                        self.go_on(index);
+                    }
+                    match error.kind {
+                        BrokerErrorKind::Fenced => Reset::NotOwner,
+                        _ => Reset::Failed(format!("the commit failed: {error}")),
+                    }
+                }
+            };
+            for ordered in &mut self.ordered {
+                let before = ordered.targets.len();
+                ordered.targets.retain(|target| (target.slot, target.epoch) != (index, epoch));
+                if ordered.targets.len() < before {
+                    ordered.answers.push((partition.clone(), outcome.clone()));
+                }
+            }
+        }
+        self.post_now();
+    }
+
+    /// Lets a partition that was stopped go on at its watermark. In a new epoch: an answer that comes late completes nothing.
+    fn go_on(&mut self, index: u32) {
+        if self.is_revoked(index) {
+            return;
+        }
+        let Some(slot) = self.slots.get_mut(index as usize) else { return };
+        let snapshot = slot.watermark.snapshot();
+        let position = snapshot.offset;
+        self.epoch += 1;
+        slot.watermark = Watermark::restore(self.epoch, position, &snapshot.metadata);
+        slot.recorded = 0;
+        slot.revoking = false;
+        slot.busy = 0;
+        slot.held = false;
+        slot.moved = Instant::now();
+        let partition = slot.partition.clone();
+        self.consumer.seek(&partition, position);
+        if self.draining.is_none() {
+            self.consumer.release(&partition);
+        }
+    }
+}

@@ -1,0 +1,325 @@
+//! Commands to the owners of partitions, through `__mesh.commands`: hears and obeys those for this instance, and asks others.
+//!
+//! A record's key is `<mesh>/<instance>`: whom it is for. The answer goes to the instance that asked, with the id of the command.
+//!
+//! Invariant: a command is obeyed once: one that comes again, since its answer was lost, gets the known answer.
+//! Invariant: a command that is too late is not obeyed: an instance that stood still does nothing that nobody waits for any more.
+//! Invariant: what runs, and what is remembered, is bounded.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::{
+    FutureExt as _, StreamExt as _,
+    future::{BoxFuture, Either},
+    stream::FuturesUnordered,
+};
+use mesh_proto::v1::{self, command_record::Content, owner_command::Action};
+use prost::Message as _;
+use tokio::{sync::oneshot, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    state::{Backoff, Shared, now_ms},
+    topics::COMMANDS_TOPIC,
+};
+use crate::{
+    broker::{BrokerError, Consumer, ConsumerConfig, Event, Outgoing, StartOffset},
+    command::Reset,
+    record::{Record, TopicPartition},
+};
+
+/// How often a command is sent again that nobody answered.
+const RESEND: Duration = Duration::from_secs(2);
+/// How long a record may take to be acknowledged.
+const SEND: Duration = Duration::from_secs(10);
+/// How many commands run at a time.
+const AT_ONCE: usize = 64;
+/// How many answers are remembered.
+const REMEMBERED: usize = 1_024;
+/// The longest that a command may take, whatever it says.
+const LONGEST: Duration = Duration::from_secs(15 * 60);
+/// How much is fetched ahead, in bytes.
+const BUFFER: usize = 1 << 20;
+
+/// What became of partitions at an instance; or why it did nothing at all.
+pub(super) type Answered = Result<Vec<(TopicPartition, Reset)>, String>;
+
+/// Commands to other instances that wait for their answer, by id.
+#[derive(Debug, Default)]
+pub(super) struct Waiting(Mutex<HashMap<String, oneshot::Sender<v1::OwnerAnswer>>>);
+
+impl Waiting {
+    fn add(&self, id: &str) -> oneshot::Receiver<v1::OwnerAnswer> {
+        let (answer, answered) = oneshot::channel();
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(id.to_owned(), answer);
+        answered
+    }
+
+    fn take(&self, id: &str) -> Option<oneshot::Sender<v1::OwnerAnswer>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(id)
+    }
+}
+
+/// Forgets a command when nobody waits for it any more.
+struct Forget<'a>(&'a Waiting, String);
+
+impl Drop for Forget<'_> {
+    fn drop(&mut self) {
+        drop(self.0.take(&self.1));
+    }
+}
+
+/// Tells another instance to reset what it owns of these partitions, again and again until it answers. Dropping the future gives up; the
+/// instance may obey all the same until `until`.
+pub(super) async fn ask_reset(
+    shared: Arc<Shared>,
+    instance: String,
+    route: Arc<str>,
+    partitions: Vec<(TopicPartition, i64)>,
+    until: Instant,
+) -> Answered {
+    let id = uuid::Uuid::new_v4().simple().to_string();
+    let left = i64::try_from(until.saturating_duration_since(Instant::now()).as_millis()).unwrap_or(i64::MAX);
+    let offset = |(partition, offset): (TopicPartition, i64)| v1::PartitionOffset {
+        topic: partition.topic.to_string(),
+        partition: partition.partition,
+        offset,
+    };
+    let reset = v1::ResetPartitions { partitions: partitions.into_iter().map(offset).collect() };
+    let command =
+        v1::OwnerCommand { route: route.to_string(), expires_ms: now_ms().saturating_add(left), action: Some(Action::Reset(reset)) };
+    let mut answered = shared.waiting_commands.add(&id);
+    let _forget = Forget(&shared.waiting_commands, id.clone());
+    let record = v1::CommandRecord { id, from: shared.instance.clone(), content: Some(Content::Command(command)) };
+    loop {
+        match tokio::time::timeout(SEND, send(&shared, &instance, &record)).await {
+            Ok(Ok(())) => {}
+            // It is sent again; if that never helps, the asker's deadline tells.
+            Ok(Err(error)) => tracing::warn!(instance, error, "a command could not be sent: trying again"),
+            Err(_) => tracing::warn!(instance, "a command was not acknowledged in time: trying again"),
+        }
+        match tokio::time::timeout(RESEND, &mut answered).await {
+            Ok(Ok(answer)) => return read_answer(answer),
+            Ok(Err(_)) => return Err("the control plane stopped".to_owned()),
+            Err(_) => {}
+        }
+    }
+}
+
+fn read_answer(answer: v1::OwnerAnswer) -> Answered {
+    if !answer.error.is_empty() {
+        return Err(answer.error);
+    }
+    let read = |answer: v1::PartitionAnswer| {
+        let reset = match answer.result() {
+            v1::PartitionResult::Done => Reset::Done { from: answer.from },
+            v1::PartitionResult::NotOwner => Reset::NotOwner,
+            v1::PartitionResult::Failed | v1::PartitionResult::Unspecified => Reset::Failed(answer.reason),
+        };
+        (TopicPartition::new(answer.topic, answer.partition), reset)
+    };
+    Ok(answer.partitions.into_iter().map(read).collect())
+}
+
+fn write_answer(answered: Vec<(TopicPartition, Reset)>) -> v1::OwnerAnswer {
+    let write = |(partition, reset): (TopicPartition, Reset)| {
+        let (result, from, reason) = match reset {
+            Reset::Done { from } => (v1::PartitionResult::Done, from, String::new()),
+            Reset::NotOwner => (v1::PartitionResult::NotOwner, 0, String::new()),
+            Reset::Failed(reason) => (v1::PartitionResult::Failed, 0, reason),
+        };
+        v1::PartitionAnswer { topic: partition.topic.to_string(), partition: partition.partition, result: result.into(), from, reason }
+    };
+    v1::OwnerAnswer { partitions: answered.into_iter().map(write).collect(), error: String::new() }
+}
+
+async fn send(shared: &Shared, instance: &str, record: &v1::CommandRecord) -> Result<(), String> {
+    let producer = shared.broker.producer();
+    if producer.known_partitions(COMMANDS_TOPIC).is_none() {
+        producer.learn_topic(COMMANDS_TOPIC, SEND).await.map_err(|error| error.to_string())?;
+    }
+    let key = format!("{}/{instance}", shared.config.mesh);
+    let value = Some(Bytes::from(record.encode_to_vec()));
+    let record = Record { key: Some(key.into()), value, headers: Vec::new(), timestamp_ms: None };
+    let acks = producer.send(vec![Outgoing { topic: COMMANDS_TOPIC.into(), partition: Some(0), record }]).await;
+    acks.into_iter().try_for_each(|ack| ack.map(drop)).map_err(|error| error.to_string())
+}
+
+/// Hears and obeys until the token is cancelled.
+pub(super) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
+    let Some(mut consumer) = stop.run_until_cancelled(begin(&shared)).await else { return };
+    stop.run_until_cancelled(Owner::new(shared).follow(&mut *consumer)).await;
+    consumer.close().await;
+}
+
+async fn begin(shared: &Shared) -> Box<dyn Consumer> {
+    // The reader of the control topic creates this topic too. This cannot fail: the sender is in `shared`.
+    shared.progress.subscribe().wait_for(|progress| progress.caught_up).await.map(drop).unwrap_or_default();
+    let mut backoff = Backoff::new();
+    loop {
+        match try_to_begin(shared).await {
+            Ok(consumer) => return consumer,
+            Err(error) => tracing::debug!(%error, "{COMMANDS_TOPIC} cannot be read yet"),
+        }
+        backoff.pause().await;
+    }
+}
+
+async fn try_to_begin(shared: &Shared) -> Result<Box<dyn Consumer>, BrokerError> {
+    // A topic that comes later is read from its start, so it has to be there.
+    super::topics::ensure_own(&*shared.broker.admin()).await?;
+    shared.broker.consumer(ConsumerConfig {
+        group: None,
+        topics: vec![COMMANDS_TOPIC.into()],
+        instance: None,
+        // What was said before this process began is not for it; who asked says it again.
+        start: StartOffset::Latest,
+        buffer_bytes: BUFFER,
+        transactional_id: None,
+    })
+}
+
+/// A piece of work: the id and the asker of a command with its answer, or an answer that was sent.
+type Work = BoxFuture<'static, Option<(String, String, v1::OwnerAnswer)>>;
+
+/// The side that obeys.
+struct Owner {
+    shared: Arc<Shared>,
+    key: Bytes,
+    /// Commands by id: their answers, or `None` while they run.
+    known: HashMap<String, Option<v1::OwnerAnswer>>,
+    order: VecDeque<String>,
+    work: FuturesUnordered<Work>,
+}
+
+impl Owner {
+    fn new(shared: Arc<Shared>) -> Self {
+        let key = format!("{}/{}", shared.config.mesh, shared.instance).into();
+        Self { shared, key, known: HashMap::new(), order: VecDeque::new(), work: FuturesUnordered::new() }
+    }
+
+    async fn follow(mut self, consumer: &mut dyn Consumer) {
+        loop {
+            tokio::select! {
+                event = consumer.next() => match event {
+                    Event::Records(batch) => batch.records.iter().for_each(|(offset, record)| self.hear(*offset, record)),
+                    Event::Trouble(error) => tracing::debug!(%error, "{COMMANDS_TOPIC}"),
+                    // What expired was too late; without a group there is nothing to give back.
+                    Event::Recovered | Event::Expired { .. } | Event::Assigned(_) | Event::Revoking(_) => {}
+                },
+                Some(done) = self.work.next(), if !self.work.is_empty() => if let Some((id, asker, answer)) = done {
+                    if let Some(known) = self.known.get_mut(&id) {
+                        *known = Some(answer.clone());
+                    }
+                    self.answer(id, asker, answer);
+                },
+            }
+        }
+    }
+
+    fn hear(&mut self, offset: i64, record: &Record) {
+        if record.key.as_ref() != Some(&self.key) {
+            return;
+        }
+        let decoded = record.value.as_ref().map(|value| v1::CommandRecord::decode(value.clone()));
+        let Some(Ok(v1::CommandRecord { id, from, content: Some(content) })) = decoded else {
+            return tracing::warn!(
+                offset,
+                "a record of {COMMANDS_TOPIC} for this instance cannot be read: was it written by a later version?"
+            );
+        };
+        match content {
+            Content::Answer(answer) => {
+                if let Some(waiting) = self.shared.waiting_commands.take(&id) {
+                    // Whoever waited may be gone.
+                    drop(waiting.send(answer));
+                }
+            }
+            Content::Command(command) => match self.known.get(&id) {
+                Some(Some(answer)) => {
+                    let answer = answer.clone();
+                    self.answer(id, from, answer);
+                }
+                Some(None) => {}
+                None => self.obey(id, from, command),
+            },
+        }
+    }
+
+    fn obey(&mut self, id: String, from: String, command: v1::OwnerCommand) {
+        let left = u64::try_from(command.expires_ms.saturating_sub(now_ms())).ok().filter(|left| *left > 0);
+        let Some(left) = left else {
+            return tracing::info!(from, route = command.route, "a command came too late and is not obeyed");
+        };
+        let wait = Duration::from_millis(left).min(LONGEST);
+        let running = self.known.values().filter(|known| known.is_none()).count();
+        let Some(Action::Reset(reset)) = command.action.filter(|_| running < AT_ONCE) else {
+            let why = if running < AT_ONCE {
+                "it does not know this command: it is of another version"
+            } else {
+                "it obeys too many commands already: try again"
+            };
+            let error = format!("instance {}: {why}", self.shared.instance);
+            return self.answer(id, from, v1::OwnerAnswer { partitions: Vec::new(), error });
+        };
+        self.remember(&id);
+        tracing::info!(from, route = command.route, partitions = reset.partitions.len(), "a command: reset");
+        let commands = self.shared.commands.clone();
+        let work = async move {
+            let at = |at: v1::PartitionOffset| (TopicPartition::new(at.topic, at.partition), at.offset);
+            let partitions = reset.partitions.into_iter().map(at).collect();
+            let answered = commands.reset(&command.route, partitions, wait).await;
+            Some((id, from, write_answer(answered)))
+        };
+        self.work.push(work.boxed());
+    }
+
+    fn remember(&mut self, id: &str) {
+        if self.order.len() >= REMEMBERED
+            && let Some(old) = self.order.pop_front()
+        {
+            self.known.remove(&old);
+        }
+        self.order.push_back(id.to_owned());
+        self.known.insert(id.to_owned(), None);
+    }
+
+    fn answer(&self, id: String, asker: String, answer: v1::OwnerAnswer) {
+        let shared = self.shared.clone();
+        let record = v1::CommandRecord { id, from: shared.instance.clone(), content: Some(Content::Answer(answer)) };
+        let sending = async move {
+            // If it is lost, the command comes again.
+            match tokio::time::timeout(SEND, send(&shared, &asker, &record)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!(asker, error, "the answer to a command could not be sent"),
+                Err(_) => tracing::warn!(asker, "the answer to a command was not acknowledged in time"),
+            }
+            None
+        };
+        self.work.push(sending.boxed());
+    }
+}
+
+/// What an instance is asked: over the mesh, or here.
+pub(super) fn reset_at(
+    shared: &Arc<Shared>,
+    instance: &str,
+    route: &Arc<str>,
+    partitions: Vec<(TopicPartition, i64)>,
+    until: Instant,
+) -> impl Future<Output = (String, Answered)> + use<> {
+    let (name, route) = (instance.to_owned(), route.clone());
+    let asked = if *instance == *shared.instance {
+        let commands = shared.commands.clone();
+        let wait = until.saturating_duration_since(Instant::now());
+        Either::Left(async move { Ok(commands.reset(&route, partitions, wait).await) })
+    } else {
+        Either::Right(ask_reset(shared.clone(), name.clone(), route, partitions, until))
+    };
+    asked.map(|answered| (name, answered))
+}
