@@ -12,7 +12,7 @@ use crate::check::check;
 use crate::expression::{Expression, ExpressionError};
 use crate::fault::Faults;
 use crate::record::{RecordView, ReplyView};
-use crate::table::{Deliver, ForwardSpec, Order, RouteFields, Start, Table, To, TopicSpec};
+use crate::table::{Deliver, ForwardSpec, Guarantee, Order, RouteFields, Start, Table, To, TopicSpec};
 
 /// A table, ready to be asked.
 #[derive(Debug)]
@@ -87,6 +87,8 @@ pub struct Route {
     pub forward_headers: ForwardHeaders,
     /// Whether a delivery carries many records; one when absent.
     pub batch: Option<Batch>,
+    /// What is promised of a record.
+    pub guarantee: Guarantee,
     /// The most hops a record may have made; 0 is no limit.
     pub max_hops: u32,
     /// The fields that this route was compiled from, defaults of the table folded in.
@@ -346,6 +348,7 @@ fn route(mesh: &str, name: &str, fields: RouteFields, filter: Option<Expression>
             max: batch.max.map_or(100, |n| usize::try_from(n).unwrap_or(usize::MAX)),
             wait: batch.wait.unwrap_or(Duration::from_millis(5)),
         }),
+        guarantee: fields.guarantee.unwrap_or(Guarantee::AtLeastOnce),
         max_hops: fields.max_hops.unwrap_or(1000),
         spec: fields,
     }

@@ -403,13 +403,7 @@ impl Reader<'_> {
     }
 
     fn guarantee(&mut self, node: &Node, path: &str) -> Option<Guarantee> {
-        let words = [("at_least_once", true), ("exactly_once", false)];
-        if self.word(node, path, &words)? {
-            return Some(Guarantee::AtLeastOnce);
-        }
-        let hint = "write `at_least_once`, and let the service deduplicate by `mesh-id`";
-        self.not_built(node, path, "`guarantee: exactly_once`", hint);
-        None
+        self.word(node, path, &[("at_least_once", Guarantee::AtLeastOnce), ("exactly_once", Guarantee::ExactlyOnce)])
     }
 
     fn forward(&mut self, node: &Node, path: &str) -> Option<ForwardSpec> {

@@ -152,6 +152,8 @@ pub enum Order {
 pub enum Guarantee {
     /// It is processed, perhaps more than once.
     AtLeastOnce,
+    /// What comes of it is stored once: its replies and its offset are one transaction. The service may still be called more than once.
+    ExactlyOnce,
 }
 
 /// Where a group with no offset yet begins.

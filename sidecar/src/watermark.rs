@@ -34,6 +34,8 @@ struct Entry {
     timestamp_ms: i64,
     bytes: u32,
     complete: bool,
+    /// Complete once the transaction under way is stored.
+    settling: bool,
 }
 
 /// What became of an offset that was read.
@@ -58,6 +60,8 @@ pub struct Snapshot {
     pub completed: u64,
     /// How many of them it does not record, since there was no room.
     pub unrecorded: u64,
+    /// Offsets from here on are not recorded; `i64::MAX` if there was room for all.
+    pub end: i64,
 }
 
 /// What an acknowledgement did.
@@ -101,11 +105,11 @@ impl Watermark {
         if complete {
             // In front of all, it only moves the watermark.
             if !self.entries.is_empty() {
-                self.entries.push_back(Entry { offset, timestamp_ms, bytes, complete });
+                self.entries.push_back(Entry { offset, timestamp_ms, bytes, complete, settling: false });
             }
             return Entered::Complete;
         }
-        self.entries.push_back(Entry { offset, timestamp_ms, bytes, complete });
+        self.entries.push_back(Entry { offset, timestamp_ms, bytes, complete, settling: false });
         self.incomplete += 1;
         self.bytes += bytes as usize;
         Entered::New
@@ -124,18 +128,43 @@ impl Watermark {
 
     /// What to commit now.
     pub fn snapshot(&self) -> Snapshot {
+        self.record(self.completed, |entry| entry.complete)
+    }
+
+    /// What to commit together with what settles: as if it were complete.
+    pub fn snapshot_settled(&self) -> Snapshot {
+        let settling = self.entries.iter().filter(|entry| entry.settling && !entry.complete).count() as u64;
+        self.record(self.completed + settling, |entry| entry.complete || entry.settling)
+    }
+
+    fn record(&self, completed: u64, done: impl Fn(&Entry) -> bool) -> Snapshot {
+        let mut offset = self.entries.iter().find(|entry| !done(entry)).map_or(self.next, |entry| entry.offset);
         let mut ranges: Vec<Range<i64>> = Vec::new();
-        let tracked = self.entries.iter().filter(|entry| entry.complete).map(|entry| entry.offset..entry.offset + 1);
+        let tracked = self.entries.iter().filter(|entry| entry.offset > offset && done(entry)).map(|entry| entry.offset..entry.offset + 1);
         for range in tracked.chain(self.restored.iter().cloned()) {
             match ranges.last_mut().filter(|last| last.end == range.start) {
                 Some(last) => last.end = range.end,
                 None => ranges.push(range),
             }
         }
-        let offset = self.offset();
+        if ranges.first().is_some_and(|range| range.start == offset) {
+            // Nothing is in flight, and what comes next was completed before.
+            offset = ranges.remove(0).end;
+        }
         let encoded = completed::encode(offset, &ranges);
-        let unrecorded = self.entries.iter().rev().take_while(|entry| entry.offset >= encoded.end).filter(|entry| entry.complete).count();
-        Snapshot { offset, metadata: encoded.text, completed: self.completed, unrecorded: unrecorded as u64 }
+        let unrecorded = self.entries.iter().rev().take_while(|entry| entry.offset >= encoded.end).filter(|entry| done(entry)).count();
+        Snapshot { offset, metadata: encoded.text, completed, unrecorded: unrecorded as u64, end: encoded.end }
+    }
+
+    /// What comes of an offset is in the transaction under way: [`Watermark::snapshot_settled`] counts it as complete. Or, with `false`, not
+    /// any more. An offset of another epoch, or none in flight, is left alone.
+    pub fn settle(&mut self, epoch: u64, offset: i64, settling: bool) {
+        if epoch == self.epoch
+            && let Ok(index) = self.entries.binary_search_by_key(&offset, |entry| entry.offset)
+            && let Some(entry) = self.entries.get_mut(index)
+        {
+            entry.settling = settling;
+        }
     }
 
     /// Completes an offset.

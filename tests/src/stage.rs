@@ -180,13 +180,32 @@ impl Stage {
     /// # Errors
     /// If fewer than `expected` come.
     pub async fn read(&self, sidecar: &Sidecar, python: Option<&Python>, topic: &str, expected: usize) -> Result<Vec<Found>> {
+        self.read_with(sidecar, python, topic, expected, &[]).await
+    }
+
+    /// The same, of committed records: those of a transaction that is open or was aborted are not seen. (Through a sidecar they never are.)
+    ///
+    /// # Errors
+    /// If fewer than `expected` come.
+    pub async fn read_committed(&self, sidecar: &Sidecar, python: Option<&Python>, topic: &str, expected: usize) -> Result<Vec<Found>> {
+        self.read_with(sidecar, python, topic, expected, &["--read-committed"]).await
+    }
+
+    async fn read_with(
+        &self,
+        sidecar: &Sidecar,
+        python: Option<&Python>,
+        topic: &str,
+        expected: usize,
+        more: &[&str],
+    ) -> Result<Vec<Found>> {
         let (Some(bootstrap), Some(python)) = (self.broker.bootstrap(), python) else {
             let mut reader = Reader::open(sidecar.mesh().await?, topic).await?;
             let mut found = reader.take(expected, Duration::from_secs(60)).await?;
             found.extend(reader.until_quiet(Duration::from_millis(700)).await?);
             return Ok(found);
         };
-        let arguments = ["consume", "--bootstrap", bootstrap, "--topic", topic, "--library", "confluent"];
+        let arguments = [&["consume", "--bootstrap", bootstrap, "--topic", topic, "--library", "confluent"], more].concat();
         let output = python.run("kafka_client.py", &arguments, Vec::new(), Duration::from_secs(120)).await?.success()?;
         let found: Vec<Found> = output.lines().map(|line| parse_found(topic, line)).collect::<Result<_>>()?;
         anyhow::ensure!(found.len() >= expected, "{topic} has {} records where {expected} are due", found.len());

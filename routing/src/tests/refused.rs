@@ -79,7 +79,6 @@ fn each_field_is_checked() {
     one("retry: { multiplier: .nan }", "retry.multiplier", code::TYPE);
     one("retry: { initial: 10s, max: 1s }", "retry", code::CONFLICT);
     one("retry: { topics: [10m] }", "retry.topics", code::NOT_BUILT);
-    one("guarantee: exactly_once", "guarantee", code::NOT_BUILT);
     one("guarantee: twice", "guarantee", code::VALUE);
     one("batch: 100", "batch", code::TYPE);
     one("batch: { max: 0 }", "batch.max", code::VALUE);

@@ -67,7 +67,9 @@ impl RouteLoop {
 
     /// When a reset has waited long enough.
     pub(super) fn command_wake(&self) -> Option<Instant> {
-        self.ordered.iter().filter(|ordered| ordered.targets.iter().any(|target| !target.committing)).map(|ordered| ordered.deadline).min()
+        // While a transaction is under way its end is waited for, beyond the deadline if need be: what it stores must not be done again.
+        let waits = |ordered: &&Ordered| ordered.targets.iter().any(|target| !target.committing);
+        self.ordered.iter().filter(waits).map(|ordered| ordered.deadline).min().filter(|_| self.transaction.is_none())
     }
 
     /// Commits the partitions that have drained, gives up those that take too long, and answers what is done.
@@ -88,10 +90,11 @@ impl RouteLoop {
                         ordered.answers.push((partition, Reset::NotOwner));
                         continue;
                     }
-                    if busy == 0 && self.commit.is_none() {
+                    // A transaction under way may hold a newer offset of it.
+                    if busy == 0 && self.commit.is_none() && self.transaction.is_none() {
                         target.committing = true;
                         due.push((target.slot, target.epoch, Commit { partition, offset: target.offset, metadata: String::new() }));
-                    } else if now >= ordered.deadline {
+                    } else if now >= ordered.deadline && self.transaction.is_none() {
                         self.go_on(target.slot);
                         let detail = format!("{busy} of its records were still at the service, or on their way to the broker");
                         ordered.answers.push((partition, Reset::Failed(detail)));

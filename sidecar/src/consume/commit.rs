@@ -13,7 +13,7 @@ use crate::{
     broker::{BrokerErrorKind, Commit, Revoking},
     mutation::{self, Mutation},
     outcome::Disposition,
-    telemetry::trace::{SpanKind, TraceContext},
+    telemetry::trace::{Span, SpanKind, TraceContext},
     watermark::{Completion, Snapshot},
 };
 
@@ -75,7 +75,7 @@ impl RouteLoop {
     }
 
     /// The same for the broker.
-    fn as_commits(&self, snapshots: &[(u32, u64, Snapshot)]) -> Vec<Commit> {
+    pub(super) fn as_commits(&self, snapshots: &[(u32, u64, Snapshot)]) -> Vec<Commit> {
         let commits = snapshots.iter().filter_map(|(index, _, snapshot)| {
             let partition = self.slots.get(*index as usize)?.partition.clone();
             Some(Commit { partition, offset: snapshot.offset, metadata: snapshot.metadata.clone() })
@@ -93,19 +93,7 @@ impl RouteLoop {
         if due.is_empty() {
             return;
         }
-        let contexts = std::mem::take(&mut self.commit_contexts);
-        let mut span = contexts
-            .first()
-            .map(|parent| self.parts.tracer.start(SpanKind::Client, || format!("commit {}", self.route.group), Some(parent)));
-        if let Some(span) = &mut span {
-            contexts.iter().for_each(|context| span.link(context));
-            let system = self.parts.broker.system();
-            span.set("messaging.system", || system.into());
-            span.set("messaging.operation.type", || "settle".into());
-            span.set("messaging.operation.name", || "commit".into());
-            span.set("messaging.consumer.group.name", || self.route.group.clone().into());
-            span.set("mesh.route", || self.route.name.clone().into());
-        }
+        let mut span = self.commit_span();
         let commit = self.consumer.commit(self.as_commits(&due));
         self.commit = Some(
             commit
@@ -120,23 +108,41 @@ impl RouteLoop {
         );
     }
 
+    /// The span of a commit, linked to those of the records.
+    pub(super) fn commit_span(&mut self) -> Option<Span> {
+        let contexts = std::mem::take(&mut self.commit_contexts);
+        let parent = contexts.first()?;
+        let mut span = self.parts.tracer.start(SpanKind::Client, || format!("commit {}", self.route.group), Some(parent));
+        contexts.iter().for_each(|context| span.link(context));
+        let system = self.parts.broker.system();
+        span.set("messaging.system", || system.into());
+        span.set("messaging.operation.type", || "settle".into());
+        span.set("messaging.operation.name", || "commit".into());
+        span.set("messaging.consumer.group.name", || self.route.group.clone().into());
+        span.set("mesh.route", || self.route.name.clone().into());
+        Some(span)
+    }
+
+    /// Notes what a commit, or a transaction, stored.
+    pub(super) fn note_committed(&mut self, began: Instant, commits: Vec<(u32, u64, Snapshot)>) {
+        self.parts.metrics.commits.inc();
+        self.parts.metrics.commit_duration.observe(began.elapsed());
+        for (index, epoch, snapshot) in commits {
+            if let Some(slot) = self.slots.get_mut(index as usize).filter(|slot| slot.watermark.epoch() == epoch) {
+                slot.committed = slot.committed.max(snapshot.offset);
+                slot.recorded = snapshot.completed;
+                slot.unrecorded = snapshot.unrecorded;
+            }
+        }
+    }
+
     pub(super) fn on_committed(&mut self, done: CommitResult) {
         self.commit = None;
         if !done.resets.is_empty() {
             return self.on_reset(done.resets, &done.result);
         }
         match done.result {
-            Ok(()) => {
-                self.parts.metrics.commits.inc();
-                self.parts.metrics.commit_duration.observe(done.began.elapsed());
-                for (index, epoch, snapshot) in done.commits {
-                    if let Some(slot) = self.slots.get_mut(index as usize).filter(|slot| slot.watermark.epoch() == epoch) {
-                        slot.committed = slot.committed.max(snapshot.offset);
-                        slot.recorded = snapshot.completed;
-                        slot.unrecorded = snapshot.unrecorded;
-                    }
-                }
-            }
+            Ok(()) => self.note_committed(done.began, done.commits),
             Err(error) => {
                 self.parts.metrics.commit_failures.inc();
                 let fenced = error.kind == BrokerErrorKind::Fenced;
@@ -195,12 +201,14 @@ impl RouteLoop {
         let Some(revoke) = &self.revoke else { return };
         let busy: usize = revoke.slots.iter().filter_map(|index| self.slots.get(*index as usize)).map(|slot| slot.busy).sum();
         // A commit under way may hold older offsets of these partitions: it must not come after the last one.
-        if now < revoke.deadline && (busy > 0 || self.commit.is_some()) {
+        if now < revoke.deadline && (busy > 0 || self.commit.is_some() || self.transaction.is_some()) {
             return;
         }
         let Some(revoke) = self.revoke.take() else { return };
         let commits = match revoke.revoking.lost {
             true => Vec::new(),
+            // It may still be stored, with newer offsets than these.
+            false if self.transaction.is_some() => Vec::new(),
             false => self.as_commits(&self.commits(revoke.slots.iter().copied())),
         };
         if busy > 0 {
@@ -240,11 +248,13 @@ impl RouteLoop {
             let done = commit.await;
             self.on_committed(done);
         }
+        self.finish_transaction().await;
         self.serve_commands(Instant::now());
         self.answer_revoke(Instant::now() + REVOKE);
         let owned: Vec<u32> = self.owned().map(|(index, _)| index).collect();
         let last = self.as_commits(&self.commits(owned.into_iter()));
         if !last.is_empty()
+            && self.transaction.is_none()
             && let Err(error) = self.consumer.commit(last).await
         {
             tracing::warn!(route = %self.route.name, %error, "the last commit failed: what it held is delivered again");

@@ -45,6 +45,7 @@ mod sim;
 pub mod subscription;
 #[cfg(test)]
 mod tests;
+mod transaction;
 
 use route::{Parts, RouteLoop};
 
@@ -90,6 +91,8 @@ pub struct Supervisor {
     complaints: HashMap<Arc<str>, String>,
     /// The tasks of the leaves.
     leaves: TaskTracker,
+    /// The configured instance, or a name for this run: what transactions are named after.
+    identity: String,
 }
 
 #[derive(Debug)]
@@ -105,8 +108,11 @@ struct Running {
 impl Supervisor {
     /// A supervisor of nothing yet.
     pub fn new(context: Context, table: TableWatch, commands: mpsc::Receiver<Command>) -> Self {
+        // Without an instance nobody can take the transactions of a process that died: they end by their timeout.
+        let identity = context.config.instance.clone().unwrap_or_else(|| uuid::Uuid::new_v4().simple().to_string());
         Self {
             context,
+            identity,
             table,
             commands,
             wanted: BTreeMap::new(),
@@ -271,6 +277,7 @@ impl Supervisor {
             commands,
             applied_ms: self.applied_ms,
             instance: context.config.instance.clone(),
+            transactional_id: format!("{}/{}/{}", context.config.mesh, route.name, self.identity),
             buffer_bytes: context.config.limits.buffer_bytes,
             drain_timeout: context.config.limits.drain_timeout,
             stop,
@@ -313,7 +320,12 @@ impl Supervisor {
 
 /// Whether a loop can take the change as it runs: its consumer, its lanes and its leaf stay as they are.
 fn in_place(old: &Route, new: &Route) -> bool {
-    old.group == new.group && old.from == new.from && old.service == new.service && old.deliver == new.deliver && old.order == new.order
+    old.group == new.group
+        && old.from == new.from
+        && old.service == new.service
+        && old.deliver == new.deliver
+        && old.order == new.order
+        && old.guarantee == new.guarantee
 }
 
 async fn sleep_until(time: Option<Instant>) {

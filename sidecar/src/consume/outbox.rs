@@ -15,6 +15,7 @@ use std::{
 use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use tokio::time::Instant;
 
+pub(crate) use self::parcel::Parcel;
 use super::{judge::Reason, reply};
 use crate::{
     broker::{Outgoing, ProduceError, ProduceErrorKind, Producer},
@@ -24,6 +25,8 @@ use crate::{
     record::{Position, now_ms},
     telemetry::trace::{Span, SpanKind, TraceContext, Tracer},
 };
+
+mod parcel;
 
 /// Publications that are not acknowledged, at most, and the bytes of their answers: beyond, the route calls its service no more until the
 /// broker has caught up.
@@ -48,6 +51,11 @@ pub(crate) struct Publication {
 }
 
 impl Publication {
+    /// The offset that it completes.
+    fn offset(&self) -> i64 {
+        self.delivery.position.offset
+    }
+
     /// The bytes that it holds in memory until it is acknowledged.
     fn size(&self) -> usize {
         match &self.what {
@@ -104,6 +112,7 @@ pub(crate) struct Outbox {
     count: usize,
     bytes: usize,
     sequence: u64,
+    parcels: parcel::Parcels,
 }
 
 impl Outbox {
@@ -121,6 +130,7 @@ impl Outbox {
             count: 0,
             bytes: 0,
             sequence: 0,
+            parcels: parcel::Parcels::default(),
         }
     }
 
@@ -332,7 +342,7 @@ fn done(publication: Publication) -> Done {
     Done {
         slot: publication.slot,
         epoch: publication.epoch,
-        offset: publication.delivery.position.offset,
+        offset: publication.offset(),
         disposition,
         reason,
         context: publication.context,

@@ -20,7 +20,7 @@ use std::{
 };
 
 use futures_util::future::BoxFuture;
-use mesh_routing::{Route, Start};
+use mesh_routing::{Guarantee, Route, Start};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -30,6 +30,7 @@ use super::{
     command::Ordered,
     outbox::{Done, Outbox},
     report::{Asked, End, Measured, watch_lag},
+    transaction::Transacted,
 };
 use crate::{
     broker::{Broker, BrokerError, Consumer, ConsumerConfig, Event, Revoking, StartOffset},
@@ -64,6 +65,8 @@ pub(crate) struct Parts {
     /// When the table was applied, for `start: applied`.
     pub(crate) applied_ms: i64,
     pub(crate) instance: Option<String>,
+    /// The identity of the route's transactions.
+    pub(crate) transactional_id: String,
     pub(crate) buffer_bytes: usize,
     pub(crate) drain_timeout: Duration,
     /// Commands to this route.
@@ -95,6 +98,7 @@ enum Woken {
     Answers,
     Published,
     Committed(CommitResult),
+    Transacted(Transacted),
     Lag(Measured),
     Time,
     Changed,
@@ -103,7 +107,7 @@ enum Woken {
 }
 
 /// How many things a wait waits for.
-const SOURCES: u64 = 9;
+const SOURCES: u64 = 10;
 
 /// A record in a lane.
 pub(super) struct Job {
@@ -169,6 +173,9 @@ pub(crate) struct RouteLoop {
     pub(super) breaker: Breaker,
     pub(super) backoffs: BinaryHeap<Reverse<(Instant, JobId)>>,
     pub(super) outbox: Outbox,
+    /// With `guarantee: exactly_once`: the transaction under way. Then it is the outbox's only way out, and `commit` is for the time between.
+    pub(super) transaction: Option<BoxFuture<'static, Transacted>>,
+    pub(super) transactional: bool,
     pub(super) commit: Option<BoxFuture<'static, CommitResult>>,
     pub(super) commit_again: Option<Instant>,
     pub(super) commit_contexts: Vec<TraceContext>,
@@ -207,6 +214,7 @@ impl RouteLoop {
     /// If the consumer's configuration can never work.
     pub(crate) fn new(parts: Parts) -> Result<Self, BrokerError> {
         let route = parts.route.borrow().clone();
+        let transactional = route.guarantee == Guarantee::ExactlyOnce;
         let consumer = parts.broker.consumer(ConsumerConfig {
             group: Some(route.group.to_string()),
             topics: route.from.clone(),
@@ -218,7 +226,7 @@ impl RouteLoop {
                 Start::At(time) => StartOffset::At(time),
             },
             buffer_bytes: parts.buffer_bytes,
-            transactional_id: None,
+            transactional_id: transactional.then(|| parts.transactional_id.clone()),
         })?;
         let outbox = Outbox::new(parts.broker.producer(), parts.tracer.clone(), parts.broker.system());
         let hasher = LaneKeys(parts.seed);
@@ -240,6 +248,8 @@ impl RouteLoop {
             gathered: Gathered::default(),
             backoffs: BinaryHeap::new(),
             outbox,
+            transaction: None,
+            transactional,
             commit: None,
             commit_again: None,
             commit_contexts: Vec::new(),
@@ -274,6 +284,7 @@ impl RouteLoop {
                 Woken::Answers => answers.drain(..).for_each(|answer| self.on_answer(answer)),
                 Woken::Published => done.drain(..).for_each(|done| self.on_published(done)),
                 Woken::Committed(result) => self.on_committed(result),
+                Woken::Transacted(result) => self.on_transacted(result),
                 Woken::Lag(lag) => self.on_lag(lag),
                 Woken::Time => {}
                 Woken::Changed => self.swap(),
@@ -295,6 +306,7 @@ impl RouteLoop {
         let mut answered = pin!(leaf.answers(answers));
         let mut published = pin!(self.outbox.acknowledged(done));
         let mut committed = pin!(maybe(&mut self.commit));
+        let mut transacted = pin!(maybe(&mut self.transaction));
         let mut measured = pin!(maybe(&mut self.lag));
         let mut time = pin!(tokio::time::sleep_until(wake));
         let mut changed = pin!(async {
@@ -322,10 +334,11 @@ impl RouteLoop {
                     1 => answered.as_mut().poll(cx).map(|()| Woken::Answers),
                     2 => published.as_mut().poll(cx).map(|()| Woken::Published),
                     3 => committed.as_mut().poll(cx).map(Woken::Committed),
-                    4 => measured.as_mut().poll(cx).map(Woken::Lag),
-                    5 => time.as_mut().poll(cx).map(|()| Woken::Time),
-                    6 => changed.as_mut().poll(cx).map(|()| Woken::Changed),
-                    7 => commanded.as_mut().poll(cx).map(Woken::Command),
+                    4 => transacted.as_mut().poll(cx).map(Woken::Transacted),
+                    5 => measured.as_mut().poll(cx).map(Woken::Lag),
+                    6 => time.as_mut().poll(cx).map(|()| Woken::Time),
+                    7 => changed.as_mut().poll(cx).map(|()| Woken::Changed),
+                    8 => commanded.as_mut().poll(cx).map(Woken::Command),
                     _ => stopped.as_mut().poll(cx).map(|()| Woken::Stop),
                 };
                 if ready.is_ready() {
@@ -346,9 +359,15 @@ impl RouteLoop {
             self.lanes.put_back(id);
         }
         self.dispatch(now);
-        self.outbox.flush(now);
+        if !self.transactional {
+            self.outbox.flush(now);
+        }
         self.serve_commands(now);
-        self.start_commit(now);
+        if self.transactional {
+            self.start_transaction(now);
+        } else {
+            self.start_commit(now);
+        }
         self.answer_revoke(now);
         if self.lag.is_none() && now >= self.lag_due {
             self.lag_due = now + LAG;
@@ -369,7 +388,11 @@ impl RouteLoop {
         let mut wake = self.post_due;
         let mut at = |time: Option<Instant>| wake = time.map_or(wake, |time| wake.min(time));
         at(self.backoffs.peek().map(|Reverse((due, _))| *due));
-        at(self.outbox.wake());
+        match (self.transactional, &self.transaction) {
+            (false, _) => at(self.outbox.wake()),
+            (true, None) => at(self.outbox.parcel_wake()),
+            (true, Some(_)) => {}
+        }
         at(self.commit_again);
         at(self.revoke.as_ref().map(|revoke| revoke.deadline));
         at(self.command_wake());

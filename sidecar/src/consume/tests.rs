@@ -542,3 +542,52 @@ async fn a_reset_waits_for_the_service_and_moves_one_partition_alone() {
     let committed = broker.admin().committed("test.work", vec![one, other]).await.unwrap();
     assert!(committed.iter().flatten().all(|commit| commit.offset == 10), "{committed:?}");
 }
+
+const EXACTLY_ONCE: &str =
+    "  - { name: work, service: worker, deliver: stream, from: [in], to: [out], concurrency: 16, guarantee: exactly_once }";
+
+/// Answers every delivery of a desk with its value; of three kinds of records one forwards nothing.
+fn serve(desk: Arc<crate::deliver::desk::Desk>) -> JoinHandle<()> {
+    tokio::spawn(async move {
+        while let Some(deliveries) = desk.take(16, Duration::from_secs(3600)).await {
+            let answer = |delivery: Delivery| {
+                let value = text(delivery.record.value.as_ref());
+                let outcome = if value.ends_with('7') { Outcome::Ignore } else { reply(200, value) };
+                Answer { id: delivery.id, outcome }
+            };
+            desk.answer(deliveries.into_iter().map(answer).collect());
+        }
+    })
+}
+
+/// Crashes at any moment: what is stored of the answers is stored once, and what is not is answered again.
+#[tokio::test(start_paused = true)]
+async fn exactly_once_survives_crashes_at_any_moment() {
+    const COUNT: usize = 3_000;
+    let broker = broker();
+    let publisher = Mesh::on(broker.clone(), EXACTLY_ONCE);
+    publisher.publish("in", numbered(COUNT)).await;
+    publisher.end().await;
+    for crash in 0..40u64 {
+        let mesh = Mesh::on(broker.clone(), EXACTLY_ONCE);
+        let desk = mesh.desk("work").await;
+        let serving = serve(desk);
+        tokio::time::sleep(Duration::from_millis(1 + crash * 7 % 23)).await;
+        mesh.running.abort();
+        serving.abort();
+        drop((mesh.running.await, serving.await));
+    }
+    let mesh = Mesh::on(broker.clone(), EXACTLY_ONCE);
+    let serving = serve(mesh.desk("work").await);
+    while mesh.board.routes().iter().all(|route| route.lag_records > 0 || route.lag_measured_ms == 0) {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    mesh.end().await;
+    serving.abort();
+    let mut seen: Vec<String> = read(&broker, "out").await.iter().map(|record| text(record.value.as_ref())).collect();
+    seen.sort();
+    let mut should: Vec<String> = numbered(COUNT).map(|(_, value)| value).filter(|value| !value.ends_with('7')).collect();
+    should.sort();
+    assert_eq!(seen.len(), should.len());
+    assert!(seen == should);
+}

@@ -313,6 +313,10 @@ impl Shared {
             }
         }
         self.again.store(false, Ordering::Release);
+        // What came before the partitions were reported as lost is of an assignment that is over.
+        while let Ok(job) = jobs.try_recv() {
+            self.refuse(job, "its producer is being made anew");
+        }
     }
 
     fn transact(

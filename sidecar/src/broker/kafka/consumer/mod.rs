@@ -82,11 +82,16 @@ impl Shared {
     }
 
     /// Opens a commit: refused if a partition is no longer ours; otherwise a revocation waits until the guard is dropped.
-    fn begin_commit(self: &Arc<Self>, offsets: &[Commit]) -> Result<Committing, BrokerError> {
+    fn begin_commit(self: &Arc<Self>, offsets: &[Commit], transaction: bool) -> Result<Committing, BrokerError> {
         let mut queue = lock(&self.queue);
         // A member may commit partitions of topics that it reads by other means (retry topics); of its own topics only what it owns.
         if let Some(gone) = offsets.iter().find(|commit| self.topics.contains(&commit.partition.topic) && !queue.owns(&commit.partition)) {
             let detail = format!("commit of {} at {}: the partition was given to another member", gone.partition, gone.offset);
+            return Err(BrokerError::new(BrokerErrorKind::Fenced, detail));
+        }
+        // Ours, but perhaps ours again: whoever asks does not know yet that it was somebody else's in between.
+        if transaction && queue.assignment_untold() {
+            let detail = "transaction: the assignment changed just now, and that was not read yet";
             return Err(BrokerError::new(BrokerErrorKind::Fenced, detail));
         }
         queue.committing += 1;
@@ -105,7 +110,7 @@ impl Shared {
             return Err(TransactionError::Aborted(BrokerError::new(BrokerErrorKind::Config, detail)));
         };
         let list = commit_list(offsets).map_err(TransactionError::Aborted)?;
-        let guard = self.begin_commit(offsets).map_err(TransactionError::Fenced)?;
+        let guard = self.begin_commit(offsets, true).map_err(TransactionError::Fenced)?;
         let metadata = lock(&self.metadata).clone().ok_or_else(|| {
             let detail = "transaction: this consumer has no partitions now, as far as the group is concerned";
             TransactionError::Fenced(BrokerError::new(BrokerErrorKind::Fenced, detail))
@@ -245,7 +250,7 @@ impl Consumer for KafkaConsumer {
                 return Err(BrokerError::new(BrokerErrorKind::Config, "a consumer without a group keeps no offsets"));
             };
             let committed = tokio::task::spawn_blocking(move || {
-                let guard = shared.begin_commit(&offsets)?;
+                let guard = shared.begin_commit(&offsets, false)?;
                 let client = lock(&shared.client).clone();
                 let result = match &client {
                     Some(client) => {

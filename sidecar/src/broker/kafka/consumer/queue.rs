@@ -117,6 +117,15 @@ impl Queue {
         None
     }
 
+    /// Whether the async side has not taken the news yet that partitions were lost or assigned.
+    pub(super) fn assignment_untold(&self) -> bool {
+        self.events.iter().any(|event| match event {
+            Event::Assigned(_) => true,
+            Event::Revoking(revoking) => revoking.lost,
+            _ => false,
+        })
+    }
+
     /// An event that comes before all records.
     pub(super) fn event(&mut self, event: Event) {
         if matches!(event, Event::Trouble(_) | Event::Recovered) {

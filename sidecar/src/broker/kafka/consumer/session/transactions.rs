@@ -69,10 +69,13 @@ impl Session {
                 }
             }
             Stage::Failed(error) => {
-                transactor.begin_again();
                 self.starting_over = true;
                 self.trouble(Cause::Transactions, Some(error));
+                // First: whoever asks for a transaction between the two must not have it done by the next producer.
                 self.lose(self.locals.iter().map(|local| local.partition.clone()).collect());
+                if let Some(transactor) = &self.shared.transactor {
+                    transactor.begin_again();
+                }
             }
         }
     }
