@@ -288,6 +288,36 @@ mod tests {
             }
         }
 
+        /// What a transaction is to record, and what a commit records once all of it is complete, are the same.
+        #[test]
+        fn what_settles_is_recorded_as_if_it_were_complete(
+            done in proptest::collection::vec(0u8..3, 1..150),
+            restored in 0i64..40,
+            gap in 1i64..4,
+        ) {
+            // Some offsets were completed by an earlier assignment, from behind what was read then.
+            let from = done.len() as i64 * gap;
+            let metadata = completed::encode(0, std::slice::from_ref(&(from..from + restored + 1))).text;
+            let mut watermark = Watermark::restore(1, 0, &metadata);
+            for index in 0..done.len() as i64 {
+                prop_assert_eq!(watermark.enter(index * gap, 0, 1), Entered::New);
+            }
+            let offsets = |kind: u8| done.iter().enumerate().filter(move |(_, one)| **one == kind).map(|(index, _)| index as i64 * gap);
+            offsets(1).for_each(|offset| {
+                watermark.complete(1, offset);
+            });
+            let before = watermark.snapshot();
+            offsets(2).for_each(|offset| watermark.settle(1, offset, true));
+            prop_assert_eq!(&watermark.snapshot(), &before, "a plain commit records nothing of it");
+            let settled = watermark.snapshot_settled();
+            offsets(2).for_each(|offset| watermark.settle(1, offset, false));
+            prop_assert_eq!(&watermark.snapshot_settled(), &before, "taken back");
+            offsets(2).for_each(|offset| {
+                watermark.complete(1, offset);
+            });
+            prop_assert_eq!(settled, watermark.snapshot());
+        }
+
         /// Crashes and restarts, each from the last commit: nothing that a commit recorded is processed again, nothing is left out.
         #[test]
         fn nothing_that_a_commit_recorded_is_processed_again(

@@ -303,6 +303,7 @@ mod tests {
             applied_ms: 0,
             commands: crate::command::channel().1,
             instance: None,
+            transactional_id: "test".to_owned(),
             buffer_bytes: 1 << 20,
             drain_timeout: Duration::from_secs(1),
             stop: CancellationToken::new(),

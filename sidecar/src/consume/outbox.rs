@@ -350,7 +350,7 @@ fn done(publication: Publication) -> Done {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::{
         broker::fake::{Fake, Mode},
@@ -363,7 +363,7 @@ mod tests {
         Outbox::new(Arc::new(fake.clone()), Tracer::disabled(), "fake")
     }
 
-    fn publication(number: i64) -> Publication {
+    pub(in crate::consume) fn publication(number: i64) -> Publication {
         let topics: Arc<[Arc<str>]> = ["one".into(), "two".into()].into();
         let record = ReplyRecord { value: Some(number.to_string().into()), ..ReplyRecord::default() };
         let reply = Reply { status: 200, records: vec![record], body: None, retry_after: None };

@@ -139,6 +139,8 @@ fn title(kind: Kind) -> &'static str {
         Kind::PushHttp => "push over HTTP/1.1",
         Kind::PushStream => "push over `HandleStream`",
         Kind::Subscribe => "push over `Subscribe`",
+        Kind::OnceHttp => "push over HTTP/1.1, exactly once",
+        Kind::OnceStream => "push over `HandleStream`, exactly once",
         Kind::PublishHttp => "publish over HTTP, 64 connections",
         Kind::PublishUnary => "publish over gRPC, 64 calls at once",
         Kind::PublishStream => "publish on a gRPC stream",
@@ -153,6 +155,7 @@ fn goal(kind: Kind) -> &'static str {
     match kind {
         Kind::PushHttp => "≥ 40,000/s, ≤ 22 µs",
         Kind::PushStream | Kind::Subscribe => "≥ 90,000/s, ≤ 12 µs",
+        Kind::OnceHttp | Kind::OnceStream => "≥ 0.5 of at least once",
         Kind::PublishHttp => "≥ 50,000/s, ≤ 20 µs",
         Kind::PublishUnary => "≥ 30,000/s",
         Kind::PublishStream => "≥ 0.7 of librdkafka",

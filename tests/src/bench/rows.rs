@@ -30,6 +30,10 @@ pub enum Kind {
     PushStream,
     /// The same over `Subscribe`.
     Subscribe,
+    /// Pushed over HTTP/1.1 with `guarantee: exactly_once`; its floor is the same with `at_least_once`.
+    OnceHttp,
+    /// The same over `HandleStream`.
+    OnceStream,
     /// Publishing over HTTP, 64 connections.
     PublishHttp,
     /// Publishing by unary gRPC calls, 64 at once.
@@ -166,6 +170,7 @@ impl Bench {
         let mut row = Row::new(kind, broker);
         let result = match kind {
             Kind::PushHttp | Kind::PushStream | Kind::Subscribe => self.push(&mut row).await,
+            Kind::OnceHttp | Kind::OnceStream => self.once(&mut row).await,
             Kind::PublishHttp | Kind::PublishUnary | Kind::PublishStream => self.publish(&mut row).await,
             Kind::Hop => self.hop(&mut row, 1_000.0, 1.0).await,
             Kind::HopIdle => self.hop(&mut row, 2.0, 2.0).await,
@@ -260,19 +265,39 @@ impl Bench {
         self.delete(&[&source]).await
     }
 
+    /// Both guarantees in turn, on one backlog.
+    async fn once(&self, row: &mut Row) -> Result<()> {
+        let stage = Stage::new(self.broker.clone())?;
+        let source = stage.topic("source");
+        self.fill(&stage, &source, self.effort.records).await?;
+        let (http, plain) = match row.kind {
+            Kind::OnceHttp => (true, Kind::PushHttp),
+            _ => (false, Kind::PushStream),
+        };
+        let role: &[&str] = if http { &["service-http", "echo"] } else { &["service-grpc"] };
+        for round in 0..self.effort.rounds {
+            let measured = self.push_round(plain, &stage, 2 * round, role::serve(stage.folder(), role).await?).await?;
+            row.floor("at_least_once", measured);
+            row.mesh.push(self.push_round(row.kind, &stage, 2 * round + 1, role::serve(stage.folder(), role).await?).await?);
+        }
+        self.delete(&[&source]).await
+    }
+
     async fn push_round(&self, kind: Kind, stage: &Stage, round: usize, (service, port): (Process, u16)) -> Result<Measured> {
         let name = format!("target{round}");
         let target = stage.topic(&name);
         self.create(&target).await?;
         let builder = self.sidecar(stage, &format!("sidecar{round}"));
         let (builder, deliver, concurrency) = match kind {
-            Kind::PushHttp => (builder.app(SERVICE, &format!("http://127.0.0.1:{port}")), "push", CONCURRENCY[0]),
-            Kind::PushStream => (builder.app(SERVICE, &format!("grpc://127.0.0.1:{port}")), "push", CONCURRENCY[1]),
+            Kind::PushHttp | Kind::OnceHttp => (builder.app(SERVICE, &format!("http://127.0.0.1:{port}")), "push", CONCURRENCY[0]),
+            Kind::PushStream | Kind::OnceStream => (builder.app(SERVICE, &format!("grpc://127.0.0.1:{port}")), "push", CONCURRENCY[1]),
             _ => (builder.client(SERVICE), "stream", CONCURRENCY[1]),
         };
+        let once = matches!(kind, Kind::OnceHttp | Kind::OnceStream);
+        let guarantee = if once { "exactly_once" } else { "at_least_once" };
         let handler = if deliver == "push" { "  handler: /push\n" } else { "" };
         let table = format!(
-            "topics: {{ {target}: {{ partitions: 4 }} }}\nroutes:\n- name: {ROUTE}\n  service: {SERVICE}\n  from: [%source]\n  deliver: {deliver}\n{handler}  to: [{target}]\n  group: {target}\n  concurrency: {concurrency}\n"
+            "topics: {{ {target}: {{ partitions: 4 }} }}\nroutes:\n- name: {ROUTE}\n  service: {SERVICE}\n  from: [%source]\n  deliver: {deliver}\n{handler}  to: [{target}]\n  group: {target}\n  concurrency: {concurrency}\n  guarantee: {guarantee}\n"
         );
         let mut sidecar = builder.pinned(&table).start().await?;
         let watch = self.watch().with("sidecar", sidecar.process()?.id());
@@ -284,8 +309,9 @@ impl Bench {
             (watch.with("service", service.id()), None)
         };
         let count = match &self.kafka {
-            Some((_, topics)) => Count::Topic(topics.clone(), target.clone()),
-            None => Count::Forwarded(&sidecar),
+            // The markers of transactions have offsets too.
+            Some((_, topics)) if !once => Count::Topic(topics.clone(), target.clone()),
+            _ => Count::Forwarded(&sidecar),
         };
         let measured = flow(count, self.effort.records, watch).await?;
         sidecar.finish().await?;

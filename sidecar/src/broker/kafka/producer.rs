@@ -422,6 +422,43 @@ mod tests {
         vec![Outgoing { topic: topic.clone(), partition: Some(0), record: Record { value: Some("v".into()), ..Record::default() } }]
     }
 
+    /// What the old producer held may be stored: nobody but its caller, who hears of it, may send it again.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_producer_that_is_rebuilt_sends_nothing_of_the_old_one_again() {
+        for code in
+            [RDKafkaRespErr::RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER, RDKafkaRespErr::RD_KAFKA_RESP_ERR_CLUSTER_AUTHORIZATION_FAILED]
+        {
+            let cluster = MockCluster::new(1).unwrap();
+            cluster.create_topic("t", 1, 1).unwrap();
+            let keys = BTreeMap::from([("bootstrap.servers".to_owned(), cluster.bootstrap_servers())]);
+            let broker = KafkaBroker::open(keys, KafkaOptions::default()).unwrap();
+            let (producer, topic): (_, Arc<str>) = (broker.producer(), "t".into());
+            assert_eq!(producer.send(one(&topic)).await.remove(0).unwrap().offset, 0);
+            cluster.request_errors(RDKafkaApiKey::Produce, &[code]);
+            // Some of these are under way when it fails, and some wait behind them.
+            let sent: Vec<_> = (0..50).map(|_| producer.send(one(&topic))).collect();
+            let mut stored = 1;
+            for acks in sent {
+                match acks.await.remove(0) {
+                    Ok(position) => {
+                        assert_eq!(position.offset, stored, "{code:?}");
+                        stored += 1;
+                    }
+                    Err(error) => assert_ne!(error.kind, ProduceErrorKind::TimedOut, "{code:?}: {error}"),
+                }
+            }
+            let next = tokio::time::timeout(Duration::from_secs(20), async {
+                loop {
+                    if let Ok(position) = producer.send(one(&topic)).await.remove(0) {
+                        return position.offset;
+                    }
+                }
+            });
+            assert_eq!(next.await.unwrap(), stored, "{code:?}: a record that was answered with a failure was sent again");
+            broker.close(Duration::from_secs(5)).await.unwrap();
+        }
+    }
+
     #[tokio::test(flavor = "multi_thread")]
     async fn a_fatal_error_fails_what_was_sent_and_a_new_producer_goes_on() {
         let cluster = MockCluster::new(1).unwrap();

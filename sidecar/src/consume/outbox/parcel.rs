@@ -186,3 +186,126 @@ impl Outbox {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::{
+        broker::{BrokerError, fake::Fake},
+        consume::{
+            outbox::{What, tests::publication},
+            test_delivery,
+        },
+        outcome::Disposition,
+        telemetry::trace::Tracer,
+    };
+
+    fn outbox(publications: i64) -> Outbox {
+        let mut outbox = Outbox::new(Arc::new(Fake::new(&[])), Tracer::disabled(), "fake");
+        (0..publications).for_each(|number| outbox.put(publication(number)));
+        outbox.note_waiting(Instant::now());
+        outbox
+    }
+
+    fn offsets(parcel: &Parcel) -> Vec<i64> {
+        parcel.places().map(|(_, _, offset)| offset).collect()
+    }
+
+    fn packed(outbox: &mut Outbox) -> Parcel {
+        let (mut parcel, _) = outbox.gather(|_, _| true);
+        outbox.pack(&mut parcel);
+        parcel
+    }
+
+    fn aborted() -> TransactionError {
+        TransactionError::Aborted(BrokerError::new(BrokerErrorKind::Unreachable, "gone"))
+    }
+
+    fn too_large() -> ProduceError {
+        ProduceError { kind: ProduceErrorKind::TooLarge, detail: "too large".to_owned() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_parcel_leaves_by_time_by_number_or_when_it_is_urgent() {
+        let outbox = outbox(1);
+        assert!(!outbox.parcel_due(Instant::now(), false));
+        assert!(outbox.parcel_due(Instant::now(), true));
+        assert_eq!(outbox.parcel_wake(), Some(Instant::now() + LINGER));
+        assert!(outbox.parcel_due(Instant::now() + LINGER, false));
+        assert!(self::outbox(MOST as i64).parcel_due(Instant::now(), false));
+        assert!(!self::outbox(0).parcel_due(Instant::now() + LINGER, true));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_taken_back_leaves_again_in_its_order_before_what_came_later() {
+        let mut outbox = outbox(3);
+        for round in 1..=TROUBLE {
+            let parcel = packed(&mut outbox);
+            assert_eq!(offsets(&parcel), [0, 1, 2]);
+            outbox.taken_back(parcel, &aborted());
+            assert!(!outbox.parcel_due(Instant::now(), true), "a pause");
+            assert_eq!(outbox.trouble().is_some(), round == TROUBLE);
+            tokio::time::advance(PAUSE).await;
+            assert!(outbox.parcel_due(Instant::now(), false));
+        }
+        outbox.put(publication(3));
+        let parcel = packed(&mut outbox);
+        assert_eq!(offsets(&parcel), [0, 1, 2, 3]);
+        assert_eq!(outbox.stored(parcel).iter().map(|done| done.offset).collect::<Vec<_>>(), [0, 1, 2, 3]);
+        assert_eq!((outbox.len(), outbox.bytes, outbox.trouble().is_none()), (0, 0, true));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_a_parcel_one_answer_is_refused_and_becomes_a_dead_letter_in_its_place() {
+        let mut outbox = outbox(3);
+        let parcel = packed(&mut outbox);
+        // Each answer goes to two topics: the fourth record is the second one's.
+        outbox.taken_back(parcel, &TransactionError::Refused(vec![(3, too_large())]));
+        assert!(outbox.parcel_due(Instant::now(), false), "no pause: it is known what is wrong");
+        let parcel = packed(&mut outbox);
+        let done = outbox.stored(parcel);
+        let ends: Vec<_> = done.iter().map(|done| done.disposition).collect();
+        assert_eq!(ends, [Disposition::Forwarded, Disposition::DeadLettered, Disposition::Forwarded]);
+        assert_eq!((outbox.len(), outbox.bytes), (0, 0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn when_it_is_not_known_which_is_refused_parcels_shrink_until_it_is() {
+        let mut outbox = outbox(8);
+        let (mut forwarded, mut letters) = (Vec::new(), Vec::new());
+        for _ in 0..20 {
+            let parcel = packed(&mut outbox);
+            let bad = parcel
+                .0
+                .iter()
+                .any(|pending| pending.publication.delivery.position.offset == 5 && matches!(pending.publication.what, What::Reply { .. }));
+            if bad {
+                outbox.taken_back(parcel, &TransactionError::Split(too_large()));
+                continue;
+            }
+            for done in outbox.stored(parcel) {
+                if done.disposition == Disposition::Forwarded { &mut forwarded } else { &mut letters }.push(done.offset);
+            }
+        }
+        assert_eq!((forwarded, letters), (vec![0, 1, 2, 3, 4, 6, 7], vec![5]));
+        assert_eq!(outbox.len(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_of_a_partition_that_went_is_dropped_and_what_finds_no_room_waits() {
+        let mut outbox = outbox(2);
+        let other = super::super::Publication { slot: 1, delivery: test_delivery("", 2), ..publication(2) };
+        outbox.put(other);
+        let (mut parcel, dropped) = outbox.gather(|slot, _| slot == 0);
+        assert_eq!((offsets(&parcel), dropped, outbox.len()), (vec![0, 1], 1, 2));
+        assert_eq!(outbox.defer(&mut parcel, |_, offset| offset < 1), [(0, 1, 1)]);
+        assert_eq!(offsets(&parcel), [0]);
+        outbox.stored(parcel);
+        let parcel = packed(&mut outbox);
+        assert_eq!(offsets(&parcel), [1]);
+        outbox.stored(parcel);
+        assert_eq!((outbox.len(), outbox.bytes), (0, 0));
+    }
+}

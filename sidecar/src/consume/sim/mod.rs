@@ -249,6 +249,7 @@ impl Stage {
             applied_ms: 0,
             commands: crate::command::channel().1,
             instance: None,
+            transactional_id: "sim".to_owned(),
             buffer_bytes: 1 << 20,
             drain_timeout: Duration::from_secs(5),
             stop: stop.clone(),
