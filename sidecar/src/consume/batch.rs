@@ -5,8 +5,6 @@
 //! Invariant: a record that failed before travels as the last of its lane, so what is behind it is not handed out in vain again and again.
 //! Invariant: an incomplete batch waits for more no longer than the route says, and not at all when its place comes later than that.
 
-use std::time::Duration;
-
 use mesh_routing::Batch;
 use tokio::time::Instant;
 
@@ -18,9 +16,6 @@ use crate::{
 
 /// Bytes of the records of one batch, at most; a single record that is larger travels alone.
 const BYTES: usize = 1 << 20;
-
-/// The pause before a record whose service was not there is ready for another batch. Were the whole service away, the breaker waits longer.
-pub(super) const AWAY: Duration = Duration::from_millis(50);
 
 /// The batch that is being gathered.
 #[derive(Debug, Default)]

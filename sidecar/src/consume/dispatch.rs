@@ -1,9 +1,8 @@
 //! What goes to the handler, and what its answers do.
 
-use std::{cmp::Reverse, sync::Arc};
+use std::{cmp::Reverse, sync::Arc, time::Duration};
 
 use super::{
-    batch,
     judge::{self, Reason, Verdict},
     outbox::{Publication, What},
     route::{RouteLoop, parent},
@@ -22,6 +21,10 @@ use crate::{
     },
 };
 use tokio::time::Instant;
+
+/// The pause of a record that found nobody there: the first one, doubled each time, and the longest.
+const AWAY: Duration = Duration::from_millis(50);
+const LONGEST_AWAY: Duration = Duration::from_secs(1);
 
 impl RouteLoop {
     pub(super) fn dispatch(&mut self, now: Instant) {
@@ -118,10 +121,12 @@ impl RouteLoop {
             Verdict::Away { .. } => {
                 if slot.revoking || self.draining.is_some() {
                     self.drop_failed(id);
-                } else if call.is_some() {
-                    self.backoffs.push(Reverse((now + batch::AWAY, id)));
-                } else {
-                    self.lanes.put_back(id);
+                } else if let Some(job) = self.lanes.get_mut(id) {
+                    // It steps aside for a moment: the next one to try the service is another record, if there is one. So a record that alone is
+                    // answered "nobody there" holds up its own lane only.
+                    let pause = AWAY * (1 << job.away.min(5));
+                    job.away = job.away.saturating_add(1);
+                    self.backoffs.push(Reverse((now + pause.min(LONGEST_AWAY), id)));
                 }
                 return;
             }

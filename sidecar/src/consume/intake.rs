@@ -159,7 +159,7 @@ impl RouteLoop {
             Order::Partition => Some(Lane { slot: index, key: 0 }),
             Order::Key => Some(Lane { slot: index, key: self.hasher.hash_one(&delivery.record.key) }),
         };
-        self.lanes.push(lane, Job { slot: index, epoch, delivery, out: None, span: None, call: None, dropped: false });
+        self.lanes.push(lane, Job { slot: index, epoch, delivery, out: None, span: None, call: None, away: 0, dropped: false });
     }
 
     fn on_expired(&mut self, partition: &TopicPartition, from: i64, to: i64) {

@@ -16,7 +16,10 @@ use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::Fu
 use tokio::time::Instant;
 
 pub(crate) use self::parcel::Parcel;
-use super::{judge::Reason, reply};
+use super::{
+    judge::Reason,
+    reply::{self, Cut},
+};
 use crate::{
     broker::{Outgoing, ProduceError, ProduceErrorKind, Producer},
     lanes::{Lane, LaneHasher},
@@ -91,6 +94,8 @@ struct Pending {
     spans: Vec<Span>,
     /// How many records it sent.
     sent: usize,
+    /// What was left out of a dead letter, since the broker refused it.
+    cut: Cut,
 }
 
 /// A batch with what became of its records.
@@ -160,7 +165,8 @@ impl Outbox {
         self.count += 1;
         self.bytes += publication.size();
         let lane = publication.lane.filter(|_| !mutation::is(Mutation::Overtake));
-        let pending = Pending { sequence: self.sequence, publication, acknowledged: Vec::new(), spans: Vec::new(), sent: 0 };
+        let pending =
+            Pending { sequence: self.sequence, publication, acknowledged: Vec::new(), spans: Vec::new(), sent: 0, cut: Cut::default() };
         match lane.and_then(|lane| self.busy.get_mut(&lane)) {
             Some(behind) => behind.push_back(pending),
             None => self.queue.push_back(pending),
@@ -222,7 +228,7 @@ impl Outbox {
         let made = match &publication.what {
             What::Reply { topics, reply } => reply::replies(&publication.delivery, topics, reply, &mut trace),
             What::DeadLetter { reason, detail } => {
-                let letter = reply::dead_letter(&publication.delivery, *reason, detail, now_ms());
+                let letter = reply::dead_letter(&publication.delivery, *reason, detail, now_ms(), pending.cut);
                 trace(&letter.topic);
                 vec![letter]
             }
@@ -308,13 +314,17 @@ impl Outbox {
     }
 
     fn send_again(&mut self, mut pending: Pending, outcome: Vec<bool>, error: ProduceError) {
-        let refused = matches!(error.kind, ProduceErrorKind::TooLarge | ProduceErrorKind::Refused | ProduceErrorKind::UnknownPartition);
+        // A partition that is not known (any more) is waited for, as its topic is.
+        let refused = matches!(error.kind, ProduceErrorKind::TooLarge | ProduceErrorKind::Refused);
         if refused && matches!(pending.publication.what, What::Reply { .. }) {
             // A copy that is in another topic already stays there; the record itself is not lost.
             self.bytes -= pending.publication.size();
             pending.publication.what = What::DeadLetter { reason: Reason::Reply, detail: error.detail };
             pending.acknowledged.clear();
             self.bytes += pending.publication.size();
+        } else if let (true, What::DeadLetter { .. }, Some(cut)) = (refused, &pending.publication.what, pending.cut.more()) {
+            tracing::warn!(route = %pending.publication.delivery.route.name, %error, "a dead letter is refused: it is cut");
+            pending.cut = cut;
         } else {
             if pending.acknowledged.is_empty() {
                 pending.acknowledged = outcome;
@@ -435,6 +445,27 @@ pub(super) mod tests {
         assert_eq!(acknowledged(&mut outbox).await, [1]);
         assert_eq!(values(&fake.records("one")), ["2", "0", "1"]);
         assert_eq!((outbox.len(), outbox.busy.len()), (0, 0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_dead_letter_that_the_broker_refuses_is_cut_until_it_fits() {
+        let fake = Fake::new(&["work.dlq"]);
+        let mut outbox = outbox(&fake);
+        let delivery = Delivery {
+            record: Arc::new(Record { key: Some("k".into()), value: Some("large".into()), ..Record::default() }),
+            ..test_delivery("", 7)
+        };
+        let what = What::DeadLetter { reason: Reason::Status, detail: "no".to_owned() };
+        outbox.put(Publication { delivery, what, ..publication(7) });
+        fake.set(Mode::FailTopic(ProduceErrorKind::TooLarge, "work.dlq"));
+        outbox.flush(Instant::now());
+        assert!(acknowledged(&mut outbox).await.is_empty());
+        fake.set(Mode::Store);
+        outbox.flush(Instant::now());
+        assert_eq!(acknowledged(&mut outbox).await, [7]);
+        let letters = fake.records("work.dlq");
+        assert_eq!((letters[0].value.as_ref(), letters[0].key.as_deref()), (None, Some(&b"k"[..])));
+        assert_eq!((letters[0].header_str("mesh-dlq-cut"), letters[0].header_str("mesh-dlq-reason")), (Some("value"), Some("status")));
     }
 
     #[tokio::test(start_paused = true)]

@@ -119,10 +119,43 @@ fn is_managed(name: &str) -> bool {
         || matches!(name, header::CONTENT_TYPE | header::TRACEPARENT | header::TRACESTATE | header::BAGGAGE)
 }
 
+/// What is left out of a dead letter that the broker would refuse: with the headers of its end a record may be larger than the broker takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Cut {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// The value.
+    Value,
+    /// Value, key and the record's own headers.
+    Record,
+}
+
+impl Cut {
+    /// What to leave out next.
+    pub(crate) fn more(self) -> Option<Self> {
+        match self {
+            Self::Nothing => Some(Self::Value),
+            Self::Value => Some(Self::Record),
+            Self::Record => None,
+        }
+    }
+
+    /// The word in `mesh-dlq-cut`.
+    fn as_str(self) -> Option<&'static str> {
+        match self {
+            Self::Nothing => None,
+            Self::Value => Some("value"),
+            Self::Record => Some("record"),
+        }
+    }
+}
+
 /// The dead letter of a record: key, value and headers as they were, and why it ended here.
-pub(crate) fn dead_letter(delivery: &Delivery, reason: Reason, detail: &str, now_ms: i64) -> Outgoing {
+pub(crate) fn dead_letter(delivery: &Delivery, reason: Reason, detail: &str, now_ms: i64, cut: Cut) -> Outgoing {
     let source = &delivery.record;
-    let mut headers: Vec<Header> = source.headers.iter().filter(|header| !header.name.starts_with(header::DLQ_PREFIX)).cloned().collect();
+    let own = source.headers.iter().filter(|header| !header.name.starts_with(header::DLQ_PREFIX));
+    let mut headers: Vec<Header> = own.filter(|header| cut != Cut::Record || header.name == header::MESH_ID).cloned().collect();
     if source.header(header::MESH_ID).is_none() {
         headers.push(Header::new(header::MESH_ID, delivery.mesh_id.clone()));
     }
@@ -140,7 +173,12 @@ pub(crate) fn dead_letter(delivery: &Delivery, reason: Reason, detail: &str, now
         add("mesh-dlq-timestamp", timestamp.to_string());
     }
     add("mesh-dlq-time", now_ms.to_string());
-    let record = Record { key: source.key.clone(), value: source.value.clone(), headers, timestamp_ms: None };
+    if let Some(word) = cut.as_str() {
+        add("mesh-dlq-cut", word.to_owned());
+    }
+    let key = source.key.clone().filter(|_| cut != Cut::Record);
+    let value = source.value.clone().filter(|_| cut == Cut::Nothing);
+    let record = Record { key, value, headers, timestamp_ms: None };
     Outgoing { topic: delivery.route.dead_letter.clone(), partition: None, record }
 }
 

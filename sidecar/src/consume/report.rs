@@ -160,7 +160,7 @@ impl RouteLoop {
         }
         if let Some(error) = self.outbox.trouble() {
             let state = match error.kind {
-                ProduceErrorKind::UnknownTopic => RouteState::WaitingForTopic,
+                ProduceErrorKind::UnknownTopic | ProduceErrorKind::UnknownPartition => RouteState::WaitingForTopic,
                 _ => RouteState::WaitingForBroker,
             };
             return (state, error.to_string());

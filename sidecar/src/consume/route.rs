@@ -119,6 +119,8 @@ pub(super) struct Job {
     pub(super) span: Option<Span>,
     /// The call that it went with, on a route with batches.
     pub(super) call: Option<u64>,
+    /// How often in a row the service said to this record that it is not there.
+    pub(super) away: u32,
     /// It went behind a record that failed, of a partition that is on its way out: its outcome is not used.
     pub(super) dropped: bool,
 }

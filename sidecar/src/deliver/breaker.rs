@@ -12,6 +12,8 @@ use tokio::time::Instant;
 /// A service that is not there is probed at least this often, so that the first record flows soon after it is back.
 const LONGEST_PROBE: Duration = Duration::from_secs(1);
 const FIRST_PROBE: Duration = Duration::from_millis(50);
+/// So many answers in a row that nobody is there open it: one alone may be about its record.
+const AWAY: u32 = 3;
 
 /// See the module.
 #[derive(Debug)]
@@ -26,6 +28,7 @@ pub struct Breaker {
 enum State {
     Closed {
         failed: u32,
+        away: u32,
     },
     /// Failures: closed again after the first probe that succeeds.
     Open {
@@ -74,7 +77,7 @@ pub enum Change {
 impl Breaker {
     /// A closed breaker that opens after `failures` consecutive ones, for `open`.
     pub fn new(failures: u32, open: Duration) -> Self {
-        Self { state: State::Closed { failed: 0 }, failures, open }
+        Self { state: State::Closed { failed: 0, away: 0 }, failures, open }
     }
 
     /// Takes other bounds, of a new table.
@@ -100,10 +103,11 @@ impl Breaker {
     pub fn note(&mut self, verdict: Verdict, now: Instant) -> Change {
         let was_open = self.is_open();
         self.state = match (verdict, &self.state) {
-            (Verdict::Good, _) => State::Closed { failed: 0 },
-            (Verdict::Failed, State::Closed { failed }) if self.failures == 0 || failed + 1 < self.failures => {
-                State::Closed { failed: failed.saturating_add(1) }
+            (Verdict::Good, _) => State::Closed { failed: 0, away: 0 },
+            (Verdict::Failed, State::Closed { failed, .. }) if self.failures == 0 || failed + 1 < self.failures => {
+                State::Closed { failed: failed.saturating_add(1), away: 0 }
             }
+            (Verdict::Away, State::Closed { failed, away }) if away + 1 < AWAY => State::Closed { failed: *failed, away: away + 1 },
             // Deliveries that were out when it opened fail late: they do not put the probe off.
             (Verdict::Failed | Verdict::Away, State::Open { until }) if now < *until => State::Open { until: *until },
             (Verdict::Away, State::Away { backoff, until }) if now < *until => State::Away { backoff: *backoff, until: *until },
@@ -147,9 +151,22 @@ mod tests {
     }
 
     #[test]
+    fn one_record_that_finds_nobody_does_not_open_it() {
+        let now = Instant::now();
+        let mut breaker = Breaker::new(3, Duration::from_secs(10));
+        for _ in 0..100 {
+            assert_eq!(breaker.note(Verdict::Away, now), Change::None);
+            assert_eq!(breaker.note(Verdict::Good, now), Change::None);
+        }
+    }
+
+    #[test]
     fn a_service_that_is_away_is_probed_at_least_every_second() {
         let mut now = Instant::now();
         let mut breaker = Breaker::new(3, Duration::from_secs(10));
+        for _ in 1..AWAY {
+            assert_eq!(breaker.note(Verdict::Away, now), Change::None);
+        }
         assert_eq!(breaker.note(Verdict::Away, now), Change::Opened);
         for _ in 0..20 {
             let Allowance::Wait(until) = breaker.allowance(now) else { panic!("it waits") };
