@@ -80,6 +80,24 @@ fn public_modules_say_what_they_are_for() {
     assert!(faults.is_empty(), "\n{}", faults.join("\n"));
 }
 
+/// The table of pitfalls in RELIABILITY.md names tests that exist.
+#[test]
+fn tests_that_the_documents_name_exist() {
+    let text = fs::read_to_string(root().join("RELIABILITY.md")).unwrap();
+    let sources: String = files(&root())
+        .unwrap()
+        .into_iter()
+        .filter(|file| file.extension().is_some_and(|extension| extension == "rs"))
+        .map(|file| fs::read_to_string(file).unwrap())
+        .collect();
+    let table = text.split("named after it").nth(1).unwrap().split("\n## ").next().unwrap();
+    let names: Vec<&str> = table.split('`').skip(1).step_by(2).filter(|name| name.contains('_')).collect();
+    assert!(names.len() > 20, "the table was not found: {names:?}");
+    let missing: Vec<&&str> =
+        names.iter().filter(|name| !sources.contains(&format!("fn {name}(")) && !sources.contains(&format!("on_both!({name},"))).collect();
+    assert!(missing.is_empty(), "named in RELIABILITY.md, and no test: {missing:#?}");
+}
+
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
