@@ -2,13 +2,14 @@
 //!
 //! Invariant: a table without faults here compiles; every fault is found in one pass.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
 use crate::expression::{Expression, Roots, Source, compile_all};
 use crate::fault::{Fault, code};
 use crate::node::join;
-use crate::table::{Deliver, ForwardSpec, RouteFields, Table, To};
+use crate::schema::{self, Schema};
+use crate::table::{Deliver, ForwardSpec, RouteFields, SchemaSpec, Table, To};
 use crate::value::{LONGEST, name_fault, topic_fault};
 
 const DAY: Duration = Duration::from_secs(86_400);
@@ -17,13 +18,23 @@ const MAX_BATCH: u32 = 10_000;
 const MAX_ROUTES: usize = 100_000;
 const MAX_TARGETS: usize = 1_000;
 
-/// Everything that is wrong with a table, and its compiled expressions: those of route `r` are
-/// under `spec.routes[r].filter` and `spec.routes[r].cases[c].when`, those of the defaults under
-/// `spec.defaults…`.
-pub(crate) fn check(table: &Table) -> (Vec<Fault>, HashMap<String, Expression>) {
-    let mut check = Check { faults: Vec::new(), sources: Vec::new() };
+/// What a check comes to.
+pub(crate) struct Checked {
+    /// Everything that is wrong with the table.
+    pub(crate) faults: Vec<Fault>,
+    /// Its compiled expressions: those of route `r` are under `spec.routes[r].filter` and
+    /// `spec.routes[r].cases[c].when`, those of the defaults under `spec.defaults…`.
+    pub(crate) expressions: HashMap<String, Expression>,
+    /// Its compiled schemas, by topic.
+    pub(crate) schemas: BTreeMap<String, Schema>,
+}
+
+/// Checks a table, and compiles what has to be compiled for that.
+pub(crate) fn check(table: &Table) -> Checked {
+    let mut check = Check { faults: Vec::new(), sources: Vec::new(), schemas: BTreeMap::new() };
     check.table(table);
-    let Check { mut faults, sources } = check;
+    check.schemas(table);
+    let Check { mut faults, sources, schemas } = check;
     let mut expressions = HashMap::with_capacity(sources.len());
     for (path, compiled) in compile_all(sources) {
         match compiled {
@@ -35,12 +46,13 @@ pub(crate) fn check(table: &Table) -> (Vec<Fault>, HashMap<String, Expression>) 
             }
         }
     }
-    (faults, expressions)
+    Checked { faults, expressions, schemas }
 }
 
 struct Check {
     faults: Vec<Fault>,
     sources: Vec<Source>,
+    schemas: BTreeMap<String, Schema>,
 }
 
 impl Check {
@@ -93,6 +105,44 @@ impl Check {
                 let message = format!("the group `{group}` is also that of spec.routes[{first}]");
                 let hint = "two routes with one group would take records from each other";
                 self.fault(code::CONFLICT, &join(&path, "group"), message, hint);
+            }
+        }
+    }
+
+    /// The schemas of topics. They are bounded one by one and together.
+    fn schemas(&mut self, table: &Table) {
+        let mut total = 0;
+        for (name, spec) in table.topics.iter().filter_map(|(name, topic)| Some((name, topic.schema.as_ref()?))) {
+            let path = join(&join("spec.topics", name), "schema");
+            let bytes = match spec {
+                SchemaSpec::Json(value) => value.to_string().len(),
+                SchemaSpec::Protobuf { descriptor, .. } => descriptor.len(),
+            };
+            total += bytes;
+            if bytes > schema::MAX_BYTES {
+                let message = format!("the schema has {bytes} bytes, more than {}", schema::MAX_BYTES);
+                self.fault(code::LIMIT, &path, message, "leave out descriptions and examples, or what this topic does not need");
+                continue;
+            }
+            if total > schema::MAX_TOTAL {
+                let message = format!("all schemas up to here have {total} bytes, more than {}", schema::MAX_TOTAL);
+                self.fault(code::LIMIT, &path, message, "a table travels as one record: use fewer or smaller schemas");
+                return;
+            }
+            match Schema::compile(spec) {
+                Ok(schema) => drop(self.schemas.insert(name.clone(), schema)),
+                Err(refusal) => self.fault(code::SCHEMA, &path, refusal.message, &refusal.hint),
+            }
+        }
+        if total == 0 {
+            return;
+        }
+        for (i, route) in table.routes.iter().enumerate() {
+            let dead_letter = table.resolved(route).dead_letter.unwrap_or_else(|| format!("{}.dlq", route.name));
+            if table.topics.get(&dead_letter).is_some_and(|topic| topic.schema.is_some()) {
+                let message = format!("`{dead_letter}` gets dead letters, and has a schema");
+                let hint = "a topic of dead letters takes any record: leave its schema out, or name another topic";
+                self.fault(code::CONFLICT, &format!("spec.routes[{i}].dead_letter"), message, hint);
             }
         }
     }

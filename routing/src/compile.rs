@@ -8,10 +8,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::check::check;
+use crate::check::{Checked, check};
 use crate::expression::{Expression, ExpressionError};
 use crate::fault::Faults;
 use crate::record::{RecordView, ReplyView};
+use crate::schema::{Mismatch, Schema};
 use crate::table::{Deliver, ForwardSpec, Guarantee, Order, RouteFields, Start, Table, To, TopicSpec};
 
 /// A table, ready to be asked.
@@ -25,6 +26,7 @@ pub struct CompiledTable {
     pub topics: Vec<Topic>,
     /// The routes, in the order of the table.
     pub routes: Vec<Arc<Route>>,
+    schemas: HashMap<Arc<str>, Schema>,
     by_name: HashMap<Arc<str>, usize>,
     by_topic: HashMap<Arc<str>, Vec<Arc<Route>>>,
     by_service: HashMap<Arc<str>, Vec<Arc<Route>>>,
@@ -93,13 +95,46 @@ pub struct Route {
     pub max_hops: u32,
     /// The fields that this route was compiled from, defaults of the table folded in.
     pub spec: RouteFields,
+    /// The schemas of its destinations that have one.
+    schemas: Vec<(Arc<str>, Schema)>,
+}
+
+impl Route {
+    /// Every topic that an answer may go to; one may come several times.
+    fn destinations(&self) -> impl Iterator<Item = &Arc<str>> {
+        let all = std::iter::once(&self.to).chain(self.cases.iter().map(|case| &case.to));
+        all.flat_map(|destinations| match destinations {
+            Destinations::Void => [].iter(),
+            Destinations::Topics(topics) => topics.iter(),
+        })
+    }
+
+    /// Checks the values of an answer against the schemas of the topics that it goes to. A null value passes. Costs nothing for topics
+    /// without a schema.
+    ///
+    /// # Errors
+    /// The first fault, with the topic and the number of the value, from 0.
+    pub fn check_values<'v>(
+        &self,
+        topics: &[Arc<str>],
+        values: impl Iterator<Item = Option<&'v [u8]>> + Clone,
+    ) -> Result<(), (Arc<str>, usize, Mismatch)> {
+        for (topic, schema) in self.schemas.iter().filter(|(topic, _)| topics.contains(topic)) {
+            for (index, value) in values.clone().enumerate() {
+                if let Some(Err(mismatch)) = value.map(|value| schema.check(value)) {
+                    return Err((topic.clone(), index, mismatch));
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Two routes are equal when they would behave the same, so that a swap of tables can leave the
 /// running one alone.
 impl PartialEq for Route {
     fn eq(&self, other: &Self) -> bool {
-        self.name == other.name && self.group == other.group && self.spec == other.spec
+        self.name == other.name && self.group == other.group && self.spec == other.spec && self.schemas == other.schemas
     }
 }
 
@@ -259,6 +294,12 @@ impl CompiledTable {
         &self.topics
     }
 
+    /// The schema of a topic, if it has one.
+    pub fn schema(&self, topic: &str) -> Option<&Schema> {
+        // Most tables have none.
+        if self.schemas.is_empty() { None } else { self.schemas.get(topic) }
+    }
+
     /// A topic by its name.
     pub fn topic(&self, name: &str) -> Option<&Topic> {
         let found = self.topics.binary_search_by(|topic| topic.name.as_ref().cmp(name));
@@ -272,7 +313,7 @@ impl CompiledTable {
 ///
 /// All its faults, without places; a table that [`parse`](crate::parse) returned has none.
 pub fn compile(table: &Table) -> Result<CompiledTable, Faults> {
-    let (faults, expressions) = check(table);
+    let Checked { faults, expressions, schemas } = check(table);
     if !faults.is_empty() {
         return Err(Faults(faults));
     }
@@ -282,6 +323,7 @@ pub fn compile(table: &Table) -> Result<CompiledTable, Faults> {
         digest: Arc::from(table.digest()),
         topics: Vec::new(),
         routes: Vec::with_capacity(table.routes.len()),
+        schemas: schemas.into_iter().map(|(name, schema)| (names.get(&name), schema)).collect(),
         by_name: HashMap::with_capacity(table.routes.len()),
         by_topic: HashMap::new(),
         by_service: HashMap::new(),
@@ -301,7 +343,12 @@ pub fn compile(table: &Table) -> Result<CompiledTable, Faults> {
             to: names.destinations(&case.to),
         });
         let cases = cases.collect();
-        let route = route(&table.mesh, &spec.name, fields, filter.cloned(), cases, &mut names);
+        let mut route = route(&table.mesh, &spec.name, fields, filter.cloned(), cases, &mut names);
+        if !out.schemas.is_empty() {
+            let topics: BTreeSet<&Arc<str>> = route.destinations().collect();
+            route.schemas =
+                topics.into_iter().filter_map(|topic| out.schemas.get_key_value(topic)).map(|(t, s)| (t.clone(), s.clone())).collect();
+        }
         let route = Arc::new(route);
         out.by_name.insert(Arc::clone(&route.name), i);
         for topic in &route.from {
@@ -351,6 +398,7 @@ fn route(mesh: &str, name: &str, fields: RouteFields, filter: Option<Expression>
         guarantee: fields.guarantee.unwrap_or(Guarantee::AtLeastOnce),
         max_hops: fields.max_hops.unwrap_or(1000),
         spec: fields,
+        schemas: Vec::new(),
     }
 }
 

@@ -33,6 +33,8 @@ pub mod code {
     pub const NOT_BUILT: &str = "not_built";
     /// A CEL expression that is refused.
     pub const EXPRESSION: &str = "expression";
+    /// A schema of a topic that is refused.
+    pub const SCHEMA: &str = "schema";
     /// A route onto its own source that can never end.
     pub const ENDLESS: &str = "endless";
     /// A warning: a loop over several routes.

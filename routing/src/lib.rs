@@ -32,6 +32,7 @@ mod graph;
 mod node;
 mod read;
 mod record;
+mod schema;
 mod table;
 mod value;
 
@@ -41,9 +42,10 @@ pub use expression::{Expression, ExpressionError};
 pub use fault::{Fault, Faults};
 pub use graph::{GraphFormat, graph, loops};
 pub use record::{HeaderSource, NoHeaders, RecordView, ReplyView};
+pub use schema::{Mismatch, Schema};
 pub use table::{
-    API_VERSION, BatchSpec, BreakerSpec, CaseSpec, Deliver, ForwardSpec, Guarantee, KIND, Order, RetrySpec, RouteFields, RouteSpec, Start,
-    Table, To, TopicSpec,
+    API_VERSION, BatchSpec, BreakerSpec, CaseSpec, Deliver, ForwardSpec, Guarantee, KIND, Order, RetrySpec, RouteFields, RouteSpec,
+    SchemaSpec, Start, Table, To, TopicSpec,
 };
 
 /// The most faults that are reported at once.
@@ -81,7 +83,7 @@ fn read_text(source_name: &str, text: &str) -> Result<(Table, node::Node), Fault
     };
     let loaded = faults.len();
     let table = read::read(&root, &mut faults);
-    let (found, _) = check::check(&table);
+    let found = check::check(&table).faults;
     // What could not be read is missing for the checks: one fault is enough.
     let unread = faults.iter().skip(loaded);
     let known: Vec<String> = unread.map(|fault| fault.field.clone()).collect();

@@ -12,7 +12,8 @@ use crate::fault::{Fault, code};
 /// The longest text of a table, in bytes.
 pub(crate) const MAX_BYTES: usize = 8 << 20;
 const MAX_NODES: usize = 1_000_000;
-const MAX_DEPTH: usize = 16;
+/// A JSON Schema within a table is nested; nothing else comes near.
+const MAX_DEPTH: usize = 64;
 
 /// A value with its place.
 #[derive(Debug)]

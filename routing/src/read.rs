@@ -9,8 +9,8 @@ use std::time::Duration;
 use crate::fault::{Fault, code};
 use crate::node::{Entry, Node, Value, join};
 use crate::table::{
-    API_VERSION, BatchSpec, BreakerSpec, CaseSpec, Deliver, ForwardSpec, Guarantee, KIND, Order, RetrySpec, RouteFields, RouteSpec, Start,
-    Table, To, TopicSpec,
+    API_VERSION, BatchSpec, BreakerSpec, CaseSpec, Deliver, ForwardSpec, Guarantee, KIND, Order, RetrySpec, RouteFields, RouteSpec,
+    SchemaSpec, Start, Table, To, TopicSpec,
 };
 use crate::value::{nearest, parse_duration, parse_time};
 
@@ -253,13 +253,49 @@ impl Reader<'_> {
 
     fn topic(&mut self, node: &Node, path: &str) -> TopicSpec {
         let mut topic = TopicSpec::default();
-        if let Some(fields) = self.map(node, path, &["partitions", "replication", "retention"]) {
+        if let Some(fields) = self.map(node, path, &["partitions", "replication", "retention", "schema"]) {
             let get = |key| fields.get(key);
             topic.partitions = get("partitions").and_then(|(n, p)| self.whole(n, &p));
             topic.replication = get("replication").and_then(|(n, p)| self.whole(n, &p));
             topic.retention = get("retention").and_then(|(n, p)| self.duration(n, &p));
+            topic.schema = get("schema").and_then(|(n, p)| self.schema(n, &p));
         }
         topic
+    }
+
+    fn schema(&mut self, node: &Node, path: &str) -> Option<SchemaSpec> {
+        const HINT: &str = "write `json: { … }` with a JSON Schema, or `protobuf: { descriptor: <base64>, message: shop.Order }`";
+        let fields = self.map(node, path, &["json", "protobuf"])?;
+        match (fields.get("json"), fields.get("protobuf")) {
+            (Some((node, path)), None) => self.json(node, &path).map(SchemaSpec::Json),
+            (None, Some((node, path))) => {
+                let fields = self.map(node, &path, &["descriptor", "message"])?;
+                let descriptor = self.required(node, &fields, "descriptor").and_then(|(node, path)| self.string(node, &path));
+                let message = self.required(node, &fields, "message").and_then(|(node, path)| self.string(node, &path));
+                Some(SchemaSpec::Protobuf { descriptor: descriptor?, message: message? })
+            }
+            // An unknown field is told already.
+            (None, None) if !fields.entries.is_empty() => None,
+            _ => {
+                self.fault(code::VALUE, node, path, "a schema is either `json` or `protobuf`".to_owned(), HINT);
+                None
+            }
+        }
+    }
+
+    /// A JSON value, written out, or as the text of a JSON document.
+    fn json(&mut self, node: &Node, path: &str) -> Option<serde_json::Value> {
+        if let Value::Scalar { text, plain: false } = &node.value {
+            return match serde_json::from_str(text) {
+                Ok(value) => Some(value),
+                Err(error) => {
+                    let message = format!("the text is not JSON: {error}");
+                    self.fault(code::VALUE, node, path, message, "write the schema out, or correct the text");
+                    None
+                }
+            };
+        }
+        Some(json_value(node))
     }
 
     fn route(&mut self, node: &Node, path: &str) -> Option<RouteSpec> {
@@ -430,6 +466,24 @@ fn found(node: &Node) -> String {
             let quote = if *plain { "`" } else { "\"" };
             format!("{quote}{short}{quote}")
         }
+    }
+}
+
+/// A node as JSON, by YAML's core schema.
+fn json_value(node: &Node) -> serde_json::Value {
+    use serde_json::Value as Json;
+    match &node.value {
+        Value::List(nodes) => Json::Array(nodes.iter().map(json_value).collect()),
+        Value::Map(entries) => Json::Object(entries.iter().map(|entry| (entry.key.clone(), json_value(&entry.node))).collect()),
+        Value::Scalar { text, plain: false } => Json::String(text.clone()),
+        Value::Scalar { text, plain: true } => match text.as_str() {
+            text if is_null(text) => Json::Null,
+            "true" | "True" | "TRUE" => Json::Bool(true),
+            "false" | "False" | "FALSE" => Json::Bool(false),
+            text if is_string(text) => Json::String(text.to_owned()),
+            // A number as JSON has it; what YAML alone takes for one stays text.
+            text => serde_json::from_str(text).map_or_else(|_| Json::String(text.to_owned()), Json::Number),
+        },
     }
 }
 

@@ -42,6 +42,34 @@ pub struct TopicSpec {
     /// How long records are kept.
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "duration")]
     pub retention: Option<Duration>,
+    /// What the values of its records must look like.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub schema: Option<SchemaSpec>,
+}
+
+/// What values must look like. A table carries all of its schemas, since it travels to every sidecar.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SchemaSpec {
+    /// A JSON Schema.
+    Json(serde_json::Value),
+    /// A protobuf message.
+    Protobuf {
+        /// A `FileDescriptorSet` with all imports, as base64.
+        descriptor: String,
+        /// The full name of the message, such as `shop.Order`.
+        message: String,
+    },
+}
+
+impl SchemaSpec {
+    /// The word for its kind, as it is written.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Json(_) => "json",
+            Self::Protobuf { .. } => "protobuf",
+        }
+    }
 }
 
 /// A route: its name, and its fields as written.

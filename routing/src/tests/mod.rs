@@ -3,6 +3,7 @@
 mod generated;
 mod matching;
 mod refused;
+mod schemas;
 
 use super::*;
 

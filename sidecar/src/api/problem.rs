@@ -222,6 +222,12 @@ impl ApiError {
                         "Rename the header. Of the mesh's own, a publisher sets only its id and its key, by their fields.",
                     ),
                     PublishError::InvalidField { .. } => row(S::BAD_REQUEST, Code::InvalidArgument, "Not a record to publish", ""),
+                    PublishError::Schema { .. } => row(
+                        S::UNPROCESSABLE_ENTITY,
+                        Code::InvalidArgument,
+                        "Not what the topic takes",
+                        "Correct the value at `path`, or the topic's `schema` in the routing table. Nothing was stored.",
+                    ),
                     PublishError::TooLarge { .. } => row(
                         S::PAYLOAD_TOO_LARGE,
                         Code::InvalidArgument,
@@ -483,6 +489,9 @@ impl ApiError {
         });
         if !row.hint.is_empty() {
             problem["hint"] = row.hint.into();
+        }
+        if let Self::Publish(PublishError::Schema { mismatch, .. }) = self {
+            problem["path"] = mismatch.path.as_str().into();
         }
         // A request outside of any trace gets an id of its own, which the log tells too.
         let trace_id = match traceparent.and_then(|text| TraceContext::parse(text, None)) {

@@ -122,7 +122,7 @@ impl App {
         let routes = tokio::spawn(Supervisor::new(context, control.table(), commanded).run(stop_routes.clone()));
 
         let (stop_listeners, drain) = (CancellationToken::new(), CancellationToken::new());
-        let publisher = Publisher::new(broker.clone(), config.clone(), tracer.clone(), metrics.clone());
+        let publisher = Publisher::guarded(broker.clone(), config.clone(), tracer.clone(), metrics.clone(), control.table());
         let api = Api::new(publisher, broker.clone(), desks, control.table(), stop_routes.clone())?;
         let admin_router = admin::router(admin::AdminService::new(control.control().clone(), board.clone(), drain.clone())).await?;
         let listeners = vec![

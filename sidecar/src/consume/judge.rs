@@ -40,6 +40,8 @@ pub(crate) enum Reason {
     Hops,
     /// The broker refuses its reply for good.
     Reply,
+    /// Its reply does not match the schema of a destination.
+    Schema,
 }
 
 impl Reason {
@@ -51,6 +53,7 @@ impl Reason {
             Self::Expression => "expression",
             Self::Hops => "hops",
             Self::Reply => "reply",
+            Self::Schema => "schema",
         }
     }
 }
@@ -78,15 +81,31 @@ fn judge_reply(route: &Route, delivery: &Delivery, reply: Reply) -> Verdict {
         Ok(Decision::Case(Destinations::Topics(topics))) if reply.records.is_empty() && reply.body.is_none() => {
             // The case stands before the row of empty answers: that it came is what is told.
             let empty = ReplyRecord { value: Some(Bytes::new()), ..ReplyRecord::default() };
-            Verdict::Forward(topics.clone(), Reply { records: vec![empty], ..reply })
+            forward(route, topics, Reply { records: vec![empty], ..reply })
         }
         Ok(Decision::Forward(Destinations::Topics(topics)) | Decision::Case(Destinations::Topics(topics))) => match reply.records.len() {
             0 => Verdict::Ignored { empty: true },
-            _ => Verdict::Forward(topics.clone(), reply),
+            _ => forward(route, topics, reply),
         },
         Ok(Decision::NotAccepted) => not_accepted(route, delivery.attempt, &reply),
         Err(error) => Verdict::DeadLetter { reason: Reason::Expression, detail: error.to_string() },
     }
+}
+
+/// Forwards an answer that all of its topics take.
+fn forward(route: &Route, topics: &Arc<[Arc<str>]>, reply: Reply) -> Verdict {
+    match schema_fault(route, topics, &reply) {
+        None => Verdict::Forward(topics.clone(), reply),
+        Some(detail) => Verdict::DeadLetter { reason: Reason::Schema, detail },
+    }
+}
+
+/// Why an answer does not match the schema of a topic that it goes to. All are asked before anything is published.
+fn schema_fault(route: &Route, topics: &[Arc<str>], reply: &Reply) -> Option<String> {
+    let values = reply.records.iter().map(|record| record.value.as_deref());
+    let (topic, index, mismatch) = route.check_values(topics, values).err()?;
+    let which = if reply.records.len() > 1 { format!("record {index} of the answer") } else { "the answer".to_owned() };
+    Some(format!("{which} does not match the schema of `{topic}`: {mismatch}"))
 }
 
 fn not_accepted(route: &Route, attempt: u32, reply: &Reply) -> Verdict {
@@ -180,6 +199,27 @@ mod tests {
                 assert_eq!(word(judge(&delivery, answer(status, body))), wanted, "{status} {body:?}, attempt {attempt}");
             }
         }
+    }
+
+    /// Two destinations, of which the second takes objects only.
+    #[test]
+    fn an_answer_that_one_of_its_topics_does_not_take_goes_to_none() {
+        let text = "apiVersion: mesh/v1\nkind: RoutingTable\nmetadata: { mesh: m }\nspec:\n  topics: { b: { schema: { json: { type: object } } } }\n  routes:\n  - { name: work, service: worker, from: [in], handler: /work, to: [a, b], cases: [{ status: 202, to: [a] }] }\n";
+        let table = mesh_routing::parse("t", text).and_then(|table| mesh_routing::compile(&table)).unwrap();
+        let delivery = Delivery { route: table.routes[0].clone(), ..test_delivery("", 0) };
+        assert_eq!(word(judge(&delivery, answer(200, "{}"))), "a+b");
+        assert_eq!(word(judge(&delivery, answer(202, "[]"))), "a");
+        assert_eq!(word(judge(&delivery, answer(200, ""))), "empty");
+        for (body, place) in [("[]", "the value is a list"), ("not json", "the value is not JSON"), ("\u{0}", "the value is not JSON")] {
+            let Verdict::DeadLetter { reason: Reason::Schema, detail } = judge(&delivery, answer(200, body)) else { panic!() };
+            assert!(detail.starts_with(&format!("the answer does not match the schema of `b`: {place}")), "{detail}");
+        }
+        let record = |value: Option<&'static str>| ReplyRecord { value: value.map(Bytes::from), ..ReplyRecord::default() };
+        let reply = |records| Outcome::Reply(Reply { status: 200, records, body: None, retry_after: None });
+        // A null value passes.
+        assert_eq!(word(judge(&delivery, reply(vec![record(Some("{}")), record(None)]))), "a+b");
+        let Verdict::DeadLetter { detail, .. } = judge(&delivery, reply(vec![record(Some("{}")), record(Some("1"))])) else { panic!() };
+        assert!(detail.starts_with("record 1 of the answer"), "{detail}");
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 use std::{sync::Arc, time::Duration};
 
+use mesh_routing::Mismatch;
+
 use crate::broker::{ProduceError, ProduceErrorKind};
 
 /// Why a record was not published, or is not known to be. `api::problem` maps it to HTTP and gRPC.
@@ -60,6 +62,14 @@ pub enum PublishError {
         field: &'static str,
         /// What is wrong with it.
         reason: &'static str,
+    },
+    /// The value does not match the topic's schema.
+    #[error("the value does not match the schema of `{topic}`: {mismatch}")]
+    Schema {
+        /// The topic.
+        topic: Arc<str>,
+        /// Where, and what is wrong there.
+        mismatch: Mismatch,
     },
     /// Beyond `limits.record_bytes`, or beyond what the broker takes.
     #[error("{detail}")]
@@ -132,6 +142,7 @@ impl PublishError {
             Self::UnknownTopic { .. } => "unknown-topic",
             Self::InvalidHeader { .. } => "invalid-header",
             Self::InvalidField { .. } => "invalid-field",
+            Self::Schema { .. } => "schema-mismatch",
             Self::TooLarge { .. } => "record-too-large",
             Self::QueueFull { .. } => "queue-full",
             Self::Unavailable { .. } => "broker-unavailable",

@@ -12,6 +12,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use mesh_routing::Schema;
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::{sync::Semaphore, time::Instant};
 
@@ -19,6 +20,7 @@ use crate::{
     broker::{Acks, Broker, Outgoing, ProduceErrorKind, Producer},
     config::{Config, ServiceConfig},
     record::{Header, Position, Record, header},
+    table::TableWatch,
     telemetry::{
         metrics::{Metrics, TopicMetrics},
         trace::{Span, SpanKind, SpanValue, TraceContext, Tracer},
@@ -57,6 +59,8 @@ struct Inner {
     ids: id::Ids,
     topics: RwLock<HashMap<Arc<str>, Topic>>,
     learners: Semaphore,
+    /// The table in force, whose schemas guard the topics.
+    table: Option<TableWatch>,
 }
 
 impl fmt::Debug for Publisher {
@@ -151,6 +155,15 @@ pub struct Published {
 impl Publisher {
     /// A publisher on the broker's shared producer.
     pub fn new(broker: Arc<dyn Broker>, config: Arc<Config>, tracer: Tracer, metrics: Metrics) -> Self {
+        Self::make(broker, config, tracer, metrics, None)
+    }
+
+    /// The same, guarded by the schemas of the table in force.
+    pub fn guarded(broker: Arc<dyn Broker>, config: Arc<Config>, tracer: Tracer, metrics: Metrics, table: TableWatch) -> Self {
+        Self::make(broker, config, tracer, metrics, Some(table))
+    }
+
+    fn make(broker: Arc<dyn Broker>, config: Arc<Config>, tracer: Tracer, metrics: Metrics, table: Option<TableWatch>) -> Self {
         let producer = broker.producer();
         Self {
             inner: Arc::new(Inner {
@@ -162,6 +175,7 @@ impl Publisher {
                 ids: id::Ids::new(),
                 topics: RwLock::default(),
                 learners: Semaphore::new(LEARNERS),
+                table,
             }),
         }
     }
@@ -248,8 +262,9 @@ impl Publisher {
         let mut slots = Vec::with_capacity(drafts.len());
         let mut records = Vec::with_capacity(drafts.len());
         let mut spans = Vec::new();
+        let schema = self.schema(topic);
         for draft in drafts {
-            match self.prepare(topic, draft, trace, now_ms) {
+            match self.prepare(topic, draft, schema.as_ref(), trace, now_ms) {
                 Ok((record, mesh_id, span)) => {
                     spans.extend(span);
                     slots.push(Slot { mesh_id, bytes: payload(&record), refused: None });
@@ -261,6 +276,12 @@ impl Publisher {
         let sent = InFlight::new(inner.metrics.process().publish_in_flight.clone());
         let acks = (!records.is_empty()).then(|| inner.producer.send(records));
         Pending { publisher: self.clone(), topic: topic.clone(), slots, acks, spans, begun: now, sent }
+    }
+
+    /// The topic's schema in the table in force.
+    fn schema(&self, topic: &Topic) -> Option<Schema> {
+        let active = self.inner.table.as_ref()?.borrow();
+        active.as_ref()?.compiled.schema(&topic.inner.name).cloned()
     }
 
     /// Sends one batch and waits for it: [`Publisher::enqueue`] and [`Pending::wait`].
@@ -281,12 +302,21 @@ impl Publisher {
         &self,
         topic: &Topic,
         draft: Draft,
+        schema: Option<&Schema>,
         trace: &TraceHeaders,
         now_ms: u64,
     ) -> Result<(Record, Bytes, Option<Span>), PublishError> {
         let Draft { mut record, mut mesh_id, mut content_type } = draft;
         if record.timestamp_ms.is_some_and(|time| time < 0) {
             return Err(PublishError::InvalidField { field: "timestamp", reason: "is before 1970" });
+        }
+        let limit = self.inner.config.limits.record_bytes;
+        if let (Some(schema), Some(value)) = (schema, &record.value)
+            // What is too large is refused for that, below, before any work is spent on it.
+            && value.len() <= limit
+            && let Err(mismatch) = schema.check(value)
+        {
+            return Err(PublishError::Schema { topic: topic.inner.name.clone(), mismatch });
         }
         let (mut own, mut has_own) = (TraceHeaders::default(), false);
         let given = std::mem::take(&mut record.headers);
@@ -331,7 +361,7 @@ impl Publisher {
             }
         }
         record.headers = headers;
-        let (size, limit) = (payload(&record) + header_bytes(&record), self.inner.config.limits.record_bytes);
+        let size = payload(&record) + header_bytes(&record);
         if size > limit {
             let detail = format!("the record has {size} bytes with its headers; `limits.record_size` allows {limit}");
             return Err(PublishError::TooLarge { detail });

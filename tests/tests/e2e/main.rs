@@ -15,6 +15,7 @@ mod flows;
 mod pitfalls;
 mod reset;
 mod routes;
+mod schema;
 mod subscribe;
 mod trace;
 mod volume;

@@ -10,6 +10,7 @@ use mesh_proto::v1::{self, mesh_client::MeshClient};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
+    sync::watch,
 };
 use tonic::transport::Channel;
 
@@ -21,6 +22,7 @@ use crate::{
     },
     config::Config,
     record::{Batch, Header, Record, TopicPartition},
+    table::{ActiveTable, TableWatch},
     telemetry::{
         metrics::Metrics,
         trace::{TraceContext, Tracer},
@@ -32,6 +34,7 @@ mod follow_http;
 mod publish_grpc;
 mod publish_http;
 mod publish_lines;
+mod schema;
 mod subscribe_grpc;
 
 struct World {
@@ -56,12 +59,25 @@ impl World {
         Self::in_force(config, fake, desks, None).await
     }
 
-    async fn in_force(config: Config, fake: Fake, desks: Desks, table: Option<Arc<crate::table::ActiveTable>>) -> Self {
-        let broker: Arc<dyn Broker> = Arc::new(fake.clone());
+    /// Under a table; publishing is not guarded by it.
+    async fn in_force(config: Config, fake: Fake, desks: Desks, table: Option<Arc<ActiveTable>>) -> Self {
         let metrics = Metrics::new();
-        let publisher = Publisher::new(broker.clone(), Arc::new(config), Tracer::disabled(), metrics.clone());
+        let publisher = Publisher::new(Arc::new(fake.clone()), Arc::new(config), Tracer::disabled(), metrics.clone());
+        Self::publishing(publisher, fake, desks, metrics, watch::channel(table).1).await
+    }
+
+    /// With the table of a sender that it gives back.
+    async fn guarded(table: Option<Arc<ActiveTable>>) -> (watch::Sender<Option<Arc<ActiveTable>>>, Self) {
+        let (sender, table) = watch::channel(table);
+        let (fake, metrics) = (Fake::new(&["orders"]), Metrics::new());
+        let publisher =
+            Publisher::guarded(Arc::new(fake.clone()), Arc::new(config(&["a"])), Tracer::disabled(), metrics.clone(), table.clone());
+        (sender, Self::publishing(publisher, fake, Desks::default(), metrics, table).await)
+    }
+
+    async fn publishing(publisher: Publisher, fake: Fake, desks: Desks, metrics: Metrics, table: TableWatch) -> Self {
+        let broker: Arc<dyn Broker> = Arc::new(fake.clone());
         let (draining, shutdown) = (CancellationToken::new(), CancellationToken::new());
-        let (_, table) = tokio::sync::watch::channel(table);
         let api = Api::new(publisher, broker, desks, table, draining.clone()).unwrap();
         let listener = listen::bind("api", "127.0.0.1:0".parse().unwrap()).await.unwrap();
         let address = listener.local_addr().unwrap();

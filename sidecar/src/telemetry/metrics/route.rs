@@ -92,7 +92,7 @@ fn outcome_index(outcome: &Outcome) -> usize {
 }
 
 /// The ends that have a counter from the start, so that a rate over them begins at zero.
-const ENDS: [(Disposition, &str); 11] = [
+const ENDS: [(Disposition, &str); 12] = [
     (Disposition::Forwarded, ""),
     (Disposition::Ignored, "status"),
     (Disposition::Ignored, "empty"),
@@ -104,6 +104,7 @@ const ENDS: [(Disposition, &str); 11] = [
     (Disposition::DeadLettered, "expression"),
     (Disposition::DeadLettered, "hops"),
     (Disposition::DeadLettered, "reply"),
+    (Disposition::DeadLettered, "schema"),
 ];
 
 const STATES: [(RouteState, &str); 6] = [
