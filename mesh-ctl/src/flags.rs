@@ -67,6 +67,11 @@ pub(crate) enum Command {
     Graph(Graph),
     /// Let a route read its sources from elsewhere: deliver records again, or skip them. A dry run, unless --execute is given.
     Reset(Reset),
+    /// List, show, send back and delete dead letters.
+    #[command(subcommand)]
+    Dlq(Dlq),
+    /// Copy a range of a topic into another, or to one route. A preview, unless --execute is given.
+    Replay(Replay),
 }
 
 /// `validate`.
@@ -169,6 +174,184 @@ Examples:
   mesh-ctl reset price --to-offset 0=17,1=23 --execute
   mesh-ctl reset price --shift-by -100 --partition 2 --backup before.csv --execute
   mesh-ctl reset price --from-file before.csv --execute";
+
+/// `dlq`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Dlq {
+    /// Count the dead letters of all routes, or of one, by reason.
+    List(DlqList),
+    /// Show dead letters: reason, detail, attempts, origin. `-o json` gives one JSON object a line, with key, value and headers.
+    Show(DlqShow),
+    /// Send dead letters back to their route. A preview, unless --execute is given. Nothing is sent twice.
+    #[command(after_help = REDRIVE_HELP)]
+    Redrive(DlqRedrive),
+    /// Delete dead letters, for good. A preview, unless --execute is given.
+    Purge(DlqPurge),
+}
+
+const REDRIVE_HELP: &str = "\
+The copies go to the topic and partition that the record came from, and only the route that wrote the letter
+takes them; other routes of that topic pass them over (they count them as filtered). They are records of that
+topic: consumers outside of the mesh, and subscriptions without a route, see them too. --every-route lets all
+routes of the topic take them.
+
+A copy has the letter's key, value, headers and mesh-id, none of the headers that told why it died, and
+`mesh-redriven` with the letter's place. What was sent is remembered together with the sending: a redrive that
+was cut goes on where it was when it is given again, and a letter is never sent twice.
+
+Examples:
+  mesh-ctl dlq redrive price --reason attempts
+  mesh-ctl dlq redrive price --reason attempts --since 1h --rate 100 --execute
+  mesh-ctl dlq redrive price --place 3/1042 --execute";
+
+/// Which dead letters.
+#[derive(Debug, Args)]
+pub(crate) struct Letters {
+    /// Only letters of this reason (attempts, status, expression, hops, reply, …); may be given several times.
+    #[arg(long = "reason", value_name = "REASON")]
+    pub(crate) reasons: Vec<String>,
+    /// Only letters with this key.
+    #[arg(long, value_name = "KEY")]
+    pub(crate) key: Option<String>,
+    /// Only letters written at this time or later: a time as in `reset --to-datetime`, or 15m: so long ago.
+    #[arg(long, value_name = "TIME")]
+    pub(crate) since: Option<Moment>,
+    /// Only letters written before this time.
+    #[arg(long, value_name = "TIME")]
+    pub(crate) until: Option<Moment>,
+    /// Only the letter at this place of the dead-letter topic, as `show` prints it; may be given several times.
+    #[arg(long = "place", visible_alias = "offset", value_name = "PARTITION/OFFSET")]
+    pub(crate) places: Vec<Place>,
+}
+
+/// A partition and an offset.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Place(pub(crate) PartitionOffset);
+
+impl std::str::FromStr for Place {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (partition, offset) = text.split_once(['/', '=']).ok_or("use PARTITION/OFFSET, such as 3/1042")?;
+        let number = |_| format!("{text}: use PARTITION/OFFSET, such as 3/1042");
+        let (partition, offset) = (partition.parse().map_err(number)?, offset.parse().map_err(number)?);
+        Ok(Self(PartitionOffset { topic: String::new(), partition, offset }))
+    }
+}
+
+/// `dlq list`.
+#[derive(Debug, Args)]
+pub(crate) struct DlqList {
+    /// The route; without it, all routes of the table.
+    pub(crate) route: Option<String>,
+}
+
+/// `dlq show`.
+#[derive(Debug, Args)]
+pub(crate) struct DlqShow {
+    /// The route.
+    pub(crate) route: String,
+    #[command(flatten)]
+    pub(crate) letters: Letters,
+    /// At most so many; 0: all.
+    #[arg(long, value_name = "N", default_value = "20")]
+    pub(crate) limit: u64,
+}
+
+/// `dlq redrive`.
+#[derive(Debug, Args)]
+pub(crate) struct DlqRedrive {
+    /// The route.
+    pub(crate) route: String,
+    #[command(flatten)]
+    pub(crate) letters: Letters,
+    /// Let every route that reads the topic take the copies, and not the letters' route alone.
+    #[arg(long)]
+    pub(crate) every_route: bool,
+    /// Send at most so many a second.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rate: Option<u32>,
+    /// Send at most so many; 0: all.
+    #[arg(long, value_name = "N", default_value = "0")]
+    pub(crate) limit: u64,
+    /// Do it. Without this, it is only shown what would be done.
+    #[arg(long)]
+    pub(crate) execute: bool,
+}
+
+/// `dlq purge`.
+#[derive(Debug, Args)]
+pub(crate) struct DlqPurge {
+    /// The route.
+    pub(crate) route: String,
+    /// Delete those written before this time.
+    #[arg(long, value_name = "TIME", required_unless_present_any = ["before", "all"])]
+    pub(crate) until: Option<Moment>,
+    /// Delete those below this offset of a partition; the others are left alone. May be given several times.
+    #[arg(long, value_name = "PARTITION/OFFSET")]
+    pub(crate) before: Vec<Place>,
+    /// Delete all that there are now.
+    #[arg(long, conflicts_with_all = ["until", "before"])]
+    pub(crate) all: bool,
+    /// Other routes' dead letters lie in the same topic: they may go as well.
+    #[arg(long)]
+    pub(crate) shared: bool,
+    /// Do it. Without this, it is only shown what would be done.
+    #[arg(long)]
+    pub(crate) execute: bool,
+}
+
+/// `replay`.
+#[derive(Debug, Args)]
+#[command(after_help = REPLAY_HELP)]
+pub(crate) struct Replay {
+    /// The topic to copy from.
+    #[arg(long, value_name = "TOPIC")]
+    pub(crate) from: String,
+    /// Only this partition; may be given several times.
+    #[arg(long = "partition", value_name = "N", value_parser = clap::value_parser!(i32).range(0..))]
+    pub(crate) partitions: Vec<i32>,
+    /// From this offset on.
+    #[arg(long, value_name = "N")]
+    pub(crate) from_offset: Option<i64>,
+    /// To this offset, it among them.
+    #[arg(long, value_name = "N")]
+    pub(crate) to_offset: Option<i64>,
+    /// From this time on: a time as in `reset --to-datetime`, or 15m: so long ago.
+    #[arg(long, value_name = "TIME")]
+    pub(crate) since: Option<Moment>,
+    /// Before this time.
+    #[arg(long, value_name = "TIME")]
+    pub(crate) until: Option<Moment>,
+    /// Into this topic.
+    #[arg(long, value_name = "TOPIC", required_unless_present = "route", conflicts_with = "route")]
+    pub(crate) to: Option<String>,
+    /// To this route alone.
+    #[arg(long, value_name = "ROUTE")]
+    pub(crate) route: Option<String>,
+    /// Only records for which this expression is true: CEL, as a route's `filter`.
+    #[arg(long, value_name = "CEL")]
+    pub(crate) filter: Option<String>,
+    /// Copy at most so many a second.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rate: Option<u32>,
+    /// Do it. Without this, it is only counted what would be copied.
+    #[arg(long)]
+    pub(crate) execute: bool,
+}
+
+const REPLAY_HELP: &str = "\
+Copies have the key, value, headers, time and mesh-id of their records, and `mesh-replayed` with the place they
+came from: a service that has seen a mesh-id can pass the copy over. What is appended after the beginning is not
+copied. Copies with old times go as soon as the retention of their topic says.
+
+With --route the copies go into the route's source topic, marked so that the other routes pass them over. To
+deliver again what lies in a route's sources without copies, use `reset`.
+
+Examples:
+  mesh-ctl replay --from orders --since 2026-11-21T10:00:00Z --until 2026-11-21T11:00:00Z --to orders-test
+  mesh-ctl replay --from orders --partition 3 --from-offset 100 --to-offset 199 --route price --execute
+  mesh-ctl replay --from orders --filter 'record.json.country == \"KR\"' --to orders-kr --rate 500 --execute";
 
 /// Where a route is to be read from.
 #[derive(Debug, Args)]

@@ -75,6 +75,32 @@ impl v1::control_server::Control for Script {
         state.reset.clone().unwrap().map(Response::new)
     }
 
+    async fn list_dead_letters(&self, _: Request<v1::ListDeadLettersRequest>) -> Result<Response<v1::ListDeadLettersResponse>, Status> {
+        Err(Status::not_found("there is no such route"))
+    }
+
+    async fn purge_dead_letters(&self, _: Request<v1::PurgeDeadLettersRequest>) -> Result<Response<v1::PurgeDeadLettersResponse>, Status> {
+        Err(Status::not_found("there is no such route"))
+    }
+
+    type ReadDeadLettersStream = tokio_stream::Iter<std::vec::IntoIter<Result<v1::DeadLetter, Status>>>;
+
+    async fn read_dead_letters(&self, _: Request<v1::ReadDeadLettersRequest>) -> Result<Response<Self::ReadDeadLettersStream>, Status> {
+        Err(Status::not_found("there is no such route"))
+    }
+
+    type RedriveStream = tokio_stream::Iter<std::vec::IntoIter<Result<v1::RedriveProgress, Status>>>;
+
+    async fn redrive(&self, _: Request<v1::RedriveRequest>) -> Result<Response<Self::RedriveStream>, Status> {
+        Err(Status::not_found("there is no such route"))
+    }
+
+    type ReplayStream = tokio_stream::Iter<std::vec::IntoIter<Result<v1::ReplayProgress, Status>>>;
+
+    async fn replay(&self, _: Request<v1::ReplayRequest>) -> Result<Response<Self::ReplayStream>, Status> {
+        Err(Status::not_found("there is no such route"))
+    }
+
     async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
         Err(Status::unimplemented("mesh-ctl does not ask for it"))
     }

@@ -18,6 +18,12 @@ pub mod header {
     pub const MESH_CAUSE: &str = "mesh-cause";
     /// The attempt, in retry topics.
     pub const MESH_ATTEMPT: &str = "mesh-attempt";
+    /// The only route that takes the record; the others that read its topic pass it over. On copies that were redriven or replayed to a route.
+    pub const MESH_ONLY_ROUTE: &str = "mesh-only-route";
+    /// On the copy of a dead letter: where the letter lies, `topic/partition/offset`.
+    pub const MESH_REDRIVEN: &str = "mesh-redriven";
+    /// On a replayed copy: where its record lies, `topic/partition/offset`.
+    pub const MESH_REPLAYED: &str = "mesh-replayed";
     /// The media type of the value.
     pub const CONTENT_TYPE: &str = "content-type";
     /// W3C trace context.
@@ -148,6 +154,16 @@ pub(crate) mod simulated {
     pub(super) fn now_ms() -> Option<i64> {
         START.get().map(|start| 1_767_225_600_000 + i64::try_from(start.elapsed().as_millis()).unwrap_or(i64::MAX))
     }
+}
+
+/// The namespace of derived ids.
+pub(crate) const ID_NAMESPACE: uuid::Uuid = uuid::Uuid::from_u128(0x6d65_7368_2d69_6400_8000_6d65_7368_0001);
+
+/// The `mesh-id` of a record that carries none: it follows from its place.
+pub(crate) fn derived_id(position: &Position) -> Bytes {
+    let mut buffer = [0; uuid::fmt::Hyphenated::LENGTH];
+    let id = uuid::Uuid::new_v5(&ID_NAMESPACE, position.to_string().as_bytes());
+    Bytes::copy_from_slice(id.hyphenated().encode_lower(&mut buffer).as_bytes())
 }
 
 /// A partition of a topic.

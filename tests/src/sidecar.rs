@@ -529,6 +529,16 @@ impl Sidecar {
         run(command, Vec::new(), Duration::from_secs(60)).await
     }
 
+    /// Starts `mesh-ctl` against this sidecar, and does not wait for it. It ends with the test at the latest.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn ctl_start(&self, arguments: &[&str], stdout: Stdio) -> Result<tokio::process::Child> {
+        let mut command = tokio::process::Command::new(self.binaries.join("mesh-ctl"));
+        command.args(arguments).env("MESH_ADMIN", format!("http://{}", self.admin_address()));
+        Ok(command.stdin(Stdio::null()).stdout(stdout).stderr(Stdio::null()).kill_on_drop(true).spawn()?)
+    }
+
     /// Applies a table by `mesh-ctl apply`; see [`Stage::table`] for its form. What it printed is returned.
     ///
     /// # Errors

@@ -2,8 +2,10 @@
 
 mod apply;
 mod diff;
+mod dlq;
 mod get;
 mod graph;
+mod replay;
 mod reset;
 mod status;
 mod validate;
@@ -43,6 +45,8 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<Code, Fai
         Command::Diff(flags) => diff::run(context, &flags).await,
         Command::Status(flags) => status::run(context, &flags).await,
         Command::Graph(flags) => graph::run(context, &flags).await,
+        Command::Dlq(command) => dlq::run(context, &command).await,
+        Command::Replay(flags) => replay::run(context, &flags).await,
         Command::Reset(flags) => reset::run(context, &flags).await,
     }
 }
@@ -91,6 +95,21 @@ impl Context {
     fn say(&self, text: &str) {
         // Nobody is there to be told when stderr is closed.
         drop(writeln!(io::stderr().lock(), "{text}"));
+    }
+
+    /// Shows how far long work is, on a terminal.
+    fn progress_line(&self, text: &str) {
+        if self.progress {
+            // Nobody is there to be told when stderr is closed.
+            drop(write!(io::stderr().lock(), "\r\x1b[K{text}"));
+        }
+    }
+
+    /// Takes the progress away.
+    fn progress_over(&self) {
+        if self.progress {
+            drop(write!(io::stderr().lock(), "\r\x1b[K"));
+        }
     }
 
     /// Says why a command failed.

@@ -1701,6 +1701,292 @@ pub struct PartitionReset {
     #[prost(bool, tag = "12")]
     pub unclear: bool,
 }
+/// Which dead letters are meant: all that fit every given part.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LetterFilter {
+    /// Of these reasons. Empty: of all.
+    #[prost(string, repeated, tag = "1")]
+    pub reasons: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// With this key. Absent: with any.
+    #[prost(bytes = "bytes", optional, tag = "2")]
+    pub key: ::core::option::Option<::prost::bytes::Bytes>,
+    /// Written at this time or later, in milliseconds since 1970-01-01 UTC.
+    #[prost(int64, optional, tag = "3")]
+    pub since_ms: ::core::option::Option<i64>,
+    /// Written before this time, in milliseconds since 1970-01-01 UTC.
+    #[prost(int64, optional, tag = "4")]
+    pub until_ms: ::core::option::Option<i64>,
+    /// At these places of the dead-letter topic; their `topic` is not looked at. Empty: anywhere.
+    #[prost(message, repeated, tag = "5")]
+    pub places: ::prost::alloc::vec::Vec<PartitionOffset>,
+}
+/// Asks which dead letters there are.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListDeadLettersRequest {
+    /// Those of this route. Empty: of all routes of the table.
+    #[prost(string, tag = "1")]
+    pub route: ::prost::alloc::string::String,
+}
+/// The dead letters that there are.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListDeadLettersResponse {
+    /// By route and topic.
+    #[prost(message, repeated, tag = "1")]
+    pub counts: ::prost::alloc::vec::Vec<DeadLetterCount>,
+    /// False if there are so many that not all were counted.
+    #[prost(bool, tag = "2")]
+    pub complete: bool,
+}
+/// The dead letters of a route in a topic.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct DeadLetterCount {
+    /// The route; `(spring)`, `(connect)` or `()` for letters that no route of a mesh wrote.
+    #[prost(string, tag = "1")]
+    pub route: ::prost::alloc::string::String,
+    /// The dead-letter topic.
+    #[prost(string, tag = "2")]
+    pub topic: ::prost::alloc::string::String,
+    /// How many there are.
+    #[prost(uint64, tag = "3")]
+    pub letters: u64,
+    /// How many of them were sent back already.
+    #[prost(uint64, tag = "4")]
+    pub redriven: u64,
+    /// How many there are, by reason.
+    #[prost(map = "string, uint64", tag = "5")]
+    pub reasons: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
+    /// When the oldest was written, in milliseconds since 1970-01-01 UTC.
+    #[prost(int64, tag = "6")]
+    pub oldest_ms: i64,
+    /// When the newest was written, in milliseconds since 1970-01-01 UTC.
+    #[prost(int64, tag = "7")]
+    pub newest_ms: i64,
+}
+/// Asks for dead letters.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ReadDeadLettersRequest {
+    /// The route.
+    #[prost(string, tag = "1")]
+    pub route: ::prost::alloc::string::String,
+    /// Which.
+    #[prost(message, optional, tag = "2")]
+    pub filter: ::core::option::Option<LetterFilter>,
+    /// At most so many; 0: all.
+    #[prost(uint64, tag = "3")]
+    pub limit: u64,
+}
+/// A dead letter.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct DeadLetter {
+    /// The record, as it lies in the dead-letter topic.
+    #[prost(message, optional, tag = "1")]
+    pub record: ::core::option::Option<Record>,
+    /// Where it lies there.
+    #[prost(message, optional, tag = "2")]
+    pub position: ::core::option::Option<Position>,
+    /// Who wrote it: `mesh`, `spring`, `connect`, or empty if that is not known.
+    #[prost(string, tag = "3")]
+    pub writer: ::prost::alloc::string::String,
+    /// The route; of others' letters the consumer group or the connector.
+    #[prost(string, tag = "4")]
+    pub route: ::prost::alloc::string::String,
+    /// The reason, in a word.
+    #[prost(string, tag = "5")]
+    pub reason: ::prost::alloc::string::String,
+    /// What happened.
+    #[prost(string, tag = "6")]
+    pub detail: ::prost::alloc::string::String,
+    /// How often it was tried.
+    #[prost(uint32, tag = "7")]
+    pub attempts: u32,
+    /// The topic that its record came from.
+    #[prost(string, tag = "8")]
+    pub topic: ::prost::alloc::string::String,
+    /// The partition that its record came from.
+    #[prost(int32, optional, tag = "9")]
+    pub partition: ::core::option::Option<i32>,
+    /// The offset of its record there.
+    #[prost(int64, optional, tag = "10")]
+    pub offset: ::core::option::Option<i64>,
+    /// The time of its record, in milliseconds since 1970-01-01 UTC.
+    #[prost(int64, optional, tag = "11")]
+    pub timestamp_ms: ::core::option::Option<i64>,
+    /// When it was written, in milliseconds since 1970-01-01 UTC.
+    #[prost(int64, tag = "12")]
+    pub time_ms: i64,
+    /// Whether it was sent back already.
+    #[prost(bool, tag = "13")]
+    pub redriven: bool,
+}
+/// Asks for dead letters to be sent back.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct RedriveRequest {
+    /// The route.
+    #[prost(string, tag = "1")]
+    pub route: ::prost::alloc::string::String,
+    /// Which.
+    #[prost(message, optional, tag = "2")]
+    pub filter: ::core::option::Option<LetterFilter>,
+    /// To every route that reads the topic where the record came from. Otherwise to this route alone.
+    #[prost(bool, tag = "3")]
+    pub every_route: bool,
+    /// At most so many a second; 0: no limit.
+    #[prost(uint32, tag = "4")]
+    pub rate: u32,
+    /// At most so many; 0: all.
+    #[prost(uint64, tag = "5")]
+    pub limit: u64,
+    /// Do it. Otherwise it is said what would be done.
+    #[prost(bool, tag = "6")]
+    pub execute: bool,
+}
+/// How far a redrive is. The last one says so.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct RedriveProgress {
+    /// The dead-letter topic.
+    #[prost(string, tag = "1")]
+    pub topic: ::prost::alloc::string::String,
+    /// Letters that are meant, so far.
+    #[prost(uint64, tag = "2")]
+    pub matched: u64,
+    /// Of these, sent back, or to be sent back in a preview.
+    #[prost(uint64, tag = "3")]
+    pub redriven: u64,
+    /// Of these, sent back before, and left alone.
+    #[prost(uint64, tag = "4")]
+    pub already: u64,
+    /// Of these, not possible to send.
+    #[prost(uint64, tag = "5")]
+    pub refused: u64,
+    /// The first refusals, with their places and reasons.
+    #[prost(string, repeated, tag = "6")]
+    pub refusals: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// The first letters, in the last message.
+    #[prost(message, repeated, tag = "7")]
+    pub samples: ::prost::alloc::vec::Vec<DeadLetter>,
+    /// Whether they are really sent.
+    #[prost(bool, tag = "8")]
+    pub executed: bool,
+    /// Whether this is the end.
+    #[prost(bool, tag = "9")]
+    pub finished: bool,
+}
+/// Asks for dead letters to be deleted.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PurgeDeadLettersRequest {
+    /// The route.
+    #[prost(string, tag = "1")]
+    pub route: ::prost::alloc::string::String,
+    /// Those written before this time, in milliseconds since 1970-01-01 UTC. Absent: all that there are now.
+    #[prost(int64, optional, tag = "2")]
+    pub until_ms: ::core::option::Option<i64>,
+    /// Only below these offsets; partitions that are not named are left alone. Empty: all partitions.
+    #[prost(message, repeated, tag = "3")]
+    pub before: ::prost::alloc::vec::Vec<PartitionOffset>,
+    /// Other routes' dead letters in the same topic may go as well.
+    #[prost(bool, tag = "4")]
+    pub shared: bool,
+    /// Do it. Otherwise it is said what would be done.
+    #[prost(bool, tag = "5")]
+    pub execute: bool,
+}
+/// What a purge deletes.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PurgeDeadLettersResponse {
+    /// The dead-letter topic.
+    #[prost(string, tag = "1")]
+    pub topic: ::prost::alloc::string::String,
+    /// What is deleted.
+    #[prost(message, repeated, tag = "2")]
+    pub partitions: ::prost::alloc::vec::Vec<PurgedPartition>,
+    /// The other routes whose dead letters lie in the same topic.
+    #[prost(string, repeated, tag = "3")]
+    pub shared_with: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Whether it was done.
+    #[prost(bool, tag = "4")]
+    pub executed: bool,
+}
+/// What a purge deletes of a partition.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PurgedPartition {
+    /// The partition.
+    #[prost(int32, tag = "1")]
+    pub partition: i32,
+    /// The first offset that is deleted.
+    #[prost(int64, tag = "2")]
+    pub from: i64,
+    /// The first offset that stays.
+    #[prost(int64, tag = "3")]
+    pub until: i64,
+}
+/// Asks for a range of a topic to be copied.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReplayRequest {
+    /// The topic.
+    #[prost(string, tag = "1")]
+    pub topic: ::prost::alloc::string::String,
+    /// Only partitions of these numbers. Empty: all.
+    #[prost(int32, repeated, tag = "2")]
+    pub partitions: ::prost::alloc::vec::Vec<i32>,
+    /// From this offset on.
+    #[prost(int64, optional, tag = "3")]
+    pub from_offset: ::core::option::Option<i64>,
+    /// Below this offset.
+    #[prost(int64, optional, tag = "4")]
+    pub until_offset: ::core::option::Option<i64>,
+    /// From this time on, in milliseconds since 1970-01-01 UTC.
+    #[prost(int64, optional, tag = "5")]
+    pub since_ms: ::core::option::Option<i64>,
+    /// Before this time, in milliseconds since 1970-01-01 UTC.
+    #[prost(int64, optional, tag = "6")]
+    pub until_ms: ::core::option::Option<i64>,
+    /// Into this topic.
+    #[prost(string, tag = "7")]
+    pub to_topic: ::prost::alloc::string::String,
+    /// To this route alone, through its source topic.
+    #[prost(string, tag = "8")]
+    pub to_route: ::prost::alloc::string::String,
+    /// Only records for which this expression (CEL, as a route's `filter`) is true. Empty: all.
+    #[prost(string, tag = "9")]
+    pub filter: ::prost::alloc::string::String,
+    /// At most so many a second; 0: no limit.
+    #[prost(uint32, tag = "10")]
+    pub rate: u32,
+    /// Do it. Otherwise it is said what would be done.
+    #[prost(bool, tag = "11")]
+    pub execute: bool,
+}
+/// How far a replay is. The last one says so.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReplayProgress {
+    /// The topic that is copied into.
+    #[prost(string, tag = "1")]
+    pub to: ::prost::alloc::string::String,
+    /// Offsets in the range.
+    #[prost(uint64, tag = "2")]
+    pub in_range: u64,
+    /// Records that were read.
+    #[prost(uint64, tag = "3")]
+    pub read: u64,
+    /// Records that were copied, or would be.
+    #[prost(uint64, tag = "4")]
+    pub copied: u64,
+    /// Records for which the filter is false.
+    #[prost(uint64, tag = "5")]
+    pub filtered: u64,
+    /// Records on which the filter failed; they are left out.
+    #[prost(uint64, tag = "6")]
+    pub failed: u64,
+    /// The first of these, and why.
+    #[prost(string, tag = "7")]
+    pub failure: ::prost::alloc::string::String,
+    /// Whether they are really copied.
+    #[prost(bool, tag = "8")]
+    pub executed: bool,
+    /// Whether this is the end.
+    #[prost(bool, tag = "9")]
+    pub finished: bool,
+}
 /// Where a table came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -2059,6 +2345,126 @@ pub mod control_client {
             req.extensions_mut().insert(GrpcMethod::new("mesh.v1.Control", "Reset"));
             self.inner.unary(req, path, codec).await
         }
+        /// Counts the dead letters of routes, by reason.
+        pub async fn list_dead_letters(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListDeadLettersRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListDeadLettersResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/mesh.v1.Control/ListDeadLetters",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("mesh.v1.Control", "ListDeadLetters"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Reads dead letters of a route.
+        pub async fn read_dead_letters(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ReadDeadLettersRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::DeadLetter>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/mesh.v1.Control/ReadDeadLetters",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("mesh.v1.Control", "ReadDeadLetters"));
+            self.inner.server_streaming(req, path, codec).await
+        }
+        /// Sends dead letters of a route back, each once however often it is asked for. Shows what would be sent, unless `execute` is set. A client that
+        /// goes stops it.
+        pub async fn redrive(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RedriveRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::RedriveProgress>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/mesh.v1.Control/Redrive");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("mesh.v1.Control", "Redrive"));
+            self.inner.server_streaming(req, path, codec).await
+        }
+        /// Deletes dead letters, for good. Shows what would be deleted, unless `execute` is set.
+        pub async fn purge_dead_letters(
+            &mut self,
+            request: impl tonic::IntoRequest<super::PurgeDeadLettersRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::PurgeDeadLettersResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/mesh.v1.Control/PurgeDeadLetters",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("mesh.v1.Control", "PurgeDeadLetters"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Copies a range of a topic into another, or to one route. Counts what would be copied, unless `execute` is set. A client that goes stops it.
+        pub async fn replay(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ReplayRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::ReplayProgress>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/mesh.v1.Control/Replay");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("mesh.v1.Control", "Replay"));
+            self.inner.server_streaming(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -2115,6 +2521,59 @@ pub mod control_server {
             &self,
             request: tonic::Request<super::ResetRequest>,
         ) -> std::result::Result<tonic::Response<super::ResetResponse>, tonic::Status>;
+        /// Counts the dead letters of routes, by reason.
+        async fn list_dead_letters(
+            &self,
+            request: tonic::Request<super::ListDeadLettersRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListDeadLettersResponse>,
+            tonic::Status,
+        >;
+        /// Server streaming response type for the ReadDeadLetters method.
+        type ReadDeadLettersStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::DeadLetter, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Reads dead letters of a route.
+        async fn read_dead_letters(
+            &self,
+            request: tonic::Request<super::ReadDeadLettersRequest>,
+        ) -> std::result::Result<
+            tonic::Response<Self::ReadDeadLettersStream>,
+            tonic::Status,
+        >;
+        /// Server streaming response type for the Redrive method.
+        type RedriveStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::RedriveProgress, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Sends dead letters of a route back, each once however often it is asked for. Shows what would be sent, unless `execute` is set. A client that
+        /// goes stops it.
+        async fn redrive(
+            &self,
+            request: tonic::Request<super::RedriveRequest>,
+        ) -> std::result::Result<tonic::Response<Self::RedriveStream>, tonic::Status>;
+        /// Deletes dead letters, for good. Shows what would be deleted, unless `execute` is set.
+        async fn purge_dead_letters(
+            &self,
+            request: tonic::Request<super::PurgeDeadLettersRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::PurgeDeadLettersResponse>,
+            tonic::Status,
+        >;
+        /// Server streaming response type for the Replay method.
+        type ReplayStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::ReplayProgress, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Copies a range of a topic into another, or to one route. Counts what would be copied, unless `execute` is set. A client that goes stops it.
+        async fn replay(
+            &self,
+            request: tonic::Request<super::ReplayRequest>,
+        ) -> std::result::Result<tonic::Response<Self::ReplayStream>, tonic::Status>;
     }
     /// Control distributes routing tables and tells their state.
     #[derive(Debug)]
@@ -2447,6 +2906,235 @@ pub mod control_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/mesh.v1.Control/ListDeadLetters" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListDeadLettersSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::UnaryService<super::ListDeadLettersRequest>
+                    for ListDeadLettersSvc<T> {
+                        type Response = super::ListDeadLettersResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListDeadLettersRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::list_dead_letters(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListDeadLettersSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/mesh.v1.Control/ReadDeadLetters" => {
+                    #[allow(non_camel_case_types)]
+                    struct ReadDeadLettersSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::ServerStreamingService<
+                        super::ReadDeadLettersRequest,
+                    > for ReadDeadLettersSvc<T> {
+                        type Response = super::DeadLetter;
+                        type ResponseStream = T::ReadDeadLettersStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ReadDeadLettersRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::read_dead_letters(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ReadDeadLettersSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/mesh.v1.Control/Redrive" => {
+                    #[allow(non_camel_case_types)]
+                    struct RedriveSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::ServerStreamingService<super::RedriveRequest>
+                    for RedriveSvc<T> {
+                        type Response = super::RedriveProgress;
+                        type ResponseStream = T::RedriveStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RedriveRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::redrive(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RedriveSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/mesh.v1.Control/PurgeDeadLetters" => {
+                    #[allow(non_camel_case_types)]
+                    struct PurgeDeadLettersSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::UnaryService<super::PurgeDeadLettersRequest>
+                    for PurgeDeadLettersSvc<T> {
+                        type Response = super::PurgeDeadLettersResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::PurgeDeadLettersRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::purge_dead_letters(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = PurgeDeadLettersSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/mesh.v1.Control/Replay" => {
+                    #[allow(non_camel_case_types)]
+                    struct ReplaySvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::ServerStreamingService<super::ReplayRequest>
+                    for ReplaySvc<T> {
+                        type Response = super::ReplayProgress;
+                        type ResponseStream = T::ReplayStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ReplayRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::replay(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ReplaySvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

@@ -2,18 +2,25 @@
 //!
 //! Invariant: this file translates, and decides nothing: what may be applied is `control`'s business.
 
+use std::task::Poll;
+
 use axum::Router;
+use futures_util::{
+    StreamExt as _,
+    stream::{self, BoxStream},
+};
 use mesh_proto::{
     FILE_DESCRIPTOR_SET,
     v1::{self, control_server::ControlServer},
 };
 use mesh_routing::Fault;
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use crate::{
     broker::{BrokerError, BrokerErrorKind},
-    control::{ApplyError, ApplyOptions, Control, ResetError},
+    control::{ApplyError, ApplyOptions, Control, OperationError},
     status::Board,
 };
 
@@ -110,7 +117,46 @@ impl v1::control_server::Control for AdminService {
     }
 
     async fn reset(&self, request: Request<v1::ResetRequest>) -> Result<Response<v1::ResetResponse>, Status> {
-        self.control.reset(request.into_inner()).await.map(Response::new).map_err(|error| reset_status(&error))
+        self.control.reset(request.into_inner()).await.map(Response::new).map_err(|error| operation_status(&error))
+    }
+
+    async fn list_dead_letters(
+        &self,
+        request: Request<v1::ListDeadLettersRequest>,
+    ) -> Result<Response<v1::ListDeadLettersResponse>, Status> {
+        let listed = self.control.list_dead_letters(&request.into_inner().route).await;
+        listed.map(Response::new).map_err(|error| operation_status(&error))
+    }
+
+    type ReadDeadLettersStream = Streamed<v1::DeadLetter>;
+
+    async fn read_dead_letters(
+        &self,
+        request: Request<v1::ReadDeadLettersRequest>,
+    ) -> Result<Response<Self::ReadDeadLettersStream>, Status> {
+        let (control, request) = (self.control.clone(), request.into_inner());
+        Ok(Response::new(streamed(|out| async move { control.read_dead_letters(request, out).await })))
+    }
+
+    type RedriveStream = Streamed<v1::RedriveProgress>;
+
+    async fn redrive(&self, request: Request<v1::RedriveRequest>) -> Result<Response<Self::RedriveStream>, Status> {
+        let (control, request) = (self.control.clone(), request.into_inner());
+        Ok(Response::new(streamed(|out| async move { control.redrive(request, out).await })))
+    }
+
+    async fn purge_dead_letters(
+        &self,
+        request: Request<v1::PurgeDeadLettersRequest>,
+    ) -> Result<Response<v1::PurgeDeadLettersResponse>, Status> {
+        self.control.purge_dead_letters(request.into_inner()).await.map(Response::new).map_err(|error| operation_status(&error))
+    }
+
+    type ReplayStream = Streamed<v1::ReplayProgress>;
+
+    async fn replay(&self, request: Request<v1::ReplayRequest>) -> Result<Response<Self::ReplayStream>, Status> {
+        let (control, request) = (self.control.clone(), request.into_inner());
+        Ok(Response::new(streamed(|out| async move { control.replay(request, out).await })))
     }
 
     async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
@@ -144,13 +190,46 @@ fn faults(faults: Vec<Fault>) -> Vec<v1::Fault> {
     faults.into_iter().map(convert).collect()
 }
 
-fn reset_status(error: &ResetError) -> Status {
+/// What long work tells, as a stream.
+type Streamed<T> = BoxStream<'static, Result<T, Status>>;
+
+/// How many messages wait for a slow client.
+const WAITING: usize = 16;
+
+/// Runs work inside of the stream of what it tells: when the client goes, the stream is dropped, and the work with it.
+fn streamed<T, W>(work: impl FnOnce(mpsc::Sender<T>) -> W) -> Streamed<T>
+where
+    T: Send + 'static,
+    W: Future<Output = Result<(), OperationError>> + Send + 'static,
+{
+    let (out, mut items) = mpsc::channel(WAITING);
+    let mut work = Some(Box::pin(work(out)));
+    let mut failed = None;
+    stream::poll_fn(move |cx| {
+        if let Some(running) = &mut work
+            && let Poll::Ready(result) = running.as_mut().poll(cx)
+        {
+            // Its end of the channel goes with it.
+            work = None;
+            failed = result.err();
+        }
+        items.poll_recv(cx).map(|item| match item {
+            Some(item) => Some(Ok(item)),
+            None => failed.take().map(|error| Err(operation_status(&error))),
+        })
+    })
+    .boxed()
+}
+
+fn operation_status(error: &OperationError) -> Status {
     let message = error.to_string();
     match error {
-        ResetError::Invalid(_) => Status::invalid_argument(message),
-        ResetError::NoTable(_) => Status::unavailable(message),
-        ResetError::NoRoute { .. } => Status::not_found(message),
-        ResetError::Broker(broker) => broker_status(broker, message),
+        OperationError::Invalid(_) => Status::invalid_argument(message),
+        OperationError::NoTable(_) => Status::unavailable(message),
+        OperationError::NoRoute { .. } => Status::not_found(message),
+        OperationError::Refused(_) => Status::failed_precondition(message),
+        OperationError::Unclear(_) => Status::unknown(message),
+        OperationError::Broker(broker) => broker_status(broker, message),
     }
 }
 

@@ -17,7 +17,7 @@ use crate::{
     lanes::Lane,
     mutation::{self, Mutation},
     outcome::{Delivery, Disposition},
-    record::{Batch, Position, Record, TopicPartition},
+    record::{Batch, Position, Record, TopicPartition, header},
     watermark::{Entered, Watermark},
 };
 
@@ -118,6 +118,11 @@ impl RouteLoop {
             return;
         }
         let epoch = slot.watermark.epoch();
+        if record.header(header::MESH_ONLY_ROUTE).is_some_and(|only| **only != *self.route.name.as_bytes()) {
+            // A copy for another route: redriven, or replayed.
+            self.complete(index, epoch, offset, Disposition::Filtered, "other_route");
+            return;
+        }
         let position = Position { partition: slot.partition.clone(), offset };
         let admitted = match &self.route.filter {
             None => Ok(true),

@@ -14,12 +14,9 @@ use super::judge::Reason;
 use crate::{
     broker::Outgoing,
     outcome::{Delivery, Reply, ReplyRecord},
-    record::{Header, Position, Record, header},
+    record::{Header, ID_NAMESPACE, Position, Record, derived_id, header},
     telemetry::trace::TraceContext,
 };
-
-/// The namespace of derived ids.
-const NAMESPACE: Uuid = Uuid::from_u128(0x6d65_7368_2d69_6400_8000_6d65_7368_0001);
 
 /// The longest detail of a dead letter, in bytes.
 const DETAIL: usize = 1024;
@@ -28,7 +25,7 @@ const DETAIL: usize = 1024;
 pub(crate) fn mesh_id(record: &Record, position: &Position) -> Bytes {
     match record.header(header::MESH_ID) {
         Some(id) if !id.is_empty() => id.clone(),
-        _ => hyphenated(Uuid::new_v5(&NAMESPACE, position.to_string().as_bytes())),
+        _ => derived_id(position),
     }
 }
 
@@ -39,7 +36,7 @@ fn reply_id(source: &[u8], route: &str, index: usize) -> Bytes {
     name.push(0);
     name.extend_from_slice(route.as_bytes());
     name.extend_from_slice(&(index as u64).to_be_bytes());
-    hyphenated(Uuid::new_v5(&NAMESPACE, &name))
+    hyphenated(Uuid::new_v5(&ID_NAMESPACE, &name))
 }
 
 fn hyphenated(id: Uuid) -> Bytes {

@@ -19,8 +19,12 @@ mod adopt;
 mod apply;
 mod cache;
 mod commands;
+mod letters;
 mod log;
+mod range;
 mod read;
+mod redrive;
+mod replay;
 mod report;
 mod reset;
 mod snapshot;
@@ -44,7 +48,7 @@ use self::{
 };
 pub use self::{
     apply::{Applied, ApplyError, ApplyOptions, Checked},
-    reset::ResetError,
+    reset::OperationError,
     topics::RouteBacklog,
 };
 use crate::{

@@ -31,9 +31,9 @@ const LOOK: Duration = Duration::from_millis(250);
 /// How many questions to the broker are asked at once.
 const QUESTIONS: usize = 16;
 
-/// Why a reset was not even planned.
+/// Why an operation was not begun, or not finished.
 #[derive(Debug, thiserror::Error)]
-pub enum ResetError {
+pub enum OperationError {
     /// The request itself is wrong.
     #[error("{0}")]
     Invalid(String),
@@ -48,6 +48,12 @@ pub enum ResetError {
         /// What there is.
         known: String,
     },
+    /// It cannot be done as things are, or not to the end.
+    #[error("{0}")]
+    Refused(String),
+    /// It is not known how the last step ended.
+    #[error("{0}")]
+    Unclear(String),
     /// The broker.
     #[error(transparent)]
     Broker(#[from] BrokerError),
@@ -59,7 +65,7 @@ impl Control {
     ///
     /// # Errors
     /// Why nothing was even planned. What happened to each partition is in the response.
-    pub async fn reset(&self, request: v1::ResetRequest) -> Result<v1::ResetResponse, ResetError> {
+    pub async fn reset(&self, request: v1::ResetRequest) -> Result<v1::ResetResponse, OperationError> {
         let route = self.route(&request.route)?;
         let admin = self.0.broker.admin();
         let partitions = plan(&*admin, &route, &request).await?;
@@ -73,14 +79,24 @@ impl Control {
         Ok(response)
     }
 
-    /// A route of the table in force here.
-    pub(super) fn route(&self, name: &str) -> Result<Arc<Route>, ResetError> {
+    /// All routes of the table in force here.
+    pub(super) fn routes(&self) -> Result<Vec<Arc<Route>>, OperationError> {
         let table = self.0.table.borrow().clone();
-        let table =
-            table.ok_or_else(|| ResetError::NoTable(self.waiting().unwrap_or_else(|| "`mesh-ctl apply -f FILE` gives it one".into())))?;
+        table.map(|table| table.compiled.routes.clone()).ok_or_else(|| self.no_table())
+    }
+
+    fn no_table(&self) -> OperationError {
+        OperationError::NoTable(self.waiting().unwrap_or_else(|| "`mesh-ctl apply -f FILE` gives it one".into()))
+    }
+
+    /// A route of the table in force here.
+    pub(super) fn route(&self, name: &str) -> Result<Arc<Route>, OperationError> {
+        let table = self.0.table.borrow().clone();
+        let table = table
+            .ok_or_else(|| OperationError::NoTable(self.waiting().unwrap_or_else(|| "`mesh-ctl apply -f FILE` gives it one".into())))?;
         table.compiled.route(name).cloned().ok_or_else(|| {
             let known: Vec<&str> = table.compiled.routes.iter().map(|route| &*route.name).collect();
-            ResetError::NoRoute { route: name.to_owned(), known: known.join(", ") }
+            OperationError::NoRoute { route: name.to_owned(), known: known.join(", ") }
         })
     }
 }
@@ -94,9 +110,9 @@ struct Facts {
     at_time: Option<i64>,
 }
 
-async fn plan(admin: &dyn Admin, route: &Route, request: &v1::ResetRequest) -> Result<Vec<v1::PartitionReset>, ResetError> {
+async fn plan(admin: &dyn Admin, route: &Route, request: &v1::ResetRequest) -> Result<Vec<v1::PartitionReset>, OperationError> {
     let to =
-        request.to.as_ref().ok_or_else(|| ResetError::Invalid("`to` is missing: say where the route is to be read from".to_owned()))?;
+        request.to.as_ref().ok_or_else(|| OperationError::Invalid("`to` is missing: say where the route is to be read from".to_owned()))?;
     let facts = facts(admin, route, request, to).await?;
     let named = named(route, to)?;
     let mut plan = Vec::with_capacity(facts.len());
@@ -122,16 +138,16 @@ async fn plan(admin: &dyn Admin, route: &Route, request: &v1::ResetRequest) -> R
             "{unknown} is no partition of the route's sources ({}), or --topic and --partition leave it out",
             route.from.join(", ")
         );
-        return Err(ResetError::Invalid(detail));
+        return Err(OperationError::Invalid(detail));
     }
     if plan.is_empty() {
-        return Err(ResetError::Invalid(format!("no partition of {} is meant: see --topic and --partition", route.from.join(", "))));
+        return Err(OperationError::Invalid(format!("no partition of {} is meant: see --topic and --partition", route.from.join(", "))));
     }
     Ok(plan)
 }
 
 /// The offsets that the request names, by partition.
-fn named(route: &Route, to: &To) -> Result<BTreeMap<TopicPartition, i64>, ResetError> {
+fn named(route: &Route, to: &To) -> Result<BTreeMap<TopicPartition, i64>, OperationError> {
     let To::Offsets(offsets) = to else { return Ok(BTreeMap::new()) };
     let mut named = BTreeMap::new();
     for v1::PartitionOffset { topic, partition, offset } in &offsets.offsets {
@@ -139,7 +155,7 @@ fn named(route: &Route, to: &To) -> Result<BTreeMap<TopicPartition, i64>, ResetE
             ("", [only]) => only.clone(),
             ("", _) => {
                 let from = route.from.join(", ");
-                return Err(ResetError::Invalid(format!(
+                return Err(OperationError::Invalid(format!(
                     "the route reads several topics ({from}): name the topic of partition {partition}"
                 )));
             }
@@ -147,7 +163,7 @@ fn named(route: &Route, to: &To) -> Result<BTreeMap<TopicPartition, i64>, ResetE
         };
         let partition = TopicPartition { topic, partition: *partition };
         if let Some(other) = named.insert(partition.clone(), *offset) {
-            return Err(ResetError::Invalid(format!("{partition} is named twice, with {other} and {offset}")));
+            return Err(OperationError::Invalid(format!("{partition} is named twice, with {other} and {offset}")));
         }
     }
     Ok(named)
@@ -178,18 +194,18 @@ fn partition_plan(fact: &Facts, target: Result<i64, String>) -> v1::PartitionRes
     }
 }
 
-async fn facts(admin: &dyn Admin, route: &Route, request: &v1::ResetRequest, to: &To) -> Result<Vec<Facts>, ResetError> {
+async fn facts(admin: &dyn Admin, route: &Route, request: &v1::ResetRequest, to: &To) -> Result<Vec<Facts>, OperationError> {
     for topic in &request.topics {
         if !route.from.iter().any(|source| **source == **topic) {
             let from = route.from.join(", ");
-            return Err(ResetError::Invalid(format!("topic {topic} is no source of route {}: it reads {from}", route.name)));
+            return Err(OperationError::Invalid(format!("topic {topic} is no source of route {}: it reads {from}", route.name)));
         }
     }
     let existing = admin.topics().await?;
     let mut all = Vec::new();
     for topic in route.from.iter().filter(|topic| request.topics.is_empty() || request.topics.iter().any(|wanted| **wanted == ***topic)) {
         let count = existing.get(&**topic).copied().ok_or_else(|| {
-            ResetError::Broker(BrokerError::new(BrokerErrorKind::UnknownTopic, format!("source topic {topic} does not exist")))
+            OperationError::Broker(BrokerError::new(BrokerErrorKind::UnknownTopic, format!("source topic {topic} does not exist")))
         })?;
         let partitions: Vec<TopicPartition> = (0..count)
             .filter(|partition| request.partitions.is_empty() || request.partitions.contains(partition))

@@ -24,6 +24,9 @@ pub(crate) const STATUS_TOPIC: &str = "__mesh.status";
 /// What instances tell each other to do.
 pub(crate) const COMMANDS_TOPIC: &str = "__mesh.commands";
 
+/// Which dead letters were sent back.
+pub(crate) const REDRIVEN_TOPIC: &str = "__mesh.redriven";
+
 /// Nothing in it ages: old generations are deleted by name.
 const CONTROL_CONFIG: &[(&str, &str)] = &[("cleanup.policy", "compact")];
 /// Reports come all the time, and every sidecar that starts reads them all: small segments are compacted soon, and what is a day old goes.
@@ -121,7 +124,12 @@ pub(crate) async fn create(admin: &dyn Admin, topics: &[NewTopic]) -> Result<(),
 /// What the broker says, or [`BrokerErrorKind::Config`] if the control topic has several partitions.
 pub(crate) async fn ensure_own(admin: &dyn Admin) -> Result<(), BrokerError> {
     let existing = admin.topics().await?;
-    let own = [(CONTROL_TOPIC, CONTROL_CONFIG), (STATUS_TOPIC, STATUS_CONFIG), (COMMANDS_TOPIC, COMMANDS_CONFIG)];
+    let own = [
+        (CONTROL_TOPIC, CONTROL_CONFIG),
+        (STATUS_TOPIC, STATUS_CONFIG),
+        (COMMANDS_TOPIC, COMMANDS_CONFIG),
+        (REDRIVEN_TOPIC, CONTROL_CONFIG),
+    ];
     let missing: Vec<_> = own
         .into_iter()
         .filter(|(name, _)| !existing.contains_key(*name))

@@ -9,6 +9,7 @@ mod broker_away;
 mod clients;
 mod control;
 mod crash;
+mod dlq;
 mod exactly_once;
 mod faults;
 mod flows;

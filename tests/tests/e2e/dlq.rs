@@ -1,0 +1,254 @@
+//! Dead letters and replays, by `mesh-ctl`: found, sent back once, deleted; ranges copied to where they are wanted.
+
+use std::{collections::BTreeMap, process::Stdio, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use mesh_tests::{
+    broker::Broker,
+    on_both,
+    process::Output,
+    service::{Condition, Rule, Scenario, Service},
+    sidecar::{Sidecar, disposition},
+    stage::Stage,
+};
+use serde_json::{Value, json};
+
+const MINUTE: Duration = Duration::from_secs(60);
+const ROUTES: &str = "
+    defaults: { dead_letter: %work.dlq }
+    topics: { %in: { partitions: 2 } }
+    routes:
+    - { name: work, service: work, from: [%in], handler: /work, to: void, retry: { attempts: 1 }, breaker: { failures: 100000 } }
+    - { name: other, service: work, from: [%in], handler: /other, to: void, dead_letter: %other.dlq }
+    ";
+
+fn with(field: &str, value: impl Into<Value>) -> Condition {
+    Condition { field_equals: Some((field.into(), value.into())), ..Condition::default() }
+}
+
+fn lines(output: &Output) -> Result<Vec<Value>> {
+    output.stdout.lines().map(|line| serde_json::from_str(line).with_context(|| line.to_owned())).collect()
+}
+
+fn json_of(output: &Output) -> Result<Value> {
+    serde_json::from_str(&output.stdout).with_context(|| format!("{output:?}"))
+}
+
+async fn publish(sidecar: &Sidecar, stage: &Stage, numbers: std::ops::Range<i64>) -> Result<()> {
+    for number in numbers {
+        let body = json!({ "n": number, "bad": number % 3 }).to_string();
+        sidecar.publish(&stage.topic("in"), Some(&format!("k{}", number % 7)), "application/json", body).await?;
+    }
+    Ok(())
+}
+
+/// How often each number was delivered to a path.
+async fn delivered(service: &Service, path: &str) -> Result<BTreeMap<i64, usize>> {
+    let mut found = BTreeMap::new();
+    for entry in service.ledger_of(path).await? {
+        *found.entry(entry.json()["n"].as_i64().unwrap_or(-1)).or_default() += 1;
+    }
+    Ok(found)
+}
+
+on_both!(dead_letters_are_listed_shown_and_sent_back_once, letters);
+
+async fn letters(stage: Stage) -> Result<()> {
+    let broken = [Rule::status(400).text("no such price").when(with("bad", 0)), Rule::status(500).when(with("bad", 1)), Rule::echo()];
+    let mut service = Service::native(Scenario::new().on("/work", broken)).await?;
+    let sidecar = stage.sidecar("sidecar").service("work", &service).start().await?;
+    sidecar.apply(ROUTES).await?;
+    sidecar.wait_running(&["work", "other"]).await?;
+    publish(&sidecar, &stage, 0..60).await?;
+    sidecar
+        .wait_status("40 dead letters", MINUTE, |status| {
+            disposition(status, "work", "dead_lettered") == 40 && disposition(status, "other", "void") == 60
+        })
+        .await?;
+
+    let listed = json_of(&sidecar.ctl(&["dlq", "list", "-o", "json"]).await?)?;
+    let work = listed.as_array().into_iter().flatten().find(|one| one["route"] == "work").context("work")?.clone();
+    ensure!(work["letters"] == 40 && work["reasons"] == json!({ "attempts": 20, "status": 20 }) && work["redriven"] == 0, "{listed}");
+    ensure!(listed.as_array().is_some_and(|all| all.iter().any(|one| one["route"] == "other" && one["letters"] == 0)), "{listed}");
+    ensure!(sidecar.ctl(&["dlq", "list", "work"]).await?.success()?.contains("attempts 20, status 20"));
+
+    let shown = lines(&sidecar.ctl(&["dlq", "show", "work", "--reason", "status", "--limit", "0", "-o", "json"]).await?)?;
+    ensure!(shown.len() == 20, "{}", shown.len());
+    let one = &shown[0];
+    ensure!(one["detail"].as_str().is_some_and(|detail| detail.contains("400")) && one["attempts"] == 1, "{one}");
+    ensure!(
+        one["origin"]["topic"] == json!(stage.topic("in")) && one["value"].as_str().is_some_and(|value| value.contains("\"bad\":0")),
+        "{one}"
+    );
+    let place = format!("{}/{}", one["place"]["partition"], one["place"]["offset"]);
+    let found = lines(&sidecar.ctl(&["dlq", "show", "work", "--place", &place, "-o", "json"]).await?)?;
+    ensure!(found == [one.clone()], "{found:?}");
+    let of_key = lines(&sidecar.ctl(&["dlq", "show", "work", "--key", "k3", "--limit", "0", "-o", "json"]).await?)?;
+    ensure!(!of_key.is_empty() && of_key.iter().all(|letter| letter["key"] == "k3"), "{of_key:?}");
+    ensure!(lines(&sidecar.ctl(&["dlq", "show", "work", "--until", "1h", "-o", "json"]).await?)?.is_empty());
+    let text = sidecar.ctl(&["dlq", "show", "work", "--limit", "1"]).await?.success()?;
+    ensure!(text.contains("reason") && text.contains("origin") && text.contains(&stage.topic("in")), "{text}");
+
+    // The service is mended.
+    service.set(Scenario::new()).await?;
+    service.reset().await?;
+    let preview = json_of(&sidecar.ctl(&["dlq", "redrive", "work", "--reason", "status", "-o", "json"]).await?)?;
+    ensure!(
+        preview["redriven"] == 20 && preview["executed"] == false && preview["samples"].as_array().is_some_and(|s| s.len() == 5),
+        "{preview}"
+    );
+    ensure!(service.total().await? == 0, "a preview sent something");
+    let said = json_of(&sidecar.ctl(&["dlq", "redrive", "work", "--place", &place, "--execute", "-o", "json"]).await?)?;
+    ensure!(said["redriven"] == 1 && said["executed"] == true, "{said}");
+    let said = json_of(&sidecar.ctl(&["dlq", "redrive", "work", "--reason", "status", "--execute", "-o", "json"]).await?)?;
+    ensure!(said["redriven"] == 19 && said["already"] == 1, "{said}");
+    service.wait(20, MINUTE).await?;
+    let again = json_of(&sidecar.ctl(&["dlq", "redrive", "work", "--reason", "status", "--execute", "-o", "json"]).await?)?;
+    ensure!(again["redriven"] == 0 && again["already"] == 20, "{again}");
+    sidecar.wait_status("the other route passes them over", MINUTE, |status| disposition(status, "other", "filtered") == 20).await?;
+    ensure!(service.total().await? == 20, "{} deliveries: each letter goes to its route, once", service.total().await?);
+    let delivered = delivered(&service, "/work").await?;
+    ensure!(delivered.len() == 20 && delivered.iter().all(|(n, times)| n % 3 == 0 && *times == 1), "{delivered:?}");
+    // What told of its death is gone, its identity is not.
+    let id = one["mesh_id"].as_str().context("an id")?;
+    let ledger = service.ledger_of("/work").await?;
+    let entry = ledger.iter().find(|entry| entry.id == id).with_context(|| format!("{id} was not delivered under its id"))?;
+    ensure!(entry.header("mesh-dlq-reason").is_none() && entry.header("mesh-header-mesh-dlq-reason").is_none(), "{entry:?}");
+
+    // The rest to every route, at a rate.
+    let begin = std::time::Instant::now();
+    let said = json_of(&sidecar.ctl(&["dlq", "redrive", "work", "--every-route", "--rate", "10", "--execute", "-o", "json"]).await?)?;
+    ensure!(said["redriven"] == 20 && said["already"] == 20, "{said}");
+    ensure!(begin.elapsed() >= Duration::from_millis(1900), "20 letters at 10 a second took {:?}", begin.elapsed());
+    service.wait(60, MINUTE).await?;
+    let listed = json_of(&sidecar.ctl(&["dlq", "list", "work", "-o", "json"]).await?)?;
+    ensure!(listed[0]["redriven"] == 40, "{listed}");
+
+    let purge = sidecar.ctl(&["dlq", "purge", "work", "--all"]).await?.success()?;
+    ensure!(purge.contains("preview"), "{purge}");
+    ensure!(json_of(&sidecar.ctl(&["dlq", "list", "work", "-o", "json"]).await?)?[0]["letters"] == 40);
+    ensure!(sidecar.ctl(&["dlq", "purge", "work"]).await?.status == Some(2), "what is to go has to be said");
+    sidecar.ctl(&["dlq", "purge", "work", "--all", "--execute"]).await?.success()?;
+    ensure!(json_of(&sidecar.ctl(&["dlq", "list", "work", "-o", "json"]).await?)?[0]["letters"] == 0);
+    ensure!(sidecar.ctl(&["dlq", "show", "wrok"]).await?.status == Some(2));
+    sidecar.finish().await
+}
+
+on_both!(a_redrive_that_is_cut_goes_on_and_sends_nothing_twice, cut);
+
+async fn cut(stage: Stage) -> Result<()> {
+    let mut service = Service::native(Scenario::new().on("/work", [Rule::status(400)])).await?;
+    let mut sidecar = stage.sidecar("sidecar").service("work", &service).start().await?;
+    sidecar.apply(ROUTES).await?;
+    sidecar.wait_running(&["work", "other"]).await?;
+    publish(&sidecar, &stage, 0..120).await?;
+    sidecar.wait_status("120 dead letters", MINUTE, |status| disposition(status, "work", "dead_lettered") == 120).await?;
+    service.set(Scenario::new()).await?;
+    service.reset().await?;
+    // The command is killed, then the sidecar that carries one out.
+    for round in 1..=2 {
+        let mut running = sidecar.ctl_start(&["dlq", "redrive", "work", "--rate", "20", "--execute"], Stdio::null())?;
+        service.wait(service.total().await? + 5, MINUTE).await?;
+        if round == 1 {
+            running.kill().await?;
+        } else {
+            sidecar.kill9().await?;
+            running.wait().await?;
+            sidecar.start().await?;
+            sidecar.wait_running(&["work", "other"]).await?;
+        }
+    }
+    let said = json_of(&sidecar.ctl(&["dlq", "redrive", "work", "--execute", "-o", "json"]).await?)?;
+    let (redriven, already) = (said["redriven"].as_u64().unwrap_or(0), said["already"].as_u64().unwrap_or(0));
+    ensure!(redriven + already == 120 && already >= 10 && redriven > 0, "{said}");
+    // The copies are counted in the topic itself: the crash may have delivered one again.
+    let found = stage.read(&sidecar, None, &stage.topic("in"), 240).await?;
+    let mut ids: BTreeMap<String, usize> = BTreeMap::new();
+    for found in &found {
+        *ids.entry(found.header("mesh-id").context("an id")?).or_default() += 1;
+    }
+    ensure!(ids.len() == 120 && ids.values().all(|times| *times == 2), "each record and one copy of it: {ids:?}");
+    sidecar.finish().await
+}
+
+on_both!(a_range_is_replayed_into_a_topic_or_to_one_route, replay);
+
+async fn replay(stage: Stage) -> Result<()> {
+    let service = Service::native(Scenario::new()).await?;
+    let sidecar = stage.sidecar("sidecar").service("work", &service).start().await?;
+    sidecar
+        .apply(
+            "
+            defaults: { dead_letter: %dlq }
+            topics: { %in: { partitions: 2 }, %copy: { partitions: 3 } }
+            routes:
+            - { name: work, service: work, from: [%in], handler: /work, to: void }
+            - { name: other, service: work, from: [%in], handler: /other, to: void }
+            ",
+        )
+        .await?;
+    sidecar.wait_running(&["work", "other"]).await?;
+    publish(&sidecar, &stage, 0..40).await?;
+    service.wait(80, MINUTE).await?;
+    let (from, to) = (stage.topic("in"), stage.topic("copy"));
+    let run = async |arguments: &[&str]| -> Result<Value> {
+        json_of(&sidecar.ctl(&[&["replay", "--from", &from, "-o", "json"], arguments].concat()).await?)
+    };
+    let said = run(&["--to", &to]).await?;
+    ensure!(said["copied"] == 40 && said["executed"] == false, "{said}");
+    let said = run(&["--to", &to, "--filter", "record.json.bad == 1", "--execute"]).await?;
+    ensure!(said["copied"] == 13 && said["filtered"] == 27, "{said}");
+    let copies = stage.read(&sidecar, None, &to, 13).await?;
+    let sources = stage.read(&sidecar, None, &from, 40).await?;
+    ensure!(copies.len() == 13, "{}", copies.len());
+    for copy in &copies {
+        let id = copy.header("mesh-id").context("an id")?;
+        let source = sources.iter().find(|source| source.header("mesh-id").as_ref() == Some(&id)).context("its source")?;
+        ensure!(source.value == copy.value && source.key == copy.key, "{copy:?}");
+        ensure!(copy.header("content-type") == source.header("content-type"), "{copy:?}");
+    }
+    // A range of one partition, to one route alone.
+    service.reset().await?;
+    let said = run(&["--partition", "0", "--from-offset", "1", "--to-offset", "3", "--route", "work", "--execute"]).await?;
+    ensure!(said["copied"] == 3 && said["to"] == json!(from), "{said}");
+    service.wait(3, MINUTE).await?;
+    sidecar.wait_status("the other route passes them over", MINUTE, |status| disposition(status, "other", "filtered") == 3).await?;
+    ensure!(delivered(&service, "/work").await?.len() == 3 && service.total().await? == 3, "copies reached another route");
+    for (arguments, said) in [
+        (&["--to", &*from][..], "would reach every route"),
+        (&["--to", "no-such-topic"], "there is no topic no-such-topic"),
+        (&["--route", "nobody"], "there is no route nobody"),
+        (&["--to", &to, "--filter", "record.jsn.a == 1"], "jsn"),
+        (&["--to", &to, "--partition", "9"], "there is no partition 9"),
+        (&["--to", "__mesh.control"], "the mesh's own"),
+    ] {
+        let output = sidecar.ctl(&[&["replay", "--from", &from], arguments].concat()).await?;
+        ensure!(output.status == Some(2) && output.stderr.contains(said), "{arguments:?}: {output:?}");
+    }
+    sidecar.finish().await
+}
+
+/// Two redrives of one route at once, through two sidecars: one wins, and nothing is sent twice.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_redrives_at_once_send_nothing_twice() -> Result<()> {
+    let Some(broker) = Broker::kafka().await? else { return Ok(()) };
+    Stage::run(broker, async |stage| {
+        let mut service = Service::native(Scenario::new().on("/work", [Rule::status(400)])).await?;
+        let first = stage.sidecar("first").service("work", &service).start().await?;
+        let second = stage.sidecar("second").start().await?;
+        first.apply(ROUTES).await?;
+        first.wait_running(&["work", "other"]).await?;
+        publish(&first, &stage, 0..60).await?;
+        first.wait_status("60 dead letters", MINUTE, |status| disposition(status, "work", "dead_lettered") == 60).await?;
+        service.set(Scenario::new()).await?;
+        let redrive = ["dlq", "redrive", "work", "--rate", "15", "--execute"];
+        let (one, two) = tokio::try_join!(first.ctl(&redrive), second.ctl(&redrive))?;
+        ensure!(one.status == Some(0) || two.status == Some(0), "{one:?}\n{two:?}");
+        first.ctl(&["dlq", "redrive", "work", "--execute"]).await?.success()?;
+        let found = stage.read(&first, None, &stage.topic("in"), 120).await?;
+        ensure!(found.len() == 120, "{} records where each of 60 was to come back once", found.len());
+        second.finish().await?;
+        first.finish().await
+    })
+    .await
+}
