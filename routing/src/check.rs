@@ -9,7 +9,7 @@ use crate::expression::{Expression, Roots, Source, compile_all};
 use crate::fault::{Fault, code};
 use crate::node::join;
 use crate::schema::{self, Schema};
-use crate::table::{Deliver, ForwardSpec, RouteFields, SchemaSpec, Table, To};
+use crate::table::{ConcurrencySpec, Deliver, ForwardSpec, RouteFields, SchemaSpec, Table, To};
 use crate::value::{LONGEST, name_fault, topic_fault};
 
 const DAY: Duration = Duration::from_secs(86_400);
@@ -194,9 +194,19 @@ impl Check {
             let message = format!("`{text}` is no content type");
             self.fault(code::VALUE, &at("content_type"), message, "write one like application/json");
         }
-        if fields.concurrency.is_some_and(|n| n == 0 || n > MAX_CONCURRENCY) {
+        let bounds = match fields.concurrency {
+            None => [None, None],
+            Some(ConcurrencySpec::Fixed(calls)) => [Some(calls), None],
+            Some(ConcurrencySpec::Adaptive { min, max }) => [min, max],
+        };
+        if bounds.into_iter().flatten().any(|n| n == 0 || n > MAX_CONCURRENCY) {
             let message = format!("concurrency goes from 1 to {MAX_CONCURRENCY}");
             self.fault(code::VALUE, &at("concurrency"), message, "");
+        } else if matches!(fields.concurrency, Some(ConcurrencySpec::Adaptive { .. })) {
+            let (min, max) = crate::compile::concurrency(fields.concurrency);
+            if min.is_some_and(|min| min > max) {
+                self.fault(code::CONFLICT, &at("concurrency"), "`min` is above `max`", "lower min, or raise max");
+            }
         }
         if let Some(timeout) = fields.timeout {
             self.between(&at("timeout"), timeout, Duration::from_millis(1), DAY);
@@ -286,6 +296,11 @@ impl Check {
                 self.fault(code::CONFLICT, &at("handler"), message, hint);
             }
             _ => {}
+        }
+        if matches!(fields.concurrency, Some(ConcurrencySpec::Adaptive { .. })) && deliver != Deliver::Push {
+            let message = "only a push route finds its concurrency by measuring";
+            let hint = "write a number: a service that fetches takes as much as it can do";
+            self.fault(code::CONFLICT, &at("concurrency"), message, hint);
         }
         if fields.batch.is_some() && deliver != Deliver::Push {
             let message = "only a push route has batches";

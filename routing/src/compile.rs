@@ -13,7 +13,7 @@ use crate::expression::{Expression, ExpressionError};
 use crate::fault::Faults;
 use crate::record::{RecordView, ReplyView};
 use crate::schema::{Mismatch, Schema};
-use crate::table::{Deliver, ForwardSpec, Guarantee, Order, RouteFields, Start, Table, To, TopicSpec};
+use crate::table::{ConcurrencySpec, Deliver, ForwardSpec, Guarantee, OnGap, Order, RouteFields, Start, Table, To, TopicSpec};
 
 /// A table, ready to be asked.
 #[derive(Debug)]
@@ -75,8 +75,10 @@ pub struct Route {
     pub order: Order,
     /// The content type of a record that names none.
     pub content_type: Option<Arc<str>>,
-    /// How many records may be at the service at once.
+    /// How many calls may be at the service at once, at most.
     pub concurrency: usize,
+    /// The least that is found by measuring, up to `concurrency`; fixed when absent.
+    pub adaptive: Option<usize>,
     /// How long one delivery may take.
     pub timeout: Duration,
     /// How failed deliveries are repeated.
@@ -87,6 +89,8 @@ pub struct Route {
     pub breaker: Breaker,
     /// Which of the source's headers its replies carry.
     pub forward_headers: ForwardHeaders,
+    /// What happens when the broker deleted records before they were processed.
+    pub on_gap: OnGap,
     /// Whether a delivery carries many records; one when absent.
     pub batch: Option<Batch>,
     /// What is promised of a record.
@@ -367,6 +371,7 @@ fn route(mesh: &str, name: &str, fields: RouteFields, filter: Option<Expression>
     let group = fields.group.clone().unwrap_or_else(|| format!("{mesh}.{name}"));
     let ignored = |set: &BTreeSet<u16>| set.iter().copied().collect();
     let from = fields.from.as_deref().unwrap_or_default();
+    let (adaptive, concurrency) = concurrency(fields.concurrency);
     Route {
         name: Arc::from(name),
         service: names.get(fields.service.as_deref().unwrap_or_default()),
@@ -381,7 +386,8 @@ fn route(mesh: &str, name: &str, fields: RouteFields, filter: Option<Expression>
         group: Arc::from(group),
         order: fields.order.unwrap_or(Order::Key),
         content_type: fields.content_type.as_deref().map(Arc::from),
-        concurrency: fields.concurrency.map_or(64, |n| usize::try_from(n).unwrap_or(usize::MAX)),
+        concurrency,
+        adaptive,
         timeout: fields.timeout.unwrap_or(Duration::from_secs(10)),
         retry: retry(&fields),
         dead_letter: names.get(&dead_letter(name, &fields)),
@@ -391,6 +397,7 @@ fn route(mesh: &str, name: &str, fields: RouteFields, filter: Option<Expression>
             Some(ForwardSpec::None) => ForwardHeaders::None,
             Some(ForwardSpec::Only(list)) => ForwardHeaders::Only(list.iter().map(|name| names.get(name)).collect()),
         },
+        on_gap: fields.on_gap.unwrap_or(OnGap::Earliest),
         batch: fields.batch.as_ref().map(|batch| Batch {
             max: batch.max.map_or(100, |n| usize::try_from(n).unwrap_or(usize::MAX)),
             wait: batch.wait.unwrap_or(Duration::from_millis(5)),
@@ -399,6 +406,20 @@ fn route(mesh: &str, name: &str, fields: RouteFields, filter: Option<Expression>
         max_hops: fields.max_hops.unwrap_or(1000),
         spec: fields,
         schemas: Vec::new(),
+    }
+}
+
+/// The least concurrency if it is adaptive, and the largest.
+pub(crate) fn concurrency(spec: Option<ConcurrencySpec>) -> (Option<usize>, usize) {
+    let calls = |n: u32| usize::try_from(n).unwrap_or(usize::MAX);
+    match spec {
+        None => (None, 64),
+        Some(ConcurrencySpec::Fixed(n)) => (None, calls(n)),
+        // A default never contradicts what is written: it gives way.
+        Some(ConcurrencySpec::Adaptive { min, max }) => {
+            let least = min.map_or(1, calls);
+            (Some(least), max.map_or(least.max(1000), calls))
+        }
     }
 }
 

@@ -9,13 +9,13 @@ use std::time::Duration;
 use crate::fault::{Fault, code};
 use crate::node::{Entry, Node, Value, join};
 use crate::table::{
-    API_VERSION, BatchSpec, BreakerSpec, CaseSpec, Deliver, ForwardSpec, Guarantee, KIND, Order, RetrySpec, RouteFields, RouteSpec,
-    SchemaSpec, Start, Table, To, TopicSpec,
+    API_VERSION, BatchSpec, BreakerSpec, CaseSpec, ConcurrencySpec, Deliver, ForwardSpec, Guarantee, KIND, OnGap, Order, RetrySpec,
+    RouteFields, RouteSpec, SchemaSpec, Start, Table, To, TopicSpec,
 };
 use crate::value::{nearest, parse_duration, parse_time};
 
 /// All fields of a route, but its name.
-pub(crate) const ROUTE_FIELDS: [&str; 21] = [
+pub(crate) const ROUTE_FIELDS: [&str; 22] = [
     "service",
     "from",
     "deliver",
@@ -35,6 +35,7 @@ pub(crate) const ROUTE_FIELDS: [&str; 21] = [
     "breaker",
     "forward_headers",
     "guarantee",
+    "on_gap",
     "batch",
     "max_hops",
 ];
@@ -321,7 +322,7 @@ impl Reader<'_> {
             start: get("start").and_then(|(n, p)| self.start(n, &p)),
             group: get("group").and_then(|(n, p)| self.string(n, &p)),
             content_type: get("content_type").and_then(|(n, p)| self.string(n, &p)),
-            concurrency: get("concurrency").and_then(|(n, p)| self.whole(n, &p)),
+            concurrency: get("concurrency").and_then(|(n, p)| self.concurrency(n, &p)),
             timeout: get("timeout").and_then(|(n, p)| self.duration(n, &p)),
             dead_letter: get("dead_letter").and_then(|(n, p)| self.string(n, &p)),
             forward_headers: get("forward_headers").and_then(|(n, p)| self.forward(n, &p)),
@@ -332,6 +333,8 @@ impl Reader<'_> {
         out.deliver = get("deliver").and_then(|(n, p)| self.word(n, &p, &words));
         let words = [("key", Order::Key), ("partition", Order::Partition), ("none", Order::None)];
         out.order = get("order").and_then(|(n, p)| self.word(n, &p, &words));
+        let words = [("earliest", OnGap::Earliest), ("stop", OnGap::Stop)];
+        out.on_gap = get("on_gap").and_then(|(n, p)| self.word(n, &p, &words));
         out.guarantee = get("guarantee").and_then(|(n, p)| self.guarantee(n, &p));
         if let Some((node, path)) = get("cases") {
             let hint = "write `cases: [ { status: 202, to: [topic] } ]`";
@@ -416,6 +419,23 @@ impl Reader<'_> {
             max: get("max").and_then(|(n, p)| self.duration(n, &p)),
             multiplier: get("multiplier").and_then(|(n, p)| self.number(n, &p, "a number")),
         })
+    }
+
+    fn concurrency(&mut self, node: &Node, path: &str) -> Option<ConcurrencySpec> {
+        if let Value::Map(_) = &node.value {
+            let fields = self.map(node, path, &["adaptive"])?;
+            let (node, path) = self.required(node, &fields, "adaptive")?;
+            let bounds = self.map(node, &path, &["min", "max"])?;
+            return Some(ConcurrencySpec::Adaptive {
+                min: bounds.get("min").and_then(|(n, p)| self.whole(n, &p)),
+                max: bounds.get("max").and_then(|(n, p)| self.whole(n, &p)),
+            });
+        }
+        if matches!(&node.value, Value::Scalar { text, .. } if text == "adaptive") {
+            return Some(ConcurrencySpec::Adaptive { min: None, max: None });
+        }
+        let wanted = "a whole number, `adaptive` or `{ adaptive: { min: …, max: … } }`";
+        self.number(node, path, wanted).map(ConcurrencySpec::Fixed)
     }
 
     fn start(&mut self, node: &Node, path: &str) -> Option<Start> {

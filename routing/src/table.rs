@@ -123,7 +123,7 @@ pub struct RouteFields {
     pub content_type: Option<String>,
     /// How many records may be at the service at once.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub concurrency: Option<u32>,
+    pub concurrency: Option<ConcurrencySpec>,
     /// How long one delivery may take.
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "duration")]
     pub timeout: Option<Duration>,
@@ -142,6 +142,9 @@ pub struct RouteFields {
     /// What is promised of a record.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub guarantee: Option<Guarantee>,
+    /// What happens when the broker deleted records before they were processed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on_gap: Option<OnGap>,
     /// Whether a delivery carries many records.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub batch: Option<BatchSpec>,
@@ -182,6 +185,16 @@ pub enum Guarantee {
     AtLeastOnce,
     /// What comes of it is stored once: its replies and its offset are one transaction. The service may still be called more than once.
     ExactlyOnce,
+}
+
+/// What happens when the broker deleted records before they were processed. They are counted as expired in any case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnGap {
+    /// The partition goes on at the earliest record that there is.
+    Earliest,
+    /// The partition stands still until somebody decides.
+    Stop,
 }
 
 /// Where a group with no offset yet begins.
@@ -265,6 +278,41 @@ pub struct BreakerSpec {
     /// How long it stays open.
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "duration")]
     pub open: Option<Duration>,
+}
+
+/// Concurrency as written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ConcurrencySpec {
+    /// So many calls.
+    Fixed(u32),
+    /// As many as the service can do, found by measuring; each bound is defaulted on its own.
+    Adaptive {
+        /// At least so many.
+        min: Option<u32>,
+        /// At most so many.
+        max: Option<u32>,
+    },
+}
+
+impl Serialize for ConcurrencySpec {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Bounds {
+            #[serde(skip_serializing_if = "Option::is_none")]
+            min: Option<u32>,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            max: Option<u32>,
+        }
+        match *self {
+            Self::Fixed(calls) => to.serialize_u32(calls),
+            Self::Adaptive { min: None, max: None } => to.serialize_str("adaptive"),
+            Self::Adaptive { min, max } => {
+                let mut map = to.serialize_map(Some(1))?;
+                map.serialize_entry("adaptive", &Bounds { min, max })?;
+                map.end()
+            }
+        }
+    }
 }
 
 /// Batches as written; each field is defaulted on its own.
@@ -388,6 +436,7 @@ impl Table {
             }),
             forward_headers: own.forward_headers.or_else(|| base.forward_headers.clone()),
             guarantee: own.guarantee.or(base.guarantee),
+            on_gap: own.on_gap.or(base.on_gap),
             batch: merge(own.batch, base.batch.as_ref(), |own, base| BatchSpec { max: own.max.or(base.max), wait: own.wait.or(base.wait) }),
             max_hops: own.max_hops.or(base.max_hops),
         }

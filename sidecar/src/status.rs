@@ -23,6 +23,8 @@ pub enum RouteState {
     WaitingForBroker,
     /// A topic that it reads or writes does not exist.
     WaitingForTopic,
+    /// A partition stands still until somebody decides: records were deleted before they were processed (`on_gap: stop`).
+    Stopped,
     /// It drains.
     Draining,
 }
@@ -36,7 +38,7 @@ pub struct RouteStatus {
     pub service: Arc<str>,
     /// What it does.
     pub state: RouteState,
-    /// Why it waits; names the service, topic or broker. Empty when it runs.
+    /// Why it waits; names the service, topic or broker. Empty when it runs, unless records were deleted before they were processed.
     pub reason: String,
     /// When it began to wait, in milliseconds since 1970-01-01 UTC; 0 when it runs.
     pub waiting_since_ms: i64,

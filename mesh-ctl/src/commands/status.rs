@@ -75,7 +75,7 @@ fn text(context: &Context, mesh: &view::Mesh) -> String {
     for (route, instance) in &all {
         let style = match route.state {
             "RUNNING" => Style::Good,
-            "WAITING_FOR_SERVICE" | "WAITING_FOR_BROKER" | "WAITING_FOR_TOPIC" => Style::Bad,
+            "WAITING_FOR_SERVICE" | "WAITING_FOR_BROKER" | "WAITING_FOR_TOPIC" | "STOPPED" => Style::Bad,
             _ => Style::Warn,
         };
         let reason = match route.reason.as_str() {

@@ -1556,7 +1556,8 @@ pub struct RouteStatus {
     /// What it does.
     #[prost(enumeration = "RouteState", tag = "3")]
     pub state: i32,
-    /// Why it waits, naming the service or broker. Empty when it runs.
+    /// Why it waits, naming the service or broker. Empty when it runs, unless records were deleted before they were processed, which is told
+    /// for an hour.
     #[prost(string, tag = "4")]
     pub reason: ::prost::alloc::string::String,
     /// How many partitions this instance owns.
@@ -2095,6 +2096,8 @@ pub enum RouteState {
     Draining = 5,
     /// A topic that it reads or writes does not exist.
     WaitingForTopic = 6,
+    /// A partition stands still until somebody decides: records were deleted before they were processed (`on_gap: stop`).
+    Stopped = 7,
 }
 impl RouteState {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -2110,6 +2113,7 @@ impl RouteState {
             Self::WaitingForBroker => "ROUTE_STATE_WAITING_FOR_BROKER",
             Self::Draining => "ROUTE_STATE_DRAINING",
             Self::WaitingForTopic => "ROUTE_STATE_WAITING_FOR_TOPIC",
+            Self::Stopped => "ROUTE_STATE_STOPPED",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -2122,6 +2126,7 @@ impl RouteState {
             "ROUTE_STATE_WAITING_FOR_BROKER" => Some(Self::WaitingForBroker),
             "ROUTE_STATE_DRAINING" => Some(Self::Draining),
             "ROUTE_STATE_WAITING_FOR_TOPIC" => Some(Self::WaitingForTopic),
+            "ROUTE_STATE_STOPPED" => Some(Self::Stopped),
             _ => None,
         }
     }

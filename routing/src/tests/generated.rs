@@ -76,7 +76,8 @@ prop_compose! {
         ]),
     ) -> RouteFields {
         RouteFields {
-            filter, ignore_status, start, order, content_type, concurrency, timeout, retry,
+            filter, ignore_status, start, order, content_type, timeout, retry,
+            concurrency: concurrency.map(ConcurrencySpec::Fixed),
             breaker: breaker.map(|(failures, open)| BreakerSpec { failures, open }),
             forward_headers: forward,
             ..RouteFields::default()
@@ -89,6 +90,7 @@ prop_compose! {
         fields in some_fields(), service in name(), from in topics(), to in to(),
         cases in option::of(vec(case(), 0..3)), push in any::<bool>(),
         handler in "/[a-z/~%!?=.-]{0,12}", max_hops in option::of(any::<u32>()),
+        adaptive in option::of((option::of(1u32..=64), option::of(64u32..=10_000))),
         batch in option::of((option::of(1u32..=10_000), option::of(duration(60_000)))),
     ) -> RouteFields {
         RouteFields {
@@ -99,6 +101,11 @@ prop_compose! {
             deliver: if push { None } else { Some(Deliver::Stream) },
             handler: push.then_some(handler),
             guarantee: push.then_some(Guarantee::AtLeastOnce),
+            concurrency: match adaptive {
+                Some((min, max)) if push => Some(ConcurrencySpec::Adaptive { min, max }),
+                _ => fields.concurrency,
+            },
+            on_gap: push.then_some(OnGap::Stop),
             batch: batch.filter(|_| push).map(|(max, wait)| BatchSpec { max, wait }),
             max_hops,
             ..fields

@@ -39,6 +39,7 @@ spec:
     breaker: { failures: 20, open: 10s }
     forward_headers: all
     guarantee: at_least_once
+    on_gap: stop
     batch: { max: 100, wait: 5ms }
     max_hops: 1000
 "#;
@@ -85,11 +86,31 @@ fn defaults_of_the_language_and_of_the_table() {
     assert_eq!((route.retry.attempts, route.retry.max.as_secs()), (3, 30));
     assert_eq!(route.ignore_status, [204, 205, 304]);
     assert_eq!((&*route.group, &*route.dead_letter), ("shop.a", "a.dlq"));
-    assert_eq!((route.concurrency, route.max_hops, route.batch), (64, 1000, None));
+    assert_eq!((route.concurrency, route.adaptive, route.max_hops, route.batch), (64, None, 1000, None));
     assert_eq!(route.filter.as_ref().map(Expression::source), Some("record.size > 0"));
     assert_eq!(route.retry.pause(1).as_millis(), 100);
     assert_eq!(route.retry.pause(4).as_millis(), 800);
     assert_eq!(route.retry.pause(u32::MAX).as_secs(), 30);
+}
+
+#[test]
+fn concurrency_may_be_adaptive() {
+    for (text, adaptive, most) in [
+        ("8", None, 8),
+        ("adaptive", Some(1), 1000),
+        ("{ adaptive: {} }", Some(1), 1000),
+        ("{ adaptive: { min: 2, max: 50 } }", Some(2), 50),
+        ("{ adaptive: { min: 2000 } }", Some(2000), 2000),
+    ] {
+        let text = with_routes(&format!("  - {{ name: a, service: s, from: [x], handler: /h, to: void, concurrency: {text} }}\n"));
+        let table = parse("t", &text).unwrap();
+        let route = &compile(&table).unwrap().routes[0];
+        assert_eq!((route.adaptive, route.concurrency), (adaptive, most), "{text}");
+        assert_eq!(parse("t", &table.to_json()).unwrap(), table, "{text}");
+    }
+    let pull = with_routes("  - { name: a, service: s, from: [x], to: void, deliver: pull, concurrency: adaptive, batch: {} }\n");
+    let faults = parse("t", &pull).unwrap_err().to_string();
+    assert!(faults.contains("spec.routes[0].concurrency") && faults.contains("spec.routes[0].batch"), "{faults}");
 }
 
 #[test]

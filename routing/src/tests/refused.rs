@@ -68,6 +68,10 @@ fn each_field_is_checked() {
     one("concurrency: -1", "concurrency", code::TYPE);
     one("concurrency: '5'", "concurrency", code::TYPE);
     one("concurrency: 1.5", "concurrency", code::TYPE);
+    one("concurrency: adaptiv", "concurrency", code::TYPE);
+    one("concurrency: { adaptive: 5 }", "concurrency.adaptive", code::TYPE);
+    one("concurrency: { adaptive: { min: 0 } }", "concurrency", code::VALUE);
+    one("concurrency: { adaptive: { min: 9, max: 8 } }", "concurrency", code::CONFLICT);
     one("timeout: 5", "timeout", code::VALUE);
     one("timeout: 0s", "timeout", code::VALUE);
     one("timeout: 2d", "timeout", code::VALUE);
@@ -80,6 +84,7 @@ fn each_field_is_checked() {
     one("retry: { initial: 10s, max: 1s }", "retry", code::CONFLICT);
     one("retry: { topics: [10m] }", "retry.topics", code::NOT_BUILT);
     one("guarantee: twice", "guarantee", code::VALUE);
+    one("on_gap: latest", "on_gap", code::VALUE);
     one("batch: 100", "batch", code::TYPE);
     one("batch: { max: 0 }", "batch.max", code::VALUE);
     one("batch: { max: 10001 }", "batch.max", code::VALUE);

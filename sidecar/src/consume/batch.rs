@@ -31,6 +31,7 @@ pub(super) struct Gathered {
 /// A call that is out, with some of its answers.
 #[derive(Debug)]
 pub(super) struct OutCall {
+    began: Instant,
     left: usize,
     /// The best that is known of it, for the breaker, and why it is no better.
     note: (breaker::Verdict, Option<String>),
@@ -113,7 +114,7 @@ impl RouteLoop {
         }
         self.calls += 1;
         self.parts.metrics.batch_size.observe(batch.len());
-        self.out_calls.insert(call, OutCall { left: batch.len(), note: (breaker::Verdict::Away, None) });
+        self.out_calls.insert(call, OutCall { began: now, left: batch.len(), note: (breaker::Verdict::Away, None) });
         self.parts.leaf.dispatch_batch(batch);
     }
 
@@ -128,13 +129,14 @@ impl RouteLoop {
             breaker::Verdict::Away => 0,
         };
         if let Some(note) = note
-            && (rank(note.0) > rank(out.note.0) || out.note.1.is_none())
+            && (rank(note.0) > rank(out.note.0) || (rank(note.0) == rank(out.note.0) && out.note.1.is_none()))
         {
             out.note = note;
         }
         if out.left == 0
             && let Some(out) = self.out_calls.remove(&call)
         {
+            self.note_limit(out.note.0, out.began, now);
             self.calls -= 1;
             self.note_service(out.note.0, out.note.1.as_deref(), now);
         }

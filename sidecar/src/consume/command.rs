@@ -179,6 +179,8 @@ impl RouteLoop {
         slot.revoking = false;
         slot.busy = 0;
         slot.held = false;
+        // Should the new position not exist either, the consumer says so again.
+        slot.gap = None;
         slot.moved = Instant::now();
         let partition = slot.partition.clone();
         self.consumer.seek(&partition, position);

@@ -10,6 +10,7 @@ use super::{
 use crate::{
     deliver::{
         breaker::{self, Allowance, Change},
+        limit::Limit,
         retry,
     },
     lanes::JobId,
@@ -29,9 +30,9 @@ const LONGEST_AWAY: Duration = Duration::from_secs(1);
 impl RouteLoop {
     pub(super) fn dispatch(&mut self, now: Instant) {
         if let Some(batch) = self.route.batch {
-            return self.dispatch_batches(batch, self.route.concurrency, now);
+            return self.dispatch_batches(batch, self.concurrency(), now);
         }
-        let room = self.route.concurrency.min(self.parts.leaf.room());
+        let room = self.concurrency().min(self.parts.leaf.room());
         while self.out < room && self.outbox.has_room() {
             match self.breaker.allowance(now) {
                 Allowance::Free => {}
@@ -44,6 +45,11 @@ impl RouteLoop {
                 self.parts.leaf.dispatch(delivery);
             }
         }
+    }
+
+    /// How many calls may be out now.
+    pub(super) fn concurrency(&self) -> usize {
+        self.limit.as_ref().map_or(self.route.concurrency, Limit::get)
     }
 
     /// Makes the delivery of a job that was handed out.
@@ -106,6 +112,7 @@ impl RouteLoop {
         match call {
             Some(call) => self.note_call(call, Some((note, reason.map(str::to_owned))), now),
             None => {
+                self.note_limit(note, since, now);
                 self.calls -= 1;
                 self.note_service(note, reason, now);
             }
@@ -170,6 +177,13 @@ impl RouteLoop {
         if let Some(job) = self.lanes.finish(id) {
             self.keep_context(context);
             self.complete(job.slot, job.epoch, job.delivery.position.offset, disposition, reason);
+        }
+    }
+
+    /// What a call tells of how many the service can do. One that found no service tells nothing.
+    pub(super) fn note_limit(&mut self, note: breaker::Verdict, began: Instant, now: Instant) {
+        if let Some(limit) = self.limit.as_mut().filter(|_| note != breaker::Verdict::Away) {
+            limit.answered(began, now, self.calls, note == breaker::Verdict::Failed);
         }
     }
 

@@ -1,9 +1,9 @@
 //! What comes from the broker: assignments, records, and their way into watermark and lanes.
 
-use std::{hash::BuildHasher as _, sync::Arc};
+use std::{hash::BuildHasher as _, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use mesh_routing::Order;
+use mesh_routing::{OnGap, Order};
 use tokio::time::Instant;
 
 use super::{
@@ -30,6 +30,8 @@ const SPAN: usize = 10_000;
 const BYTES: usize = 16 << 20;
 /// A partition's share of them at least.
 const SHARE: usize = 256 << 10;
+/// How long the status tells of records that were deleted before they were processed.
+const GAP_TOLD: Duration = Duration::from_secs(3600);
 
 impl RouteLoop {
     pub(super) fn on_event(&mut self, event: Event) {
@@ -67,6 +69,7 @@ impl RouteLoop {
                 unrecorded: 0,
                 busy: 0,
                 held: false,
+                gap: None,
                 high: position,
                 end: None,
                 moved: Instant::now(),
@@ -169,10 +172,37 @@ impl RouteLoop {
 
     fn on_expired(&mut self, partition: &TopicPartition, from: i64, to: i64) {
         let Some(&index) = self.by_partition.get(partition) else { return };
-        let expired = to.saturating_sub(from).max(0).unsigned_abs();
+        let Some(slot) = self.slots.get_mut(index as usize).filter(|slot| slot.owned && !slot.revoking) else { return };
+        if to <= from {
+            return;
+        }
+        slot.gap = Some((from, to));
+        if self.route.on_gap == OnGap::Stop {
+            slot.held = true;
+            let partition = slot.partition.clone();
+            self.consumer.hold(&partition);
+            tracing::error!(
+                route = %self.route.name, %partition, from, to, records = to - from,
+                "the broker deleted records before they were processed: the partition stands still until the route is reset, or its on_gap changed"
+            );
+            self.post_now();
+        }
+        self.pass_gap(index);
+    }
+
+    /// Counts what the broker deleted, and goes on behind it, unless the route says that the partition stands still.
+    pub(super) fn pass_gap(&mut self, index: u32) {
+        let Some(slot) = self.slots.get_mut(index as usize) else { return };
+        let Some((from, to)) = slot.gap.filter(|_| self.route.on_gap == OnGap::Earliest) else { return };
+        slot.gap = None;
+        slot.watermark.skip_to(to);
+        let (partition, expired) = (slot.partition.clone(), to.saturating_sub(from).max(0).unsigned_abs());
         tracing::error!(route = %self.route.name, %partition, from, to, expired, "the broker deleted records before they were processed");
         self.count(Disposition::Expired, "", expired);
-        self.slots[index as usize].watermark.skip_to(to);
+        let last = to.saturating_sub(1);
+        let told = format!("the broker deleted {expired} records of {partition} before they were processed: offsets {from} to {last}");
+        self.passed_gap = Some((Instant::now() + GAP_TOLD, told));
+        self.post_now();
     }
 
     pub(super) fn hold_or_release(&mut self, index: u32) {
@@ -184,6 +214,9 @@ impl RouteLoop {
         let bytes_limit = (BYTES / self.owned_count.max(1)).max(SHARE);
         let draining = self.draining.is_some();
         let slot = &mut self.slots[index as usize];
+        if slot.gap.is_some() {
+            return;
+        }
         let w = &slot.watermark;
         let over =
             |part: usize| w.incomplete() * part > waiting_limit * 2 || w.span() * part > SPAN * 2 || w.bytes() * part > bytes_limit * 2;

@@ -132,6 +132,7 @@ impl RouteLoop {
         };
         let metrics = &self.parts.metrics;
         metrics.state(state);
+        metrics.concurrency_limit.set(self.concurrency() as u64);
         metrics.partitions.set(status.partitions.into());
         metrics.lag_records.set(lag_records);
         metrics.lag_seconds.set(lag_seconds);
@@ -165,10 +166,22 @@ impl RouteLoop {
             };
             return (state, error.to_string());
         }
+        let stopped = self.owned().find_map(|(_, slot)| slot.gap.map(|(from, to)| (&slot.partition, from, to)));
+        if let Some((partition, from, to)) = stopped {
+            let (name, last) = (&self.route.name, to.saturating_sub(1));
+            let reason = format!(
+                "the broker deleted records of {partition} before they were processed, offsets {from} to {last}, and on_gap is `stop`: reset \
+                 the route (mesh-ctl reset {name}), or apply it with `on_gap: earliest`"
+            );
+            return (RouteState::Stopped, reason);
+        }
         let waits = self.service_trouble.clone().or_else(|| self.parts.leaf.unattended());
         match waits {
             Some(reason) => (RouteState::WaitingForService, reason),
-            None if self.joined => (RouteState::Running, String::new()),
+            None if self.joined => {
+                let told = self.passed_gap.as_ref().filter(|(until, _)| Instant::now() < *until);
+                (RouteState::Running, told.map_or_else(String::new, |(_, told)| told.clone()))
+            }
             None => (RouteState::Joining, format!("joining group {}", self.route.group)),
         }
     }

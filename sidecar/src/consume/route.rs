@@ -38,6 +38,7 @@ use crate::{
     deliver::{
         Leaf,
         breaker::{Allowance, Breaker},
+        limit::Limit,
     },
     lanes::{JobId, Lanes},
     outcome::{Answer, Delivery, Disposition},
@@ -138,6 +139,8 @@ pub(super) struct Slot {
     /// Records at the service, or on their way to the broker.
     pub(super) busy: usize,
     pub(super) held: bool,
+    /// Offsets that the broker deleted before they were processed, from and to, before which the partition stands still.
+    pub(super) gap: Option<(i64, i64)>,
     /// The newest offset + 1 at the broker, as last measured.
     pub(super) high: i64,
     /// What is left up to there is no record.
@@ -173,6 +176,8 @@ pub(crate) struct RouteLoop {
     pub(super) out_calls: HashMap<u64, OutCall>,
     pub(super) gathered: Gathered,
     pub(super) breaker: Breaker,
+    /// With `concurrency: adaptive`.
+    pub(super) limit: Option<Limit>,
     pub(super) backoffs: BinaryHeap<Reverse<(Instant, JobId)>>,
     pub(super) outbox: Outbox,
     /// With `guarantee: exactly_once`: the transaction under way. Then it is the outbox's only way out, and `commit` is for the time between.
@@ -192,6 +197,8 @@ pub(crate) struct RouteLoop {
     pub(super) draining: Option<Instant>,
     pub(super) broker_trouble: Option<BrokerError>,
     pub(super) service_trouble: Option<String>,
+    /// The last gap that was passed, and until when it is told.
+    pub(super) passed_gap: Option<(Instant, String)>,
     pub(super) joined: bool,
     pub(super) dispositions: BTreeMap<Disposition, u64>,
     pub(super) posted: RouteStatus,
@@ -235,6 +242,7 @@ impl RouteLoop {
         let now = Instant::now();
         Ok(Self {
             breaker: Breaker::new(route.breaker.failures, route.breaker.open),
+            limit: route.adaptive.map(|least| Limit::new(least, route.concurrency)),
             lanes: Lanes::with_start(hasher.hash_one(0u8) as u32),
             parts,
             route,
@@ -263,6 +271,7 @@ impl RouteLoop {
             draining: None,
             broker_trouble: None,
             service_trouble: None,
+            passed_gap: None,
             joined: false,
             dispositions: BTreeMap::new(),
             posted: RouteStatus::default(),
@@ -415,9 +424,14 @@ impl RouteLoop {
     fn swap(&mut self) {
         self.route = self.parts.route.borrow_and_update().clone();
         self.breaker.configure(self.route.breaker.failures, self.route.breaker.open);
+        match (self.route.adaptive, &mut self.limit) {
+            (Some(least), Some(limit)) => limit.configure(least, self.route.concurrency),
+            (least, limit) => *limit = least.map(|least| Limit::new(least, self.route.concurrency)),
+        }
         self.give_back(0);
         tracing::info!(route = %self.route.name, "the route changed");
         for index in 0..self.slots.len() as u32 {
+            self.pass_gap(index);
             self.hold_or_release(index);
         }
     }
@@ -451,6 +465,7 @@ impl Slot {
         self.owned = false;
         self.revoking = false;
         self.held = false;
+        self.gap = None;
         self.busy = 0;
         self.watermark = Watermark::new(epoch, self.watermark.offset());
     }

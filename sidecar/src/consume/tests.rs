@@ -591,3 +591,63 @@ async fn exactly_once_survives_crashes_at_any_moment() {
     assert_eq!(seen.len(), should.len());
     assert!(seen == should);
 }
+
+/// The broker deletes records before they are processed: the route counts them and goes on, or stands still until somebody decides.
+#[tokio::test(start_paused = true)]
+async fn a_gap_is_counted_by_range_and_stops_the_partition_if_the_route_says_so() {
+    let route = |on_gap: &str| format!("  - {{ name: work, service: worker, deliver: stream, from: [in], to: void, on_gap: {on_gap} }}");
+    let answer = async |mesh: &Mesh, count: usize| {
+        let (desk, mut left) = (mesh.desk("work").await, count);
+        while left > 0 {
+            let taken = desk.take(100, Duration::from_secs(1)).await.unwrap();
+            left -= taken.len();
+            desk.answer(taken.into_iter().map(|delivery| Answer { id: delivery.id, outcome: Outcome::Ignore }).collect());
+        }
+    };
+    for reset in [false, true] {
+        let broker = broker();
+        let topic = NewTopic { name: "in".to_owned(), partitions: Some(1), ..NewTopic::default() };
+        broker.admin().create_topics(vec![topic]).await.unwrap();
+        let mesh = Mesh::on(broker.clone(), &route("stop"));
+        mesh.publish("in", numbered(10)).await;
+        answer(&mesh, 10).await;
+        mesh.ended("work", 10).await;
+        mesh.end().await;
+        // Nobody reads, 25 records come, and 20 are deleted.
+        let gone = Mesh::on(broker.clone(), "  - { name: other, service: worker, deliver: stream, from: [else], to: void }");
+        gone.publish("in", numbered(25)).await;
+        gone.end().await;
+        let partition = TopicPartition::new("in", 0);
+        broker.admin().delete_records(vec![(partition.clone(), 30)]).await.unwrap();
+
+        let mesh = Mesh::on(broker.clone(), &route("stop"));
+        let state = async |wanted: RouteState| loop {
+            match mesh.board.routes().pop() {
+                Some(status) if status.state == wanted && status.partitions == 1 => return status,
+                _ => tokio::time::sleep(Duration::from_millis(50)).await,
+            }
+        };
+        let stopped = state(RouteState::Stopped).await;
+        assert!(stopped.reason.contains("in/0") && stopped.reason.contains("offsets 10 to 29"), "{}", stopped.reason);
+        let desk = mesh.desk("work").await;
+        assert_eq!(desk.take(1, Duration::from_secs(5)).await.unwrap().len(), 0, "it stands still");
+        assert_eq!(mesh.ended("work", 0).await, BTreeMap::new());
+        let mut wanted = BTreeMap::from([(Disposition::Ignored, 5)]);
+        if reset {
+            // Somebody decided: what is gone is passed over on purpose.
+            mesh.ask.reset("work", vec![(partition, 30)], Duration::from_secs(3)).await;
+            answer(&mesh, 5).await;
+            assert_eq!(mesh.ended("work", 5).await, wanted);
+            assert_eq!(state(RouteState::Running).await.reason, "");
+        } else {
+            // Told to go on by a change of the table, without a restart.
+            mesh.table.send_replace(active(&route("earliest")));
+            answer(&mesh, 5).await;
+            wanted.insert(Disposition::Expired, 20);
+            assert_eq!(mesh.ended("work", 25).await, wanted);
+            let running = state(RouteState::Running).await;
+            assert!(running.reason.contains("deleted 20 records of in/0"), "{}", running.reason);
+        }
+        mesh.end().await;
+    }
+}

@@ -157,6 +157,7 @@ fn route(status: &RouteStatus) -> v1::RouteStatus {
             RouteState::WaitingForService => v1::RouteState::WaitingForService,
             RouteState::WaitingForBroker => v1::RouteState::WaitingForBroker,
             RouteState::WaitingForTopic => v1::RouteState::WaitingForTopic,
+            RouteState::Stopped => v1::RouteState::Stopped,
             RouteState::Draining => v1::RouteState::Draining,
         }
         .into(),

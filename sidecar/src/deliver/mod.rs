@@ -2,7 +2,7 @@
 //!
 //! A route's loop owns one [`Leaf`]: `dispatch` hands a delivery over and returns at once, `answers` brings what came back. `dispatch_batch`
 //! hands over many that travel in one call; their answers come together, in their order. What the loop
-//! needs to decide about calling at all is pure and beside it: the [`breaker`] and the [`retry`] pause. Retries wait in the loop, in their
+//! needs to decide about calling at all is pure and beside it: the [`breaker`], the [`limit`] and the [`retry`] pause. Retries wait in the loop, in their
 //! lane, not here: a record that waits takes no place from another.
 //!
 //! Invariant: every delivery that goes in comes back as exactly one [`Answer`], within its route's timeout once it was taken.
@@ -27,6 +27,7 @@ pub mod desk;
 pub(crate) mod forms;
 pub mod grpc;
 mod http;
+pub mod limit;
 mod push;
 pub mod retry;
 mod stream;

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    future::{Future, ready},
     net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
@@ -15,6 +16,7 @@ use axum::{
     http::HeaderMap,
     response::Response,
 };
+use futures_util::{FutureExt as _, future::BoxFuture};
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
 
@@ -74,7 +76,7 @@ impl BatchAnswer {
     }
 }
 
-type Answers = dyn Fn(&BatchCall) -> BatchAnswer + Send + Sync;
+type Answers = dyn Fn(&BatchCall) -> BoxFuture<'static, BatchAnswer> + Send + Sync;
 
 struct Books {
     calls: watch::Sender<Vec<BatchCall>>,
@@ -95,6 +97,18 @@ impl BatchService {
     /// # Errors
     /// If it cannot.
     pub async fn start(answers: impl Fn(&BatchCall) -> BatchAnswer + Send + Sync + 'static) -> Result<Self> {
+        Self::start_with(move |call| ready(answers(call))).await
+    }
+
+    /// The same, with answers that take their time.
+    ///
+    /// # Errors
+    /// If it cannot listen.
+    pub async fn start_with<F>(answers: impl Fn(&BatchCall) -> F + Send + Sync + 'static) -> Result<Self>
+    where
+        F: Future<Output = BatchAnswer> + Send + 'static,
+    {
+        let answers = move |call: &BatchCall| answers(call).boxed();
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?;
         let (sender, calls) = watch::channel(Vec::new());
@@ -149,7 +163,7 @@ async fn handle(State(books): State<Arc<Books>>, headers: HeaderMap, body: Bytes
         call.number = calls.len();
         calls.push(call.clone());
     });
-    let answer = (books.answers)(&call);
+    let answer = (books.answers)(&call).await;
     tokio::time::sleep(answer.delay).await;
     let mut response = Response::new(Body::from(answer.body));
     *response.status_mut() = http::StatusCode::from_u16(answer.status).unwrap_or_default();

@@ -12,6 +12,7 @@ mod crash;
 mod dlq;
 mod exactly_once;
 mod faults;
+mod flow_control;
 mod flows;
 mod pitfalls;
 mod reset;

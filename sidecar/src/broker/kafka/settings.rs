@@ -25,6 +25,9 @@ const RESERVED: [(&str, &[&str], &str); 12] = [
     ("enable.partition.eof", &["false"], "the mesh asks for watermarks where it needs them"),
 ];
 
+/// Keys of members that the broker decides on with `group.protocol: consumer`: librdkafka refuses them then.
+const CLASSIC_ONLY: [&str; 4] = ["session.timeout.ms", "heartbeat.interval.ms", "partition.assignment.strategy", "group.protocol.type"];
+
 /// How long the broker lets a transaction be open, in milliseconds.
 const TRANSACTION_MS: u64 = 10_000;
 
@@ -47,6 +50,18 @@ impl Settings {
         for (key, same, why) in RESERVED {
             if let Some(value) = keys.get(key).filter(|value| !same.contains(&value.as_str())) {
                 return Err(BrokerError::new(BrokerErrorKind::Config, format!("kafka: `{key}: {value}` cannot be set: {why}")));
+            }
+        }
+        match keys.get("group.protocol").map(String::as_str) {
+            None | Some("classic") => {}
+            Some("consumer") => {
+                for key in CLASSIC_ONLY.iter().filter(|key| keys.contains_key(**key)) {
+                    tracing::warn!("kafka: `{key}` is not used: with `group.protocol: consumer` the broker decides on it");
+                }
+            }
+            Some(other) => {
+                let detail = format!("kafka: `group.protocol: {other}` is not known: write `classic` or `consumer`");
+                return Err(BrokerError::new(BrokerErrorKind::Config, detail));
             }
         }
         Ok(Self { keys, options })
@@ -85,8 +100,14 @@ impl Settings {
         config
     }
 
+    /// Whether members of groups follow the older protocol.
+    fn classic(&self) -> bool {
+        self.keys.get("group.protocol").is_none_or(|protocol| protocol == "classic")
+    }
+
     fn overlay(&self, config: &mut ClientConfig) {
-        for (key, value) in &self.keys {
+        let classic = self.classic();
+        for (key, value) in self.keys.iter().filter(|(key, _)| classic || !CLASSIC_ONLY.contains(&key.as_str())) {
             config.set(key, value);
         }
     }
@@ -152,7 +173,7 @@ impl Settings {
             .set("socket.timeout.ms", "15000")
             .set("topic.metadata.refresh.interval.ms", "30000");
         // With `group.protocol: consumer` the broker decides on both, and librdkafka refuses them.
-        let classic = self.keys.get("group.protocol").is_none_or(|protocol| protocol == "classic");
+        let classic = self.classic();
         if classic {
             config.set("session.timeout.ms", "10000");
         }
@@ -165,8 +186,6 @@ impl Settings {
             .set("auto.offset.reset", "error");
         if classic {
             config.set("partition.assignment.strategy", "cooperative-sticky");
-        } else {
-            config.remove("partition.assignment.strategy");
         }
         match &consumer.group {
             Some(group) => {
@@ -201,6 +220,30 @@ mod tests {
         assert!(error.detail.contains("acks: 1"), "{error}");
         let same = keys(&[("bootstrap.servers", "a:1"), ("acks", "all"), ("enable.idempotence", "true")]);
         assert!(Settings::new(same, KafkaOptions::default()).is_ok(), "what is set anyhow may be said");
+    }
+
+    #[test]
+    fn the_newer_group_protocol_drops_what_the_broker_decides() {
+        let of = |pairs: &[(&str, &str)]| Settings::new(keys(pairs), KafkaOptions::default());
+        let consumer = ConsumerConfig {
+            group: Some("g".to_owned()),
+            topics: vec!["t".into()],
+            instance: None,
+            start: crate::broker::StartOffset::Earliest,
+            buffer_bytes: 1 << 20,
+            transactional_id: None,
+        };
+        let all = [("bootstrap.servers", "a:1"), ("session.timeout.ms", "9000"), ("heartbeat.interval.ms", "1000")];
+        let newer = of(&[&all[..], &[("group.protocol", "consumer"), ("group.remote.assignor", "uniform")]].concat()).unwrap();
+        let config = newer.consumer(&consumer);
+        assert_eq!((config.get("group.protocol"), config.get("group.remote.assignor")), (Some("consumer"), Some("uniform")));
+        assert!(CLASSIC_ONLY.iter().all(|key| config.get(key).is_none()));
+        let classic = of(&all).unwrap().consumer(&consumer);
+        assert_eq!(
+            (classic.get("session.timeout.ms"), classic.get("partition.assignment.strategy")),
+            (Some("9000"), Some("cooperative-sticky"))
+        );
+        assert!(of(&[("bootstrap.servers", "a:1"), ("group.protocol", "newest")]).unwrap_err().detail.contains("`classic` or `consumer`"));
     }
 
     #[test]

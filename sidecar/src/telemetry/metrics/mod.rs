@@ -90,6 +90,7 @@ struct Families {
     lag_records: Family<Labels, Level>,
     lag_seconds: Family<Labels, Seconds>,
     in_flight: Family<Labels, Gauge>,
+    concurrency_limit: Family<Labels, Level>,
     stall: Family<Labels, Seconds>,
     queue_bytes: Family<Labels, Level>,
     replay_records: Family<Labels, Level>,
@@ -253,6 +254,11 @@ fn register(to: &mut Registry, process: &ProcessMetrics, families: &Families) {
     to.register("mesh_lag_records", "Records behind, over the partitions owned here", f.lag_records);
     to.register_with_unit("mesh_lag", "Age of the oldest record that is not complete", Unit::Seconds, f.lag_seconds);
     to.register("mesh_in_flight_deliveries", "Deliveries at the service now", f.in_flight);
+    to.register(
+        "mesh_concurrency_limit",
+        "Calls that may be at the service: the route's concurrency, or what was measured",
+        f.concurrency_limit,
+    );
     to.register_with_unit("mesh_watermark_stall", "How long the watermark stands, although there is work", Unit::Seconds, f.stall);
     to.register_with_unit("mesh_queue", "Records fetched and not complete", Unit::Bytes, f.queue_bytes);
     to.register("mesh_replay_records", "Records that would be delivered again if the sidecar died now", f.replay_records);

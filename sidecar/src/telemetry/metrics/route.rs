@@ -52,6 +52,8 @@ pub struct RouteHandles {
     pub lag_seconds: Seconds,
     /// Deliveries at the service now.
     pub in_flight: Gauge,
+    /// How many calls may be at the service.
+    pub concurrency_limit: Level,
     /// How long the watermark has not moved, although there is work.
     pub watermark_stall_seconds: Seconds,
     /// Bytes of records fetched and not complete.
@@ -107,12 +109,13 @@ const ENDS: [(Disposition, &str); 12] = [
     (Disposition::DeadLettered, "schema"),
 ];
 
-const STATES: [(RouteState, &str); 6] = [
+const STATES: [(RouteState, &str); 7] = [
     (RouteState::Joining, "joining"),
     (RouteState::Running, "running"),
     (RouteState::WaitingForService, "waiting_for_service"),
     (RouteState::WaitingForBroker, "waiting_for_broker"),
     (RouteState::WaitingForTopic, "waiting_for_topic"),
+    (RouteState::Stopped, "stopped"),
     (RouteState::Draining, "draining"),
 ];
 
@@ -144,6 +147,7 @@ impl RouteMetrics {
             lag_records: f.lag_records.get_or_create_owned(&labels),
             lag_seconds: f.lag_seconds.get_or_create_owned(&labels),
             in_flight: f.in_flight.get_or_create_owned(&labels),
+            concurrency_limit: f.concurrency_limit.get_or_create_owned(&labels),
             watermark_stall_seconds: f.stall.get_or_create_owned(&labels),
             queue_bytes: f.queue_bytes.get_or_create_owned(&labels),
             replay_records: f.replay_records.get_or_create_owned(&labels),
@@ -179,6 +183,7 @@ impl RouteMetrics {
         f.lag_records.remove(labels);
         f.lag_seconds.remove(labels);
         f.in_flight.remove(labels);
+        f.concurrency_limit.remove(labels);
         f.stall.remove(labels);
         f.queue_bytes.remove(labels);
         f.replay_records.remove(labels);
