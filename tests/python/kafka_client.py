@@ -14,6 +14,7 @@ import argparse
 import base64
 import json
 import sys
+import time
 
 
 def parse():
@@ -135,26 +136,41 @@ def read_kafka_python(arguments):
 def read_confluent(arguments):
     from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
 
-    consumer = Consumer(
-        {
-            "bootstrap.servers": arguments.bootstrap,
-            "group.id": "unused",
-            "enable.auto.commit": False,
-            "enable.partition.eof": True,
-            "isolation.level": "read_committed" if arguments.read_committed else "read_uncommitted",
-        }
-    )
-    metadata = consumer.list_topics(arguments.topic, timeout=arguments.timeout).topics[arguments.topic]
+    def open_consumer(isolation):
+        return Consumer(
+            {
+                "bootstrap.servers": arguments.bootstrap,
+                "group.id": "unused",
+                "enable.auto.commit": False,
+                "enable.partition.eof": True,
+                "isolation.level": isolation,
+            }
+        )
+
+    # The end that counts is the one of all records. Kafka answers a commit before it marks the partitions: a reader of committed records that
+    # comes right then finds an earlier end, and has to wait.
+    every = open_consumer("read_uncommitted")
+    metadata = every.list_topics(arguments.topic, timeout=arguments.timeout).topics[arguments.topic]
     if metadata.error is not None:
         sys.exit(f"there is no topic {arguments.topic}: {metadata.error}")
-    open_partitions = set(metadata.partitions)
+    ends = {p: every.get_watermark_offsets(TopicPartition(arguments.topic, p), timeout=arguments.timeout)[1] for p in metadata.partitions}
+    every.close()
+    consumer = open_consumer("read_committed" if arguments.read_committed else "read_uncommitted")
+    open_partitions = set(ends)
     consumer.assign([TopicPartition(arguments.topic, p, OFFSET_BEGINNING) for p in open_partitions])
+    quiet_since = time.monotonic()
     while open_partitions:
-        for message in consumer.consume(1000, 0.5):
+        messages = consumer.consume(1000, 0.5)
+        if messages:
+            quiet_since = time.monotonic()
+        elif time.monotonic() > quiet_since + arguments.timeout:
+            sys.exit(f"{arguments.topic}: nothing came for {arguments.timeout} s before the end of partitions {sorted(open_partitions)}")
+        for message in messages:
             if message.error() is None:
                 yield message.partition(), message.offset(), message.timestamp()[1], message.key(), message.value(), message.headers() or []
             elif message.error().code() == KafkaError._PARTITION_EOF:
-                open_partitions.discard(message.partition())
+                if message.offset() >= ends[message.partition()]:
+                    open_partitions.discard(message.partition())
             else:
                 raise KafkaException(message.error())
     consumer.close()

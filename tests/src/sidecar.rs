@@ -506,13 +506,16 @@ impl Sidecar {
     /// If they have after the deadline.
     pub async fn wait_done(&self, routes: &[&str], deadline: Duration) -> Result<()> {
         let what = format!("done: {routes:?}");
-        // A lag that was measured before counts what was there before.
+        // A lag that was measured before counts what was there before; one of a route that has lost its partitions counts nothing.
         let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_millis() as i64;
         self.wait_status(&what, deadline, |status| {
             routes.iter().all(|route| {
                 let mut of_route = routes_of(status).filter(|found| found.route == *route).peekable();
                 of_route.peek().is_some()
-                    && of_route.all(|found| found.lag_records == 0 && found.in_flight == 0 && found.lag_measured_ms > since)
+                    && of_route.all(|found| {
+                        let here = !matches!(found.state(), RouteState::Joining | RouteState::WaitingForBroker);
+                        here && found.lag_records == 0 && found.in_flight == 0 && found.lag_measured_ms > since
+                    })
             })
         })
         .await?;

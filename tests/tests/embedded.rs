@@ -42,9 +42,7 @@ fn out(topic: &str, partition: i32, key: Option<&str>, value: Vec<u8>) -> Outgoi
 }
 
 fn reader(broker: &EmbeddedBroker, topic: &str) -> Box<dyn Consumer> {
-    let topics = vec![topic.into()];
-    let config =
-        ConsumerConfig { group: None, topics, instance: None, start: StartOffset::Earliest, buffer_bytes: 1 << 20, transactional_id: None };
+    let config = ConsumerConfig::reader(vec![topic.into()], StartOffset::Earliest, 1 << 20);
     broker.consumer(config).expect("a consumer")
 }
 
@@ -384,9 +382,7 @@ async fn a_large_log_is_read_from_disk_within_the_buffer() {
     broker.close(PATIENCE).await.expect("closes");
     drop(broker);
     let broker = open();
-    let topics = vec!["t".into()];
-    let config =
-        ConsumerConfig { group: None, topics, instance: None, start: StartOffset::Earliest, buffer_bytes: 100_000, transactional_id: None };
+    let config = ConsumerConfig::reader(vec!["t".into()], StartOffset::Earliest, 100_000);
     let mut consumer = broker.consumer(config).expect("a consumer");
     let mut next: BTreeMap<i32, i64> = BTreeMap::new();
     while next.values().sum::<i64>() < 80_000 {

@@ -132,6 +132,13 @@ pub struct ConsumerConfig {
     pub transactional_id: Option<String>,
 }
 
+impl ConsumerConfig {
+    /// Of a reader without a group: all partitions of the topics, from `start`.
+    pub fn reader(topics: Vec<Arc<str>>, start: StartOffset, buffer_bytes: usize) -> Self {
+        Self { group: None, topics, instance: None, start, buffer_bytes, transactional_id: None }
+    }
+}
+
 /// Where a partition without a committed offset begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StartOffset {

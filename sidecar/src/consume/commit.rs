@@ -165,6 +165,8 @@ impl RouteLoop {
                 slot.revoking = true;
             }
         }
+        // Whether the next assignment brings any of them back is not known: until then "nothing is behind" would be a guess.
+        self.joined &= !revoking.lost || self.owned().any(|(_, slot)| !slot.revoking);
         self.abandon_waiting();
         let deadline = Instant::now() + if revoking.lost { Duration::ZERO } else { REVOKE };
         self.revoke = Some(Revoke { slots, deadline, revoking });
@@ -277,17 +279,42 @@ mod tests {
 
     use super::*;
     use crate::{
-        broker::{Assigned, Event, fake::Fake},
+        broker::{Assigned, Commit, Event, fake::Fake},
         consume::{route::Parts, test_delivery},
         deliver::Leaf,
         record::{Batch, Record, TopicPartition},
-        status::Board,
+        status::{Board, RouteState},
         telemetry::{metrics::Metrics, trace::Tracer},
     };
 
-    /// After a standstill the consumer has given up one revocation and announces the next: the first one's partitions are gone, too.
-    #[tokio::test(start_paused = true)]
-    async fn a_revocation_that_nobody_waits_for_any_more_is_over() {
+    /// A route's loop on a fake consumer, with partitions 0 to 2 assigned.
+    struct Fixture {
+        board: Board,
+        events: tokio::sync::mpsc::Sender<Event>,
+        running: tokio::task::JoinHandle<()>,
+        _kept: Box<dyn Send>,
+    }
+
+    impl Drop for Fixture {
+        fn drop(&mut self) {
+            self.running.abort();
+        }
+    }
+
+    fn partition(number: i32) -> TopicPartition {
+        TopicPartition::new("in", number)
+    }
+
+    fn assigned(numbers: std::ops::Range<i32>) -> Event {
+        Event::Assigned(numbers.map(|number| Assigned { partition: partition(number), position: 0, metadata: String::new() }).collect())
+    }
+
+    fn revoking(numbers: std::ops::Range<i32>, lost: bool) -> (Event, oneshot::Receiver<Vec<Commit>>) {
+        let (done, answer) = oneshot::channel();
+        (Event::Revoking(Revoking { partitions: numbers.map(partition).collect(), lost, done }), answer)
+    }
+
+    async fn fixture() -> Fixture {
         let fake = Fake::new(&["in"]);
         let route: Arc<Route> = test_delivery("", 0).route;
         let (change, changes) = watch::channel(route.clone());
@@ -311,22 +338,42 @@ mod tests {
         };
         let running = tokio::spawn(RouteLoop::new(parts).unwrap().run());
         let events = fake.0.lock().unwrap().consumers[0].events.clone();
-        let partition = |number| TopicPartition::new("in", number);
-        let assigned = |number| Assigned { partition: partition(number), position: 0, metadata: String::new() };
-        events.send(Event::Assigned((0..3).map(assigned).collect())).await.unwrap();
+        events.send(assigned(0..3)).await.unwrap();
+        Fixture { board, events, running, _kept: Box::new((change, answers)) }
+    }
+
+    /// After a standstill the consumer has given up one revocation and announces the next: the first one's partitions are gone, too.
+    #[tokio::test(start_paused = true)]
+    async fn a_revocation_that_nobody_waits_for_any_more_is_over() {
+        let Fixture { board, events, .. } = &fixture().await;
         // At the service, for ever: the first revocation waits for it.
         events.send(Event::Records(Batch { partition: partition(0), records: vec![(0, Record::default())] })).await.unwrap();
-        let revoking = |number, lost| {
-            let (done, answer) = oneshot::channel();
-            (Event::Revoking(Revoking { partitions: vec![partition(number)], lost, done }), answer)
-        };
-        let ((first, answer), (second, _dropped)) = (revoking(0, false), revoking(1, true));
+        let ((first, answer), (second, _dropped)) = (revoking(0..1, false), revoking(1..2, true));
         events.send(first).await.unwrap();
         events.send(second).await.unwrap();
         assert_eq!(answer.await.unwrap(), []);
         tokio::time::sleep(Duration::from_secs(1)).await;
         assert_eq!(board.routes()[0].partitions, 1, "only the third is left");
-        running.abort();
-        drop((change, answers));
+    }
+
+    /// A route whose session ended does not say that it runs and has nothing to do.
+    #[tokio::test(start_paused = true)]
+    async fn a_route_that_lost_its_partitions_joins_again() {
+        let Fixture { board, events, .. } = &fixture().await;
+        let state = async || {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            board.routes()[0].state
+        };
+        let one = revoking(0..1, true);
+        events.send(one.0).await.unwrap();
+        assert_eq!(state().await, RouteState::Running, "it has two left");
+        let others = revoking(1..3, true);
+        events.send(others.0).await.unwrap();
+        assert_eq!(state().await, RouteState::Joining);
+        events.send(assigned(0..1)).await.unwrap();
+        assert_eq!(state().await, RouteState::Running);
+        let handed_over = revoking(0..1, false);
+        events.send(handed_over.0).await.unwrap();
+        assert_eq!(state().await, RouteState::Running, "what it had is another's now");
     }
 }

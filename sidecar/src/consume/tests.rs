@@ -128,14 +128,7 @@ async fn read(broker: &EmbeddedBroker, topic: &str) -> Vec<Record> {
         let (low, high) = broker.admin().watermarks(&TopicPartition::new(topic, partition)).await.unwrap();
         left += (high - low) as usize;
     }
-    let config = ConsumerConfig {
-        group: None,
-        topics: vec![topic.into()],
-        instance: None,
-        start: StartOffset::Earliest,
-        buffer_bytes: 1 << 20,
-        transactional_id: None,
-    };
+    let config = ConsumerConfig::reader(vec![topic.into()], StartOffset::Earliest, 1 << 20);
     let mut consumer = broker.consumer(config).unwrap();
     let mut records = Vec::new();
     while records.len() < left {

@@ -173,15 +173,8 @@ async fn begin(shared: &Shared) -> Box<dyn Consumer> {
 async fn try_to_begin(shared: &Shared) -> Result<Box<dyn Consumer>, BrokerError> {
     // A topic that comes later is read from its start, so it has to be there.
     super::topics::ensure_own(&*shared.broker.admin()).await?;
-    shared.broker.consumer(ConsumerConfig {
-        group: None,
-        topics: vec![COMMANDS_TOPIC.into()],
-        instance: None,
-        // What was said before this process began is not for it; who asked says it again.
-        start: StartOffset::Latest,
-        buffer_bytes: BUFFER,
-        transactional_id: None,
-    })
+    // What was said before this process began is not for it; who asked says it again.
+    shared.broker.consumer(ConsumerConfig::reader(vec![COMMANDS_TOPIC.into()], StartOffset::Latest, BUFFER))
 }
 
 /// A piece of work: the id and the asker of a command with its answer, or an answer that was sent.

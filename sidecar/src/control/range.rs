@@ -78,14 +78,7 @@ pub(super) struct RangeReader {
 
 impl RangeReader {
     pub(super) fn open(broker: &dyn Broker, ranges: Vec<Range>) -> Result<Self, BrokerError> {
-        let mut consumer = broker.consumer(ConsumerConfig {
-            group: None,
-            topics: Vec::new(),
-            instance: None,
-            start: StartOffset::Earliest,
-            buffer_bytes: BUFFER,
-            transactional_id: None,
-        })?;
+        let mut consumer = broker.consumer(ConsumerConfig::reader(Vec::new(), StartOffset::Earliest, BUFFER))?;
         consumer.assign(ranges.iter().map(|range| (range.partition.clone(), range.from)).collect());
         let left = ranges.into_iter().map(|range| (range.partition.clone(), range)).collect();
         Ok(Self { consumer, left, trouble: None })

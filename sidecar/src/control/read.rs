@@ -49,14 +49,7 @@ async fn try_to_begin(shared: &Shared) -> Result<(Box<dyn Consumer>, (i64, i64))
     let admin = shared.broker.admin();
     topics::ensure_own(&*admin).await?;
     let bounds = admin.watermarks(&TopicPartition::new(CONTROL_TOPIC, 0)).await?;
-    let config = ConsumerConfig {
-        group: None,
-        topics: vec![CONTROL_TOPIC.into()],
-        instance: None,
-        start: StartOffset::Earliest,
-        buffer_bytes: BUFFER,
-        transactional_id: None,
-    };
+    let config = ConsumerConfig::reader(vec![CONTROL_TOPIC.into()], StartOffset::Earliest, BUFFER);
     Ok((shared.broker.consumer(config)?, bounds))
 }
 

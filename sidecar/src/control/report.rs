@@ -277,14 +277,7 @@ async fn try_to_begin(shared: &Shared) -> Result<(Box<dyn Consumer>, Ends), Brok
         let (_, end) = admin.watermarks(&partition).await?;
         ends.insert(partition, end);
     }
-    let config = ConsumerConfig {
-        group: None,
-        topics: vec![STATUS_TOPIC.into()],
-        instance: None,
-        start: StartOffset::Earliest,
-        buffer_bytes: 1 << 20,
-        transactional_id: None,
-    };
+    let config = ConsumerConfig::reader(vec![STATUS_TOPIC.into()], StartOffset::Earliest, 1 << 20);
     Ok((shared.broker.consumer(config)?, ends))
 }
 

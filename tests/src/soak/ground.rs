@@ -174,14 +174,7 @@ async fn read_embedded(broker: &EmbeddedBroker, topic: &str, partitions: i32) ->
             left.insert(partition, high);
         }
     }
-    let config = ConsumerConfig {
-        group: None,
-        topics: vec![topic.into()],
-        instance: None,
-        start: StartOffset::Earliest,
-        buffer_bytes: 4 << 20,
-        transactional_id: None,
-    };
+    let config = ConsumerConfig::reader(vec![topic.into()], StartOffset::Earliest, 4 << 20);
     let mut consumer = broker.consumer(config)?;
     let mut all = Vec::new();
     while !left.is_empty() {

@@ -11,7 +11,7 @@ use mesh_tests::{
     oracle::{Oracle, deliveries, sightings},
     python::python,
     service::{Rule, Scenario, Service},
-    sidecar::{Builder, disposition, routes_of},
+    sidecar::{Builder, Sidecar, disposition, routes_of},
     stage::Stage,
 };
 use serde_json::json;
@@ -171,7 +171,37 @@ async fn hanging_drain(stage: Stage) -> Result<()> {
     sidecar.finish().await
 }
 
-/// A second sidecar of the service comes and the first one goes, under load: partitions are handed over drained and committed.
+/// A second sidecar of the service `work` comes and the first one goes, while records are published and answered. Gives the second, the one
+/// that published, what was acknowledged, and how many publishes are in doubt.
+pub(crate) async fn hand_over_under_load(stage: &Stage, service: &Service, route: &str) -> Result<(Sidecar, Sidecar, Oracle, usize)> {
+    let mut first = stage.sidecar("first").service("work", service).start().await?;
+    let mut second = stage.sidecar("second").service("work", service).prepare().await?;
+    let publisher = stage.sidecar("publisher").start().await?;
+    publisher.apply(route).await?;
+    first.wait_running(&["work"]).await?;
+    // The load lasts as long as all of it.
+    let stop = CancellationToken::new();
+    let load = Load { connections: 8, ..Load::new(stage.topic("in"), 1_000_000, 100) };
+    let publishing = tokio::spawn(load.stubborn(publisher.client(), stop.clone()));
+    service.wait(500, MINUTE).await?;
+    second.start().await?;
+    second
+        .wait_status("both work", MINUTE, |status| {
+            routes_of(status).filter(|route| route.route == "work" && route.partitions > 0).count() == 2
+        })
+        .await?;
+    service.wait(service.total().await? + 500, MINUTE).await?;
+    first.sigterm(MINUTE).await?;
+    second
+        .wait_status("the second has all", MINUTE, |status| routes_of(status).any(|route| route.route == "work" && route.partitions == 4))
+        .await?;
+    service.wait(service.total().await? + 500, MINUTE).await?;
+    stop.cancel();
+    let (oracle, unsure) = publishing.await??;
+    Ok((second, publisher, oracle, unsure))
+}
+
+/// Partitions are handed over drained and committed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rebalance_under_load_loses_and_repeats_nothing() -> Result<()> {
     let Some(broker) = Broker::kafka().await? else { return Ok(()) };
@@ -179,32 +209,7 @@ async fn a_rebalance_under_load_loses_and_repeats_nothing() -> Result<()> {
         let service =
             Service::native(Scenario { headers: false, ..Scenario::new() }.on("/work", [Rule::echo().after(Duration::from_millis(10))]))
                 .await?;
-        let mut first = stage.sidecar("first").service("work", &service).start().await?;
-        let mut second = stage.sidecar("second").service("work", &service).prepare().await?;
-        let publisher = stage.sidecar("publisher").start().await?;
-        publisher.apply(ROUTE).await?;
-        first.wait_running(&["work"]).await?;
-        // The load lasts as long as all of it.
-        let stop = CancellationToken::new();
-        let load = Load { connections: 8, ..Load::new(stage.topic("in"), 1_000_000, 100) };
-        let publishing = tokio::spawn(load.stubborn(publisher.client(), stop.clone()));
-        service.wait(500, MINUTE).await?;
-        second.start().await?;
-        second
-            .wait_status("both work", MINUTE, |status| {
-                routes_of(status).filter(|route| route.route == "work" && route.partitions > 0).count() == 2
-            })
-            .await?;
-        service.wait(service.total().await? + 500, MINUTE).await?;
-        first.sigterm(MINUTE).await?;
-        second
-            .wait_status("the second has all", MINUTE, |status| {
-                routes_of(status).any(|route| route.route == "work" && route.partitions == 4)
-            })
-            .await?;
-        service.wait(service.total().await? + 500, MINUTE).await?;
-        stop.cancel();
-        let (oracle, unsure) = publishing.await??;
+        let (second, publisher, oracle, unsure) = hand_over_under_load(&stage, &service, ROUTE).await?;
         ensure!(unsure == 0, "{unsure} publishes failed, where the publisher's sidecar was left alone");
         let found = stage.read(&publisher, None, &stage.topic("out"), oracle.len()).await?;
         oracle.judge(&sightings(&found)?).exactly_once().context("answers")?;

@@ -144,26 +144,7 @@ async fn a_rebalance_under_load_shows_each_answer_once() -> Result<()> {
     let (Some(broker), Some(python)) = (Broker::kafka().await?, python().await?) else { return Ok(()) };
     Stage::run(broker, async |stage| {
         let service = Service::native(echo(10)).await?;
-        let mut first = stage.sidecar("first").service("work", &service).start().await?;
-        let mut second = stage.sidecar("second").service("work", &service).prepare().await?;
-        let publisher = stage.sidecar("publisher").start().await?;
-        publisher.apply(ROUTE).await?;
-        first.wait_running(&["work"]).await?;
-        let stop = CancellationToken::new();
-        let load = Load { connections: 8, ..Load::new(stage.topic("in"), 1_000_000, 100) };
-        let publishing = tokio::spawn(load.stubborn(publisher.client(), stop.clone()));
-        service.wait(500, MINUTE).await?;
-        second.start().await?;
-        let both =
-            |status: &GetStatusResponse| routes_of(status).filter(|route| route.route == "work" && route.partitions > 0).count() == 2;
-        second.wait_status("both work", MINUTE, both).await?;
-        service.wait(service.total().await? + 500, MINUTE).await?;
-        first.sigterm(MINUTE).await?;
-        let all = |status: &GetStatusResponse| routes_of(status).any(|route| route.route == "work" && route.partitions == 4);
-        second.wait_status("the second has all", MINUTE, all).await?;
-        service.wait(service.total().await? + 500, MINUTE).await?;
-        stop.cancel();
-        let (oracle, _) = publishing.await??;
+        let (second, publisher, oracle, _) = crate::crash::hand_over_under_load(&stage, &service, ROUTE).await?;
         second.wait_done(&["work"], MINUTE).await?;
         judge(&stage, &publisher, Some(&python), oracle.len()).await?;
         second.finish().await?;

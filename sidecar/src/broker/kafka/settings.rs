@@ -69,15 +69,8 @@ impl Settings {
 
     /// Whether librdkafka knows the keys and takes their values.
     pub(super) fn check(&self) -> Result<(), BrokerError> {
-        let consumer = ConsumerConfig {
-            group: Some("check".to_owned()),
-            topics: Vec::new(),
-            instance: None,
-            start: crate::broker::StartOffset::Earliest,
-            buffer_bytes: 1 << 20,
-            transactional_id: None,
-        };
-        for config in [self.producer(), self.consumer(&consumer)] {
+        let reader = ConsumerConfig::reader(Vec::new(), crate::broker::StartOffset::Earliest, 1 << 20);
+        for config in [self.producer(), self.consumer(&reader)] {
             config.create_native_config().map_err(|error| broker_error("kafka", &error))?;
         }
         Ok(())
