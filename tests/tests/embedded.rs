@@ -322,13 +322,13 @@ async fn compaction_keeps_the_last_record_of_a_key() {
     }
     let mut tombstone = out("t", 0, Some("gone"), Vec::new());
     tombstone.record.value = None;
-    producer.send(vec![tombstone, out("t", 0, Some("last"), vec![1])]).await.remove(0).expect("stored");
+    producer.send(vec![out("t", 0, Some("last"), vec![1]), tombstone]).await.remove(0).expect("stored");
     now.fetch_add(10_000, Ordering::Relaxed);
-    let expected = [("a", 396), ("b", 397), ("c", 398), ("last", 401)];
+    let expected = [("a", 396), ("b", 397), ("c", 398), ("last", 400)];
     within("compaction", async {
         loop {
             let mut consumer = reader(&broker, "t");
-            let (records, expired) = read_to(&mut consumer, 402).await;
+            let (records, expired) = read_to(&mut consumer, 401).await;
             consumer.close().await;
             assert!(expired.is_empty());
             let left: Vec<_> = records.iter().map(|(offset, record)| (record.key.clone().expect("a key"), *offset)).collect();
@@ -341,7 +341,11 @@ async fn compaction_keeps_the_last_record_of_a_key() {
         }
     })
     .await;
-    assert_eq!(broker.admin().watermarks(&TopicPartition::new("t", 0)).await.expect("known"), (0, 402));
+    let partition = TopicPartition::new("t", 0);
+    assert_eq!(broker.admin().watermarks(&partition).await.expect("known"), (0, 402));
+    for (from, found) in [(0, true), (400, true), (401, false), (402, false)] {
+        assert_eq!(broker.admin().readable(&partition, from).await.expect("known"), found, "from {from}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -38,6 +38,8 @@ pub(crate) struct State {
     pub(crate) unlearned: Vec<String>,
     /// What `learn_topic` answers for others.
     pub(crate) learn: ProduceErrorKind,
+    /// Whether there is a record at any offset, or later.
+    pub(crate) readable: bool,
     /// The consumers that were made.
     pub(crate) consumers: Vec<FakeHandle>,
 }
@@ -66,6 +68,7 @@ impl Fake {
             topics: topics.iter().map(|name| ((*name).to_owned(), Vec::new())).collect(),
             unlearned: Vec::new(),
             learn: ProduceErrorKind::UnknownTopic,
+            readable: true,
             consumers: Vec::new(),
         })))
     }
@@ -257,6 +260,10 @@ impl Admin for Fake {
 
     fn watermarks(&self, _partition: &TopicPartition) -> BoxFuture<'_, Result<(i64, i64), BrokerError>> {
         Box::pin(async { Ok((0, 0)) })
+    }
+
+    fn readable(&self, _partition: &TopicPartition, _from: i64) -> BoxFuture<'_, Result<bool, BrokerError>> {
+        Box::pin(async { Ok(self.0.lock().unwrap().readable) })
     }
 
     fn offsets_at(&self, _topic: &str, _timestamp_ms: i64) -> BoxFuture<'_, Result<Vec<i64>, BrokerError>> {

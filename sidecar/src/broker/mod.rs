@@ -291,7 +291,7 @@ pub trait Admin: Send + Sync + 'static {
     fn watermarks(&self, partition: &TopicPartition) -> BoxFuture<'_, Result<(i64, i64), BrokerError>>;
 
     /// Whether a consumer that begins at `from` finds a record there or later. Where transactions were written, the newest offsets of a log may
-    /// be their markers, and no records. Where every offset is a record's, the answer may always be `true`.
+    /// be their markers, and no records; compaction leaves gaps. Where every offset is a record's, the answer may always be `true`.
     fn readable(&self, _partition: &TopicPartition, _from: i64) -> BoxFuture<'_, Result<bool, BrokerError>> {
         Box::pin(std::future::ready(Ok(true)))
     }

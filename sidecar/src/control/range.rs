@@ -1,10 +1,11 @@
 //! Reads ranges of offsets, each to its end, without a group.
 //!
-//! Invariant: it ends: what is appended after the ranges were taken is not read, and an end that only markers or gaps lead to is found by silence.
+//! Invariant: it ends: what is appended after the ranges were taken is not read, and where only markers or gaps are left the broker is asked.
+//! Invariant: it never ends early: a broker that is slow is waited for, and then it is an error.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::reset::OperationError;
 use crate::{
@@ -12,9 +13,9 @@ use crate::{
     record::{Batch, TopicPartition},
 };
 
-/// How long nothing comes until the rest of the ranges is taken for gaps: compaction and the markers of transactions leave some.
-const QUIET: Duration = Duration::from_secs(2);
-/// How long trouble of the broker is waited for.
+/// How long nothing comes until the broker is asked whether there is more: compaction and the markers of transactions leave gaps.
+const QUIET: Duration = Duration::from_secs(1);
+/// How long a broker that is in trouble, or sends nothing of what it has, is waited for.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How much is fetched ahead, in bytes.
 const BUFFER: usize = 4 << 20;
@@ -72,6 +73,7 @@ pub(super) async fn ranges(admin: &dyn Admin, topic: &str, limits: &Limits) -> R
 /// Reads ranges.
 pub(super) struct RangeReader {
     consumer: Box<dyn Consumer>,
+    admin: Arc<dyn Admin>,
     left: BTreeMap<TopicPartition, Range>,
     trouble: Option<BrokerError>,
 }
@@ -81,19 +83,31 @@ impl RangeReader {
         let mut consumer = broker.consumer(ConsumerConfig::reader(Vec::new(), StartOffset::Earliest, BUFFER))?;
         consumer.assign(ranges.iter().map(|range| (range.partition.clone(), range.from)).collect());
         let left = ranges.into_iter().map(|range| (range.partition.clone(), range)).collect();
-        Ok(Self { consumer, left, trouble: None })
+        Ok(Self { consumer, admin: broker.admin(), left, trouble: None })
     }
 
     /// The next records, those of one partition in their order; `None` at the end of all ranges.
     pub(super) async fn next(&mut self) -> Result<Option<Batch>, BrokerError> {
+        let mut until = Instant::now() + PATIENCE;
         loop {
             if self.left.is_empty() {
                 return Ok(None);
             }
-            let wait = if self.trouble.is_some() { PATIENCE } else { QUIET };
-            let Ok(event) = timeout(wait, self.consumer.next()).await else {
-                return self.trouble.take().map_or(Ok(None), Err);
+            let Ok(event) = timeout(QUIET, self.consumer.next()).await else {
+                self.end_at_gaps().await;
+                if Instant::now() < until {
+                    continue;
+                }
+                let Some(range) = self.left.values().next() else { return Ok(None) };
+                return Err(self.trouble.take().unwrap_or_else(|| {
+                    let detail = format!("{} from offset {}: the broker sent nothing for {PATIENCE:?}", range.partition, range.from);
+                    BrokerError::new(BrokerErrorKind::Unreachable, detail)
+                }));
             };
+            // Trouble that changes, or that comes and goes, is no progress.
+            if matches!(event, Event::Records(_) | Event::Expired { .. }) {
+                until = Instant::now() + PATIENCE;
+            }
             match event {
                 Event::Records(mut batch) => {
                     let Some(range) = self.left.get_mut(&batch.partition) else { continue };
@@ -122,7 +136,76 @@ impl RangeReader {
         }
     }
 
+    /// Ends ranges in which no record is left. A broker that does not say so is asked again later.
+    async fn end_at_gaps(&mut self) {
+        if self.trouble.is_some() {
+            return;
+        }
+        let mut ended = Vec::new();
+        for range in self.left.values() {
+            match self.admin.readable(&range.partition, range.from).await {
+                Ok(true) => {}
+                Ok(false) => ended.push(range.partition.clone()),
+                Err(error) => {
+                    tracing::debug!(partition = %range.partition, %error, "not known whether there are more records");
+                    break;
+                }
+            }
+        }
+        self.consumer.unassign(&ended);
+        self.left.retain(|partition, _| !ended.contains(partition));
+    }
+
     pub(super) async fn close(self) {
         self.consumer.close().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{broker::fake::Fake, record::Record};
+
+    fn of(number: i32, offset: i64) -> Event {
+        Event::Records(Batch { partition: TopicPartition::new("in", number), records: vec![(offset, Record::default())] })
+    }
+
+    fn reader(fake: &Fake) -> RangeReader {
+        let range = |number| Range { partition: TopicPartition::new("in", number), from: 0, until: 3 };
+        RangeReader::open(fake, (0..2).map(range).collect()).unwrap()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_broker_that_is_slow_does_not_cut_a_range_short() {
+        let fake = Fake::new(&["in"]);
+        let mut reader = reader(&fake);
+        let events = fake.0.lock().unwrap().consumers[0].events.clone();
+        let sent = tokio::spawn(async move {
+            for offset in 0..3 {
+                tokio::time::sleep(PATIENCE - QUIET * 2).await;
+                events.send(of(0, offset)).await.unwrap();
+            }
+            // What came later is not of the range; the other partition's is a gap but for its last.
+            events.send(of(0, 3)).await.unwrap();
+            events.send(of(1, 2)).await.unwrap();
+            events
+        });
+        let mut found = Vec::new();
+        while let Some(batch) = reader.next().await.unwrap() {
+            found.extend(batch.records.iter().map(|(offset, _)| (batch.partition.partition, *offset)));
+        }
+        assert_eq!(found, [(0, 0), (0, 1), (0, 2), (1, 2)]);
+        drop(sent.await.unwrap());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_broker_that_says_nothing_is_an_error_and_a_gap_is_an_end() {
+        let fake = Fake::new(&["in"]);
+        let mut silent = reader(&fake);
+        let error = silent.next().await.unwrap_err().to_string();
+        assert!(error.contains("in/0 from offset 0") && error.contains("30s"), "{error}");
+        let fake = Fake::new(&["in"]);
+        fake.0.lock().unwrap().readable = false;
+        assert!(reader(&fake).next().await.unwrap().is_none());
     }
 }

@@ -125,6 +125,15 @@ impl Admin for EmbeddedAdmin {
         Box::pin(std::future::ready(found.ok_or_else(|| unknown(format!("partition {partition}")))))
     }
 
+    fn readable(&self, partition: &TopicPartition, from: i64) -> BoxFuture<'_, Result<bool, BrokerError>> {
+        let Some(found) = self.0.catalog.partition(partition) else {
+            let error = unknown(format!("partition {partition}"));
+            return Box::pin(std::future::ready(Err(error)));
+        };
+        let (low, high) = found.watermarks();
+        Box::pin(self.read("look for records in", move |store| store.any_from(found.id, from.max(low), high)))
+    }
+
     fn offsets_at(&self, topic: &str, timestamp_ms: i64) -> BoxFuture<'_, Result<Vec<i64>, BrokerError>> {
         let Some(topic) = self.0.catalog.get(topic) else {
             let error = unknown(format!("topic '{topic}'"));

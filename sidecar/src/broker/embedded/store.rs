@@ -287,6 +287,22 @@ impl Store {
         Ok(found)
     }
 
+    /// Whether there is a record in `from..high`. Compaction leaves gaps, also at the end of a row.
+    pub(super) fn any_from(&self, partition: i64, from: i64, high: i64) -> rusqlite::Result<bool> {
+        let mut from = from;
+        while from < high {
+            let rows = self.read(partition, from, high, 1)?;
+            let Some(end) = rows.last().map(|row| row.end) else { return Ok(false) };
+            // A corrupt row is a reader's to report.
+            let there = |row: Row| Decoder::new(row.data, row.base).any(|record| record.map_or(true, |(offset, _)| offset >= from));
+            if rows.into_iter().any(there) {
+                return Ok(true);
+            }
+            from = end;
+        }
+        Ok(false)
+    }
+
     /// The first offset in `low..high` whose record is not older than `timestamp_ms`; `high` if there is none.
     pub(super) fn offset_at(&self, partition: i64, low: i64, high: i64, timestamp_ms: i64) -> rusqlite::Result<i64> {
         let mut at_or_after =
