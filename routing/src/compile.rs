@@ -113,6 +113,11 @@ impl Route {
         })
     }
 
+    /// Every topic that the route reads or writes; one may come several times.
+    pub fn topics(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.from.iter().chain(self.destinations()).chain(std::iter::once(&self.dead_letter))
+    }
+
     /// Checks the values of an answer against the schemas of the topics that it goes to. A null value passes. Costs nothing for topics
     /// without a schema.
     ///

@@ -97,15 +97,15 @@ pub fn kafka_blocking() -> Option<KafkaHandle> {
 /// # Panics
 /// As [`kafka`].
 pub async fn own_kafka() -> Option<KafkaHandle> {
-    own_kafka_with("").await
+    own_kafka_with(String::new()).await
 }
 
 /// The same, with further lines of `server.properties`; `{port}` in them is the client's port.
 ///
 /// # Panics
 /// As [`kafka`].
-pub async fn own_kafka_with(properties: &'static str) -> Option<KafkaHandle> {
-    blocking(move || own(properties)).await
+pub async fn own_kafka_with(properties: String) -> Option<KafkaHandle> {
+    blocking(move || own(&properties)).await
 }
 
 /// A cluster of the caller's own, each broker behind a proxy.

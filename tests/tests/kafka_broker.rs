@@ -747,7 +747,7 @@ async fn a_broker_that_freezes_takes_the_partitions_and_gives_them_back() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_advertised_address_that_leads_nowhere_is_named() {
-    let Some(kafka) = own_kafka_with("advertised.listeners=PLAINTEXT://kafka.invalid:{port}\n").await else { return };
+    let Some(kafka) = own_kafka_with("advertised.listeners=PLAINTEXT://kafka.invalid:{port}\n".to_owned()).await else { return };
     let broker = open(&kafka);
     let mut consumer = broker.consumer(config(Some("g"), &["t".into()])).unwrap();
     let error = loop {

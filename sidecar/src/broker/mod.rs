@@ -43,6 +43,11 @@ pub trait Broker: Send + Sync + 'static {
     /// Whether the broker can be reached now, as far as known, and if not, why. Cheap: for readiness and status.
     fn health(&self) -> Result<(), BrokerError>;
 
+    /// What is known to keep records of this topic from being written or read while others are. Cheap, as [`Broker::health`].
+    fn trouble_of(&self, _topic: &str) -> Option<BrokerError> {
+        None
+    }
+
     /// Flushes what was sent and closes. Called once, after all consumers are closed.
     fn close(&self, deadline: Duration) -> BoxFuture<'_, Result<(), BrokerError>>;
 }

@@ -166,6 +166,9 @@ impl RouteLoop {
             };
             return (state, error.to_string());
         }
+        if let Some(error) = self.route.topics().find_map(|topic| self.parts.broker.trouble_of(topic)) {
+            return (RouteState::WaitingForBroker, error.to_string());
+        }
         let stopped = self.owned().find_map(|(_, slot)| slot.gap.map(|(from, to)| (&slot.partition, from, to)));
         if let Some((partition, from, to)) = stopped {
             let (name, last) = (&self.route.name, to.saturating_sub(1));

@@ -90,12 +90,14 @@ pub enum PublishError {
         detail: String,
     },
     /// No acknowledgement came in time.
-    #[error("the broker did not acknowledge a record for `{topic}` within {}", humantime::format_duration(*after))]
+    #[error("the broker did not acknowledge a record for `{topic}` within {}{}", humantime::format_duration(*after), reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default())]
     TimedOut {
         /// The topic.
         topic: Arc<str>,
         /// The deadline.
         after: Duration,
+        /// What is known to keep records of this topic from being stored.
+        reason: Option<String>,
     },
     /// The broker forbids it.
     #[error("the broker forbids it: {detail}")]
@@ -128,7 +130,7 @@ impl PublishError {
             ProduceErrorKind::Refused => Self::Refused { detail },
             ProduceErrorKind::QueueFull => Self::QueueFull { detail },
             ProduceErrorKind::Unavailable => Self::Unavailable { detail },
-            ProduceErrorKind::TimedOut => Self::TimedOut { topic: topic.clone(), after },
+            ProduceErrorKind::TimedOut => Self::TimedOut { topic: topic.clone(), after, reason: None },
             ProduceErrorKind::Fatal => Self::Broken { detail },
         }
     }

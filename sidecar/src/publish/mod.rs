@@ -447,7 +447,11 @@ impl Pending {
             Some(acks) => tokio::time::timeout_at(begun + timeout, acks).await.ok(),
         };
         drop(sent);
-        let late = || PublishError::TimedOut { topic: topic.inner.name.clone(), after: timeout };
+        let late = || PublishError::TimedOut {
+            topic: topic.inner.name.clone(),
+            after: timeout,
+            reason: publisher.inner.broker.trouble_of(&topic.inner.name).map(|error| error.detail),
+        };
         let in_time = answered.is_some();
         let mut answered = answered.into_iter().flatten();
         let (mut stored, mut stored_bytes, mut sent) = (0, 0, 0);

@@ -6,9 +6,11 @@ use anyhow::{Context as _, Result, ensure};
 use mesh_proto::v1::RouteState;
 use mesh_tests::{
     broker::Broker,
-    kafka::own_kafka,
+    kafka::{cluster, own_kafka, own_kafka_with},
     load::Load,
     oracle::{deliveries, sightings},
+    ports::Port,
+    proxy::Proxy,
     service::{Scenario, Service},
     sidecar::{disposition, routes_of},
     stage::Stage,
@@ -128,6 +130,109 @@ async fn a_sidecar_that_starts_without_its_broker_begins_with_its_copy_of_the_ta
         let texts: Vec<String> = service.ledger().await?.iter().map(mesh_tests::service::Entry::text).collect();
         ensure!(texts == ["before", "after"], "{texts:?}");
         sidecar.finish().await
+    })
+    .await?;
+    drop(kafka);
+    Ok(())
+}
+
+/// Partitions of which no replica is up (LEADER_NOT_AVAILABLE) are named and waited for; what the other brokers hold goes on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_partition_without_a_leader_is_named_and_waited_for_while_others_go_on() -> Result<()> {
+    let Some(cluster) = cluster(3).await else { return Ok(()) };
+    Stage::run(Broker::Kafka(cluster.bootstrap()), async |stage| {
+        let service = Service::native(Scenario { headers: false, ..Scenario::new() }).await?;
+        let sidecar = stage.sidecar("sidecar").service("work", &service).env("MESH_LIMITS_PUBLISH_TIMEOUT", "2s").start().await?;
+        sidecar
+            .apply(
+                "
+                topics:
+                  %in: { partitions: 6, replication: 1 }
+                  %out: { partitions: 6, replication: 3 }
+                  %safe: { partitions: 3, replication: 3 }
+                routes:
+                - { name: work, service: work, from: [%in], handler: /work, to: [%out] }
+                - { name: other, service: work, from: [%safe], handler: /other, to: void }
+                ",
+            )
+            .await?;
+        sidecar.wait_running(&["work", "other"]).await?;
+        let mut oracle = Load::new(stage.topic("in"), 300, 30).http(&sidecar).await?;
+        sidecar.wait_status("done", MINUTE, |status| disposition(status, "work", "forwarded") == 300).await?;
+
+        cluster.stop(2, true).await?;
+        let named = |text: &str| text.contains("LEADER_NOT_AVAILABLE") && text.contains(&stage.topic("in")) && text.contains("broker 3");
+        let of = |status: &mesh_proto::v1::GetStatusResponse, name: &str| routes_of(status).find(|route| route.route == name).cloned();
+        sidecar
+            .wait_status("the partitions are named", 2 * MINUTE, |status| {
+                of(status, "work").is_some_and(|route| route.state() == RouteState::WaitingForBroker && named(&route.reason))
+                    && of(status, "other").is_some_and(|route| route.state() == RouteState::Running)
+            })
+            .await?;
+        // Others are written and processed as before; a record for a partition that is away is refused as something to try again.
+        let other = |status: &mesh_proto::v1::GetStatusResponse| disposition(status, "other", "void");
+        sidecar.publish(&stage.topic("safe"), None, "text/plain", "meanwhile").await?;
+        sidecar.wait_status("the other route goes on", MINUTE, |status| other(status) == 1).await?;
+        let mut refused = Vec::new();
+        for key in 0..12 {
+            let key = format!("late-{key}");
+            let answer = sidecar.client().post(&format!("/v1/topics/{}/records", stage.topic("in")), &[("mesh-key", &key)], "x").await?;
+            if answer.status.as_u16() != 200 {
+                ensure!(answer.status == 504 && answer.json()?["retryable"] == true, "{} {}", answer.status, answer.text());
+                refused.push(answer.text());
+            }
+        }
+        ensure!((1..12).contains(&refused.len()) && refused.iter().all(|text| named(text)), "{refused:?}");
+
+        let going = Load::new(stage.topic("in"), 600, 30).from(10).stubborn(sidecar.client(), tokio_util::sync::CancellationToken::new());
+        let going = tokio::spawn(going);
+        cluster.start_again(2).await?;
+        let (more, unsure) = tokio::time::timeout(3 * MINUTE, going).await.context("the load")???;
+        oracle.merge(more);
+        sidecar
+            .wait_status("it runs again", MINUTE, |status| of(status, "work").is_some_and(|route| route.state() == RouteState::Running))
+            .await?;
+        sidecar.wait_done(&["work"], 2 * MINUTE).await?;
+        let mut found = stage.read(&sidecar, None, &stage.topic("out"), oracle.len()).await?;
+        found.retain(|found| !found.key_text().starts_with("late-"));
+        oracle.judge(&sightings(&found)?).at_most(unsure + 64 + 300)?;
+        sidecar.finish().await
+    })
+    .await
+}
+
+/// A broker that advertises an address that does not lead to it is named, and once it does, everything goes on by itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_advertised_address_that_leads_nowhere_is_named_and_waited_for() -> Result<()> {
+    let port = Port::take()?;
+    let properties = format!("advertised.listeners=PLAINTEXT://{}\n", port.address());
+    let Some(kafka) = own_kafka_with(properties).await else { return Ok(()) };
+    let target = kafka.bootstrap().parse()?;
+    Stage::run(Broker::Kafka(kafka.bootstrap().to_owned()), async |stage| {
+        let service = Service::native(Scenario::new()).await?;
+        let mut sidecar = stage.sidecar("sidecar").service("work", &service).env("MESH_LIMITS_PUBLISH_TIMEOUT", "2s").prepare().await?;
+        sidecar.spawn()?;
+        sidecar.wait_probe("/livez", 200, MINUTE).await?;
+        let address = port.address().to_string();
+        let named = |text: &str| text.contains("advertised.listeners") && text.contains(&address);
+        sidecar
+            .wait_status("the address is named", MINUTE, |status| {
+                status.instances.iter().any(|one| one.waiting.iter().any(|text| named(text)))
+            })
+            .await?;
+        let answer = sidecar.client().post(&format!("/v1/topics/{}/records", stage.topic("in")), &[], "x").await?;
+        ensure!(answer.status == 503 && named(&answer.text()), "{} {}", answer.status, answer.text());
+
+        let proxy = Proxy::start(port.address(), target).await?;
+        sidecar.wait_ready().await?;
+        sidecar
+            .apply("{ topics: { %in: { partitions: 1 } }, routes: [{ name: work, service: work, from: [%in], handler: /work, to: void }] }")
+            .await?;
+        sidecar.publish(&stage.topic("in"), None, "text/plain", "after").await?;
+        service.wait(1, MINUTE).await?;
+        sidecar.finish().await?;
+        drop(proxy);
+        Ok(())
     })
     .await?;
     drop(kafka);

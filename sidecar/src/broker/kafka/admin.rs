@@ -24,7 +24,7 @@ use tokio::sync::Semaphore;
 
 use super::{
     error::{broker_error, code_error},
-    health::{Health, Reporter},
+    health::{Health, Leaderless, Reporter},
     producer::Topics,
     settings::Settings,
 };
@@ -161,13 +161,17 @@ impl Asker {
     pub(super) fn probe(&self) {
         let wait = Duration::from_secs(2);
         let broker = self.health.trouble().and_then(|trouble| trouble.broker);
-        let metadata = match self.client.fetch_metadata(if broker.is_some() { None } else { Some("__consumer_offsets") }, wait) {
+        let leaders = self.health.wants_leaders();
+        let metadata = match self.client.fetch_metadata(if leaders { None } else { Some("__consumer_offsets") }, wait) {
             Ok(metadata) => metadata,
             Err(error) => {
                 let what = format!("Kafka {} does not answer", self.health.bootstrap());
                 return self.health.unanswered(broker_error(what, &error));
             }
         };
+        if leaders {
+            self.health.set_leaderless(leaderless(&metadata));
+        }
         if let Some(broker) = broker {
             // The broker answers if it answers for one of its partitions; one that leads nothing is not needed.
             let led = metadata.topics().iter().find_map(|topic| {
@@ -266,6 +270,20 @@ pub(super) fn metadata_of(element: &rdkafka::topic_partition_list::TopicPartitio
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| element.metadata().to_owned())).unwrap_or_default()
 }
 
+/// The partitions that nobody leads.
+fn leaderless(metadata: &Metadata) -> Vec<Leaderless> {
+    let partitions = metadata.topics().iter().flat_map(|topic| topic.partitions().iter().map(move |partition| (topic.name(), partition)));
+    let mut found: Vec<Leaderless> = partitions
+        .filter(|(_, partition)| partition.leader() < 0)
+        .map(|(topic, partition)| Leaderless {
+            partition: TopicPartition::new(topic, partition.id()),
+            replicas: partition.replicas().to_vec(),
+        })
+        .collect();
+    found.sort_by(|one, other| one.partition.cmp(&other.partition));
+    found
+}
+
 fn topics_of(metadata: &Metadata) -> BTreeMap<String, i32> {
     metadata
         .topics()
@@ -309,8 +327,11 @@ impl Admin for Asker {
         let partition = partition.clone();
         Box::pin(async move {
             check_name(&partition.topic)?;
-            let found = self.ask(move |client| watermarks(client, &[partition], TIMEOUT)).await?;
-            found.first().copied().ok_or_else(|| BrokerError::new(BrokerErrorKind::Other, "watermarks: no answer"))
+            let found = self.ask(move |client| watermarks(client, &[partition], TIMEOUT)).await;
+            if found.as_ref().is_err_and(|error| error.kind == BrokerErrorKind::Unreachable) {
+                self.health.look_for_leaders();
+            }
+            found?.first().copied().ok_or_else(|| BrokerError::new(BrokerErrorKind::Other, "watermarks: no answer"))
         })
     }
 

@@ -17,7 +17,10 @@ use std::{
 use rdkafka::{config::RDKafkaLogLevel, types::RDKafkaErrorCode as Code};
 
 use super::wakeup::{Wakeup, lock};
-use crate::broker::{BrokerError, BrokerErrorKind};
+use crate::{
+    broker::{BrokerError, BrokerErrorKind},
+    record::TopicPartition,
+};
 
 /// The state of the brokers, shared by all clients.
 #[derive(Debug)]
@@ -39,6 +42,25 @@ struct State {
     reached: bool,
     /// All connections are gone, which an idle client sees too: the keeper finds out.
     suspect: bool,
+    /// A partition did not answer: the keeper looks whether each has a leader.
+    look_for_leaders: bool,
+    /// The partitions that have none, in order.
+    leaderless: Vec<Leaderless>,
+}
+
+/// A partition that nobody leads: it can be neither read nor written until a broker that holds it is back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Leaderless {
+    pub(super) partition: TopicPartition,
+    /// The brokers that hold it.
+    pub(super) replicas: Vec<i32>,
+}
+
+impl std::fmt::Display for Leaderless {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let replicas = self.replicas.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        write!(f, "LEADER_NOT_AVAILABLE: {} has no leader: no broker that holds it is up (broker {replicas})", self.partition)
+    }
 }
 
 /// What is wrong.
@@ -54,7 +76,14 @@ impl Health {
     pub(super) fn new(bootstrap: &str) -> Self {
         Self {
             bootstrap: bootstrap.to_owned(),
-            state: Mutex::new(State { trouble: None, reason: String::new(), reached: false, suspect: false }),
+            state: Mutex::new(State {
+                trouble: None,
+                reason: String::new(),
+                reached: false,
+                suspect: false,
+                look_for_leaders: false,
+                leaderless: Vec::new(),
+            }),
             version: AtomicU64::new(0),
             keeper: Wakeup::default(),
             logs: LogGate::default(),
@@ -89,13 +118,52 @@ impl Health {
     /// Whether the keeper has to ask.
     pub(super) fn wants_probe(&self) -> bool {
         let state = lock(&self.state);
-        !state.reached || state.suspect || state.trouble.is_some()
+        !state.reached || state.suspect || state.trouble.is_some() || state.look_for_leaders || !state.leaderless.is_empty()
+    }
+
+    /// Whether the keeper has to look for the leaders of partitions, which is a larger question.
+    pub(super) fn wants_leaders(&self) -> bool {
+        let state = lock(&self.state);
+        state.look_for_leaders || !state.leaderless.is_empty() || state.trouble.as_ref().is_some_and(|trouble| trouble.broker.is_some())
+    }
+
+    /// A partition did not answer.
+    pub(super) fn look_for_leaders(&self) {
+        lock(&self.state).look_for_leaders = true;
+        self.keeper.set();
+    }
+
+    /// What the keeper found.
+    pub(super) fn set_leaderless(&self, found: Vec<Leaderless>) {
+        let mut state = lock(&self.state);
+        state.look_for_leaders = false;
+        if state.leaderless == found {
+            return;
+        }
+        match found.first() {
+            Some(first) => tracing::warn!(partitions = found.len(), "kafka: {first}"),
+            None => tracing::info!("kafka: every partition has a leader again"),
+        }
+        state.leaderless = found;
+    }
+
+    /// What keeps a topic from being read or written while others are.
+    pub(super) fn trouble_of(&self, topic: &str) -> Option<BrokerError> {
+        let state = lock(&self.state);
+        let mut of_topic = state.leaderless.iter().filter(|one| *one.partition.topic == *topic);
+        let first = of_topic.next()?;
+        let more = match of_topic.count() {
+            0 => String::new(),
+            more => format!(", and {more} more of its partitions"),
+        };
+        Some(BrokerError::new(BrokerErrorKind::Unreachable, format!("{first}{more}")))
     }
 
     /// The broker answered.
     pub(super) fn recovered(&self) {
         let mut state = lock(&self.state);
-        state.reached = true;
+        // A broker that was gone before this process began gives no sign of it.
+        state.look_for_leaders |= !std::mem::replace(&mut state.reached, true);
         state.suspect = false;
         state.reason.clear();
         if state.trouble.take().is_some() {
@@ -290,6 +358,27 @@ mod tests {
         health.unanswered(BrokerError::new(BrokerErrorKind::Unreachable, "timed out"));
         let error = health.check().unwrap_err();
         assert!(error.detail.contains("Connection refused") && !error.detail.contains("after 0ms"), "{error}");
+    }
+
+    #[test]
+    fn a_partition_without_a_leader_is_trouble_of_its_topic_alone() {
+        let health = Health::new("boot:9092");
+        health.recovered();
+        assert!(health.wants_probe() && health.wants_leaders(), "once at the beginning");
+        health.set_leaderless(Vec::new());
+        assert!(!health.wants_probe());
+        health.look_for_leaders();
+        assert!(health.wants_probe() && health.wants_leaders());
+        let of = |number| Leaderless { partition: TopicPartition::new("in", number), replicas: vec![2] };
+        health.set_leaderless(vec![of(0), of(3)]);
+        let error = health.trouble_of("in").unwrap().detail;
+        for word in ["LEADER_NOT_AVAILABLE", "in/0", "broker 2", "1 more"] {
+            assert!(error.contains(word), "{error}");
+        }
+        assert!(health.trouble_of("out").is_none() && health.check().is_ok(), "others go on");
+        assert!(health.wants_probe(), "until there is one");
+        health.set_leaderless(Vec::new());
+        assert!(health.trouble_of("in").is_none() && !health.wants_probe());
     }
 
     #[test]

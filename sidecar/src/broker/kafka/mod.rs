@@ -110,6 +110,10 @@ impl Broker for KafkaBroker {
         self.health.check()
     }
 
+    fn trouble_of(&self, topic: &str) -> Option<BrokerError> {
+        self.health.trouble_of(topic)
+    }
+
     fn close(&self, deadline: Duration) -> BoxFuture<'_, Result<(), BrokerError>> {
         let producer = self.producer.clone();
         Box::pin(async move {
