@@ -158,7 +158,7 @@ impl Gathering {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::sync::Arc;
 
     use http_body_util::BodyExt as _;
@@ -170,7 +170,8 @@ mod tests {
         record::{Header, Position, Record, TopicPartition},
     };
 
-    fn batch(count: u64) -> Vec<Delivery> {
+    /// Deliveries of one route.
+    pub(in crate::deliver) fn batch(count: u64) -> Vec<Delivery> {
         let text = "apiVersion: mesh/v1\nkind: RoutingTable\nmetadata: { mesh: test }\nspec:\n  routes:\n  - { name: work, service: worker, from: [in], handler: /work, to: [out], batch: { max: 10 } }\n";
         let table = mesh_routing::parse("test.yaml", text).and_then(|table| mesh_routing::compile(&table)).unwrap();
         let delivery = |id| Delivery {

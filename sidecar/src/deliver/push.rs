@@ -11,10 +11,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderValue, Request, response::Parts};
+use http::{HeaderValue, Request, Uri, response::Parts};
 use http_body_util::Full;
 use hyper::client::conn::http2;
 use mesh_proto::v1::handler_client::HandlerClient;
+use mesh_routing::Route;
 use prometheus_client::metrics::counter::Counter;
 use tokio::sync::mpsc;
 use tokio_util::task::TaskTracker;
@@ -186,8 +187,9 @@ impl Worker {
                 () = closed(&mut connection), if connection.is_some() => { connection = None; continue }
             };
             let Some(call) = call else { return };
-            let Some((request, timeout)) = request(&call, &mut uris, Some(&host)) else { continue };
-            let answering = call_http1(&mut connection, &target, request, self.limit(&call));
+            let Some((route, uri)) = aim(&call, &mut uris) else { continue };
+            let timeout = route.timeout;
+            let answering = call_http1(&mut connection, &target, || request(&call, uri.clone(), Some(&host)), self.limit(&call));
             let answered = match tokio::time::timeout(timeout, answering).await {
                 Ok(answered) => answered,
                 Err(_) => {
@@ -211,13 +213,13 @@ impl Worker {
     ) {
         let mut uris = Uris::new(base);
         while let Some(call) = self.calls.recv().await {
-            let Some((request, timeout)) = request(&call, &mut uris, None) else { continue };
-            let limit = self.limit(&call);
+            let Some((route, uri)) = aim(&call, &mut uris) else { continue };
+            let (timeout, limit) = (route.timeout, self.limit(&call));
             let answering = async {
                 let mut sender =
                     h2c_sender(&shared, &target, &tasks).await.map_err(|error| Failed::NoService(format!("{target}: {error}")))?;
                 sender.ready().await.map_err(|error| Failed::NoService(format!("{target}: {error}")))?;
-                match sender.try_send_request(request).await {
+                match sender.try_send_request(request(&call, uri, None)).await {
                     Ok(response) => answered(response, &target, limit).await,
                     Err(mut error) => Err(match error.take_message() {
                         Some(_) => Failed::NoService(format!("{target}: {}", error.error())),
@@ -262,18 +264,20 @@ impl Worker {
     }
 }
 
-/// The request for a call, and how long it may take. `None` for a batch of nothing.
-fn request(call: &Call, uris: &mut Uris, host: Option<&HeaderValue>) -> Option<(Request<Full<Bytes>>, Duration)> {
-    let first = match call {
-        Call::One(delivery) => delivery,
-        Call::Many(batch) => batch.first()?,
+/// A call's route, and where it goes. `None` for a batch of nothing.
+fn aim<'a>(call: &'a Call, uris: &mut Uris) -> Option<(&'a Route, Uri)> {
+    let route = match call {
+        Call::One(delivery) => &delivery.route,
+        Call::Many(batch) => &batch.first()?.route,
     };
-    let uri = uris.get(first.route.handler.as_deref().unwrap_or("/"));
-    let request = match call {
+    Some((route, uris.get(route.handler.as_deref().unwrap_or("/"))))
+}
+
+fn request(call: &Call, uri: Uri, host: Option<&HeaderValue>) -> Request<Full<Bytes>> {
+    match call {
         Call::One(delivery) => http_form::request(delivery, uri, host),
         Call::Many(batch) => batch::request(batch, uri, host),
-    };
-    Some((request, first.route.timeout))
+    }
 }
 
 async fn closed(connection: &mut Option<Http1>) {
@@ -299,8 +303,9 @@ async fn h2c_sender(
     }
 }
 
-async fn call_http1(connection: &mut Option<Http1>, target: &Target, mut request: Request<Full<Bytes>>, limit: usize) -> Answered {
-    // Twice at most: a connection that was kept alive may turn out closed before anything was written.
+/// One call. A connection that was kept alive may turn out closed: the service gave it up as idle while the request was on its way, and most
+/// likely never saw it. Then the call is made once more, on a new connection, and that one's word counts.
+async fn call_http1(connection: &mut Option<Http1>, target: &Target, request: impl Fn() -> Request<Full<Bytes>>, limit: usize) -> Answered {
     for _ in 0..2 {
         let reused = connection.as_mut().is_some_and(Http1::usable);
         if !reused {
@@ -311,7 +316,7 @@ async fn call_http1(connection: &mut Option<Http1>, target: &Target, mut request
         }
         let Some(used) = connection.as_mut() else { break };
         let (sender, driven) = used.parts();
-        let sent = drive(driven, sender.try_send_request(request)).await;
+        let sent = drive(driven, sender.try_send_request(request())).await;
         match sent {
             Ok(response) => {
                 let answered = drive(driven, answered(response, target, limit)).await;
@@ -323,7 +328,8 @@ async fn call_http1(connection: &mut Option<Http1>, target: &Target, mut request
             Err(mut error) => {
                 *connection = None;
                 match error.take_message() {
-                    Some(unsent) if reused => request = unsent,
+                    Some(_) if reused => {}
+                    None if reused && is_closed(error.error()) => {}
                     Some(_) => return Err(Failed::NoService(format!("{target}: {}", error.error()))),
                     None => return Err(broken(target, error.error())),
                 }
@@ -340,6 +346,16 @@ async fn answered(response: http::Response<hyper::body::Incoming>, target: &Targ
         Ok(None) => Err(Failed::TooLong(format!("the answer ({}) is longer than {limit} bytes", head.status.as_u16()))),
         Err(error) => Err(broken(target, &error)),
     }
+}
+
+/// Whether the connection ended in place of an answer.
+fn is_closed(error: &hyper::Error) -> bool {
+    use std::{error::Error as _, io};
+    let io = error.source().and_then(|source| source.downcast_ref::<io::Error>()).map(io::Error::kind);
+    error.is_closed()
+        || error.is_canceled()
+        || error.is_incomplete_message()
+        || matches!(io, Some(io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted | io::ErrorKind::BrokenPipe))
 }
 
 fn broken(target: &Target, error: &hyper::Error) -> Failed {
@@ -375,4 +391,75 @@ pub(crate) fn channel(address: &str) -> Result<Channel, String> {
         .http2_keep_alive_interval(Duration::from_secs(10))
         .keep_alive_while_idle(true)
         .connect_lazy())
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpListener,
+    };
+
+    use super::*;
+    use crate::deliver::batch::tests::batch;
+
+    /// What a service does with each request of a connection; then it closes it.
+    #[derive(Clone, Copy)]
+    enum Says {
+        Good,
+        Nothing,
+    }
+
+    /// Delivers records one after the other to a service that treats its connections so, and gives the outcomes and how many requests came.
+    async fn deliver(connections: Vec<Vec<Says>>, records: u64) -> (Vec<Outcome>, usize) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let app = AppAddress::Http(format!("http://{}", listener.local_addr().unwrap()));
+        let service = tokio::spawn(async move {
+            let (mut requests, mut buffer) = (0, [0; 4096]);
+            for says in connections {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                for say in says {
+                    // A request is small, and comes whole.
+                    if stream.read(&mut buffer).await.unwrap() == 0 {
+                        break;
+                    }
+                    requests += 1;
+                    match say {
+                        Says::Good => stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await.unwrap(),
+                        Says::Nothing => break,
+                    }
+                }
+            }
+            requests
+        });
+        let (answers, mut outcomes) = mpsc::channel(16);
+        let tasks = TaskTracker::new();
+        let mut pool = PushPool::new(&app, 1 << 20, answers, Counter::default(), tasks.clone()).unwrap();
+        let mut found = Vec::new();
+        for delivery in batch(records) {
+            pool.dispatch(Call::One(delivery));
+            found.push(outcomes.recv().await.unwrap().outcome);
+        }
+        let requests = service.await.unwrap();
+        drop(pool);
+        tasks.close();
+        tasks.wait().await;
+        (found, requests)
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_closes_while_it_is_used_again_counts_no_attempt() {
+        use Says::{Good, Nothing};
+        let (outcomes, requests) = deliver(vec![vec![Good, Nothing], vec![Good, Good]], 3).await;
+        assert!(outcomes.iter().all(|outcome| matches!(outcome, Outcome::Reply(_))), "{outcomes:?}");
+        assert_eq!(requests, 4);
+    }
+
+    #[tokio::test]
+    async fn a_new_connection_that_closes_in_place_of_an_answer_counts_one() {
+        use Says::{Good, Nothing};
+        let (outcomes, requests) = deliver(vec![vec![Nothing], vec![Good, Nothing], vec![Nothing]], 3).await;
+        assert!(matches!(&outcomes[..], [Outcome::Retry { .. }, Outcome::Reply(_), Outcome::Retry { .. }]), "{outcomes:?}");
+        assert_eq!(requests, 4);
+    }
 }
