@@ -34,7 +34,7 @@ const LOOK: Duration = Duration::from_secs(1);
 /// An instance that did not report for so long is lost.
 const LOST_AFTER_MS: i64 = 90_000;
 /// An instance that did not report for so long is forgotten.
-const FORGOTTEN_AFTER_MS: i64 = 24 * 60 * 60 * 1_000;
+const FORGOTTEN_AFTER_MS: i64 = 60 * 60 * 1_000;
 /// How many instances are remembered at most.
 const MAX_PEERS: usize = 20_000;
 /// How long the taking back at exit may take.
@@ -76,6 +76,10 @@ pub(super) fn mesh(shared: &Shared) -> v1::GetStatusResponse {
             status.state = derive(&status, head, digest, now.saturating_sub(heard_ms)).into();
             // Its age, by one clock.
             status.reported_ms = heard_ms;
+            if status.state() == v1::InstanceState::Lost {
+                // Whatever it did then, its partitions are others' by now.
+                status.routes.clear();
+            }
             status
         })
         .collect();

@@ -430,7 +430,9 @@ async fn reports_of_others_are_judged() {
 
     let broker = Memory::new(true);
     let report = |instance: &str, age_ms: i64| {
-        let status = v1::InstanceStatus { instance: instance.to_owned(), reported_ms: now_ms() - age_ms, ..Default::default() };
+        let route = v1::RouteStatus { route: "work".to_owned(), partitions: 4, ..Default::default() };
+        let reported_ms = now_ms() - age_ms;
+        let status = v1::InstanceStatus { instance: instance.to_owned(), reported_ms, routes: vec![route], ..Default::default() };
         zstd::encode_all(status.encode_to_vec().as_slice(), 1).unwrap()
     };
     broker.create(STATUS_TOPIC, 1);
@@ -453,6 +455,8 @@ async fn reports_of_others_are_judged() {
     let seen: Vec<_> = status.instances.iter().map(|instance| (&*instance.instance, instance.state())).collect();
     let synced = InstanceState::Synced;
     assert_eq!(seen, [("a", synced), ("fresh", synced), ("lost", InstanceState::Lost), ("skewed", synced)]);
+    let with_routes = status.instances.iter().filter(|instance| !instance.routes.is_empty()).map(|instance| &*instance.instance);
+    assert_eq!(with_routes.collect::<Vec<_>>(), ["fresh", "skewed"], "one that is lost does nothing that is known");
 }
 
 #[tokio::test(start_paused = true)]

@@ -68,6 +68,9 @@ fn hint(code: Code) -> &'static str {
         Code::InconsistentGroupProtocol => {
             ": another member of the group uses another assignment strategy (the mesh uses cooperative-sticky); stop it or use another group"
         }
+        Code::MessageSizeTooLarge => {
+            ": larger than the topic's `max.message.bytes`; a broker refuses a whole batch, so where that is below 1 MB set `batch.size` below it"
+        }
         Code::InvalidReplicationFactor => ": fewer brokers are up than replicas are asked for",
         _ => "",
     }
