@@ -67,6 +67,8 @@ pub(crate) enum Command {
     Graph(Graph),
     /// Let a route read its sources from elsewhere: deliver records again, or skip them. A dry run, unless --execute is given.
     Reset(Reset),
+    /// Let records go on whose attempts are used up (`on_exhausted: park` and `stop`), with what waits behind them.
+    Release(Release),
     /// List, show, send back and delete dead letters.
     #[command(subcommand)]
     Dlq(Dlq),
@@ -161,6 +163,33 @@ pub(crate) struct Reset {
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
     pub(crate) timeout: Duration,
 }
+
+/// `release`.
+#[derive(Debug, Args)]
+#[command(after_help = RELEASE_HELP)]
+pub(crate) struct Release {
+    /// The route.
+    pub(crate) route: String,
+    /// Only the record of this key, and what waits behind it. With `order: partition` or `none` it is ignored.
+    #[arg(long, value_name = "KEY")]
+    pub(crate) key: Option<String>,
+    /// Only the record without a key, and what waits behind it.
+    #[arg(long, conflicts_with = "key")]
+    pub(crate) no_key: bool,
+    /// Send the records to the dead letters, in place of another attempt; what waits behind them goes on.
+    #[arg(long)]
+    pub(crate) discard: bool,
+    /// How long the sidecars that own the partitions may take.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
+    pub(crate) timeout: Duration,
+}
+
+const RELEASE_HELP: &str = "\
+`mesh-ctl status` shows how many records wait for this. A released record is tried again from its first
+attempt on, and the later records of its key follow it, in order.
+
+  mesh-ctl release price
+  mesh-ctl release price --key order-17 --discard";
 
 const RESET_HELP: &str = "\
 The route goes on while it is reset: the sidecar that owns a partition waits for what is at the service,

@@ -75,6 +75,13 @@ impl v1::control_server::Control for Script {
         state.reset.clone().unwrap().map(Response::new)
     }
 
+    async fn release(&self, request: Request<v1::ReleaseRequest>) -> Result<Response<v1::ReleaseResponse>, Status> {
+        let request = request.into_inner();
+        let missing = if request.discard { vec!["orders/1".to_owned()] } else { Vec::new() };
+        let reason = if request.discard { "nobody answers".to_owned() } else { String::new() };
+        Ok(Response::new(v1::ReleaseResponse { released: if request.one_key { 1 } else { 2 }, missing, reason }))
+    }
+
     async fn list_dead_letters(&self, _: Request<v1::ListDeadLettersRequest>) -> Result<Response<v1::ListDeadLettersResponse>, Status> {
         Err(Status::not_found("there is no such route"))
     }
@@ -487,6 +494,17 @@ async fn an_absent_sidecar_and_wrong_flags_come_with_hints() {
 
     let said = bench.run(&["--help"]).await.ends(0);
     assert!(said.out.contains("Exit codes:") && said.out.contains("MESH_ADMIN"), "{}", said.out);
+}
+
+#[tokio::test]
+async fn release_says_how_many_and_who_was_not_reached() {
+    let bench = Bench::new().await;
+    let said = bench.run(&["release", "price", "--key", "k"]).await.ends(0);
+    assert_eq!(said.out, "route price: 1 record released, to be tried again\n");
+    let said = bench.run(&["release", "price", "--discard"]).await.ends(4);
+    assert_eq!(said.out, "route price: 2 records sent to the dead letters\nnot reached: orders/1: nobody answers\n");
+    let json = bench.run(&["release", "price", "--no-key", "-o", "json"]).await.ends(0).json();
+    assert_eq!((&json["released"], &json["discarded"]), (&1.into(), &false.into()));
 }
 
 #[tokio::test]

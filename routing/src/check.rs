@@ -2,7 +2,7 @@
 //!
 //! Invariant: a table without faults here compiles; every fault is found in one pass.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
 use crate::expression::{Expression, Roots, Source, compile_all};
@@ -16,6 +16,8 @@ const DAY: Duration = Duration::from_secs(86_400);
 const MAX_CONCURRENCY: u32 = 10_000;
 const MAX_BATCH: u32 = 10_000;
 const MAX_ROUTES: usize = 100_000;
+/// Each is a topic per source, and read by each owner of a partition.
+const MAX_RETRY_TOPICS: usize = 8;
 const MAX_TARGETS: usize = 1_000;
 
 /// What a check comes to.
@@ -84,6 +86,8 @@ impl Check {
             }
         }
         self.fields("spec.defaults", &table.defaults);
+        let mut own: HashMap<String, usize> = HashMap::new();
+        let named = named_topics(table);
         let mut names: HashMap<&str, usize> = HashMap::new();
         let mut groups: HashMap<String, usize> = HashMap::new();
         for (i, route) in table.routes.iter().enumerate() {
@@ -98,6 +102,7 @@ impl Check {
             self.fields(&path, &route.fields);
             let fields = table.resolved(route);
             self.route(&path, &route.name, &fields);
+            self.own_topics(&path, &route.name, &fields, &named, &mut own, i);
             let group = fields.group.unwrap_or_else(|| format!("{}.{}", table.mesh, route.name));
             if let Some(first) = groups.insert(group.clone(), i)
                 && table.routes[first].name != route.name
@@ -252,6 +257,14 @@ impl Check {
             if let Some(max) = retry.max {
                 self.between(&join(&path, "max"), max, Duration::from_millis(1), DAY);
             }
+            let topics = retry.topics.as_deref().unwrap_or_default();
+            if topics.len() > MAX_RETRY_TOPICS {
+                let message = format!("more than {MAX_RETRY_TOPICS} retry topics");
+                self.fault(code::LIMIT, &join(&path, "topics"), message, "fewer, with longer pauses");
+            }
+            for (i, pause) in topics.iter().enumerate() {
+                self.between(&format!("{}[{i}]", join(&path, "topics")), *pause, Duration::from_millis(1), 30 * DAY);
+            }
             if retry.multiplier.is_some_and(|m| !(1.0..=1000.0).contains(&m)) {
                 let hint = "1 keeps the pause as it is";
                 let message = "the multiplier goes from 1 to 1000";
@@ -324,6 +337,47 @@ impl Check {
             self.fault(code::CONFLICT, &at("dead_letter"), message, hint);
         }
         self.endless(path, from, fields);
+    }
+
+    /// The retry and park topics of a route: topic names, and nobody else's.
+    fn own_topics(
+        &mut self,
+        path: &str,
+        name: &str,
+        fields: &RouteFields,
+        named: &HashSet<String>,
+        own: &mut HashMap<String, usize>,
+        index: usize,
+    ) {
+        let path = join(path, "retry");
+        let (pauses, park) = crate::compile::retry_topics(fields);
+        for source in fields.from.iter().flatten().collect::<BTreeSet<_>>() {
+            let tiers = crate::compile::tiers(&pauses, park);
+            let topics = (1..=tiers).map(|tier| crate::compile::retry_topic(name, source, tier));
+            let park = (tiers > 0).then(|| crate::compile::park_topic(name, source));
+            for topic in topics.chain(park) {
+                if topic_fault(&topic).is_some() {
+                    if topic_fault(source).is_none() && name_fault(name).is_none() {
+                        let message = format!("the retry topic `{topic}` is no topic name");
+                        self.fault(code::NAME, &path, message, "shorten the name of the route or of the source");
+                        return;
+                    }
+                } else if named.contains(&topic) {
+                    let message = format!("the table names `{topic}`, which is a retry topic of this route");
+                    self.fault(
+                        code::CONFLICT,
+                        &path,
+                        message,
+                        "rename the route or the topic: what lies in a retry topic is the route's alone",
+                    );
+                } else if let Some(first) = own.insert(topic.clone(), index)
+                    && first != index
+                {
+                    let message = format!("`{topic}` is also a retry topic of spec.routes[{first}]");
+                    self.fault(code::CONFLICT, &path, message, "rename one of the two routes");
+                }
+            }
+        }
     }
 
     /// A route onto its own source ends only if something can stop an answer from going round.
@@ -411,6 +465,23 @@ impl Check {
             self.fault(code::NAME, path, message, "such topics belong to the broker and the mesh");
         }
     }
+}
+
+/// All topics that a table names, dead letter topics included.
+fn named_topics(table: &Table) -> HashSet<String> {
+    let mut named: HashSet<String> = table.topics.keys().cloned().collect();
+    for route in &table.routes {
+        let fields = table.resolved(route);
+        named.insert(crate::compile::dead_letter(&route.name, &fields));
+        named.extend(fields.from.into_iter().flatten());
+        let cases = fields.cases.into_iter().flatten().map(|case| case.to);
+        for to in fields.to.into_iter().chain(cases) {
+            if let To::Topics(topics) = to {
+                named.extend(topics);
+            }
+        }
+    }
+    named
 }
 
 fn is_path_byte(byte: u8) -> bool {

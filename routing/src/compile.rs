@@ -13,7 +13,7 @@ use crate::expression::{Expression, ExpressionError};
 use crate::fault::Faults;
 use crate::record::{RecordView, ReplyView};
 use crate::schema::{Mismatch, Schema};
-use crate::table::{ConcurrencySpec, Deliver, ForwardSpec, Guarantee, OnGap, Order, RouteFields, Start, Table, To, TopicSpec};
+use crate::table::{ConcurrencySpec, Deliver, ForwardSpec, Guarantee, OnExhausted, OnGap, Order, RouteFields, Start, Table, To, TopicSpec};
 
 /// A table, ready to be asked.
 #[derive(Debug)]
@@ -44,6 +44,10 @@ pub struct Topic {
     /// For a dead letter topic: the source topics of its routes. Where `spec` names no count, it
     /// gets the largest partition count among them.
     pub dead_letter_of: Vec<Arc<str>>,
+    /// For a retry or park topic of a route: the source topic. It has the same partition count.
+    pub follows: Option<Arc<str>>,
+    /// For a retry topic: how long records wait in it, as the table has it now. A park topic has none.
+    pub pause: Option<Duration>,
 }
 
 /// A route, ready to run.
@@ -83,6 +87,10 @@ pub struct Route {
     pub timeout: Duration,
     /// How failed deliveries are repeated.
     pub retry: Retry,
+    /// After the attempts in place: how long a record waits in each retry topic before a further one.
+    pub retry_topics: Vec<Duration>,
+    /// What becomes of a record whose attempts are used up.
+    pub on_exhausted: OnExhausted,
     /// The topic of what cannot be processed.
     pub dead_letter: Arc<str>,
     /// When to stop calling a service that fails.
@@ -244,6 +252,21 @@ impl Route {
         }
     }
 
+    /// How many retry topics the route has for each source: those of its pauses, and one for what is released from a park topic.
+    pub fn tiers(&self) -> usize {
+        tiers(&self.retry_topics, self.on_exhausted == OnExhausted::Park)
+    }
+
+    /// The retry topic of a source, from 1.
+    pub fn retry_topic(&self, source: &str, tier: usize) -> String {
+        retry_topic(&self.name, source, tier)
+    }
+
+    /// The park topic of a source: what waits in order behind a record in a retry topic, and what `on_exhausted: park` keeps.
+    pub fn park_topic(&self, source: &str) -> String {
+        park_topic(&self.name, source)
+    }
+
     /// What an answer means: `ignore_status` first, then the first case that matches, then `to`
     /// for a 2xx.
     ///
@@ -395,6 +418,8 @@ fn route(mesh: &str, name: &str, fields: RouteFields, filter: Option<Expression>
         adaptive,
         timeout: fields.timeout.unwrap_or(Duration::from_secs(10)),
         retry: retry(&fields),
+        retry_topics: retry_topics(&fields).0,
+        on_exhausted: fields.on_exhausted.unwrap_or(OnExhausted::DeadLetter),
         dead_letter: names.get(&dead_letter(name, &fields)),
         breaker: Breaker { failures: breaker.failures.unwrap_or(20), open: breaker.open.unwrap_or(Duration::from_secs(10)) },
         forward_headers: match &fields.forward_headers {
@@ -445,6 +470,24 @@ pub(crate) fn retry(fields: &RouteFields) -> Retry {
     }
 }
 
+/// The pauses of a route's retry topics, and whether what is exhausted is parked.
+pub(crate) fn retry_topics(fields: &RouteFields) -> (Vec<Duration>, bool) {
+    let pauses = fields.retry.as_ref().and_then(|retry| retry.topics.clone()).unwrap_or_default();
+    (pauses, fields.on_exhausted == Some(OnExhausted::Park))
+}
+
+pub(crate) fn tiers(pauses: &[Duration], park: bool) -> usize {
+    pauses.len().max(usize::from(park))
+}
+
+pub(crate) fn retry_topic(route: &str, source: &str, tier: usize) -> String {
+    format!("{route}.{source}.retry-{tier}")
+}
+
+pub(crate) fn park_topic(route: &str, source: &str) -> String {
+    format!("{route}.{source}.park")
+}
+
 /// The dead letter topic of a route.
 pub(crate) fn dead_letter(name: &str, fields: &RouteFields) -> String {
     fields.dead_letter.clone().unwrap_or_else(|| format!("{name}.dlq"))
@@ -492,12 +535,37 @@ fn topics(table: &Table, routes: &[Arc<Route>], names: &mut Names) -> Vec<Topic>
         let sources = all.entry(Arc::clone(&route.dead_letter)).or_default();
         sources.extend(route.from.iter().cloned());
     }
-    all.into_iter()
+    let mut topics: Vec<Topic> = all
+        .into_iter()
         .map(|(name, sources)| Topic {
             spec: table.topics.get(name.as_ref()).cloned().unwrap_or_default(),
             declared: table.topics.contains_key(name.as_ref()),
             dead_letter_of: sources.into_iter().collect(),
+            follows: None,
+            pause: None,
             name,
         })
-        .collect()
+        .collect();
+    for route in routes {
+        for source in route.from.iter().collect::<BTreeSet<_>>() {
+            let follower = |name: String, pause| Topic {
+                name: Arc::from(name),
+                spec: TopicSpec { partitions: None, schema: None, ..table.topics.get(source.as_ref()).cloned().unwrap_or_default() },
+                declared: false,
+                dead_letter_of: Vec::new(),
+                follows: Some(Arc::clone(source)),
+                pause,
+            };
+            let tiers = route.tiers();
+            for tier in 1..=tiers {
+                let pause = route.retry_topics.get(tier - 1).copied().unwrap_or_default();
+                topics.push(follower(route.retry_topic(source, tier), Some(pause)));
+            }
+            if tiers > 0 {
+                topics.push(follower(route.park_topic(source), None));
+            }
+        }
+    }
+    topics.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+    topics
 }

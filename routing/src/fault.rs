@@ -29,8 +29,6 @@ pub mod code {
     pub const NAME: &str = "name";
     /// Two fields, or two routes, that contradict each other.
     pub const CONFLICT: &str = "conflict";
-    /// A field that is specified, but not built yet.
-    pub const NOT_BUILT: &str = "not_built";
     /// A CEL expression that is refused.
     pub const EXPRESSION: &str = "expression";
     /// A schema of a topic that is refused.

@@ -44,8 +44,8 @@ pub use graph::{GraphFormat, graph, loops};
 pub use record::{HeaderSource, NoHeaders, RecordView, ReplyView};
 pub use schema::{Mismatch, Schema};
 pub use table::{
-    API_VERSION, BatchSpec, BreakerSpec, CaseSpec, ConcurrencySpec, Deliver, ForwardSpec, Guarantee, KIND, OnGap, Order, RetrySpec,
-    RouteFields, RouteSpec, SchemaSpec, Start, Table, To, TopicSpec,
+    API_VERSION, BatchSpec, BreakerSpec, CaseSpec, ConcurrencySpec, Deliver, ForwardSpec, Guarantee, KIND, OnExhausted, OnGap, Order,
+    RetrySpec, RouteFields, RouteSpec, SchemaSpec, Start, Table, To, TopicSpec,
 };
 
 /// The most faults that are reported at once.

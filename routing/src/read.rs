@@ -9,13 +9,13 @@ use std::time::Duration;
 use crate::fault::{Fault, code};
 use crate::node::{Entry, Node, Value, join};
 use crate::table::{
-    API_VERSION, BatchSpec, BreakerSpec, CaseSpec, ConcurrencySpec, Deliver, ForwardSpec, Guarantee, KIND, OnGap, Order, RetrySpec,
-    RouteFields, RouteSpec, SchemaSpec, Start, Table, To, TopicSpec,
+    API_VERSION, BatchSpec, BreakerSpec, CaseSpec, ConcurrencySpec, Deliver, ForwardSpec, Guarantee, KIND, OnExhausted, OnGap, Order,
+    RetrySpec, RouteFields, RouteSpec, SchemaSpec, Start, Table, To, TopicSpec,
 };
 use crate::value::{nearest, parse_duration, parse_time};
 
 /// All fields of a route, but its name.
-pub(crate) const ROUTE_FIELDS: [&str; 22] = [
+pub(crate) const ROUTE_FIELDS: [&str; 23] = [
     "service",
     "from",
     "deliver",
@@ -31,6 +31,7 @@ pub(crate) const ROUTE_FIELDS: [&str; 22] = [
     "concurrency",
     "timeout",
     "retry",
+    "on_exhausted",
     "dead_letter",
     "breaker",
     "forward_headers",
@@ -335,6 +336,8 @@ impl Reader<'_> {
         out.order = get("order").and_then(|(n, p)| self.word(n, &p, &words));
         let words = [("earliest", OnGap::Earliest), ("stop", OnGap::Stop)];
         out.on_gap = get("on_gap").and_then(|(n, p)| self.word(n, &p, &words));
+        let words = [("dead_letter", OnExhausted::DeadLetter), ("park", OnExhausted::Park), ("stop", OnExhausted::Stop)];
+        out.on_exhausted = get("on_exhausted").and_then(|(n, p)| self.word(n, &p, &words));
         out.guarantee = get("guarantee").and_then(|(n, p)| self.guarantee(n, &p));
         if let Some((node, path)) = get("cases") {
             let hint = "write `cases: [ { status: 202, to: [topic] } ]`";
@@ -360,11 +363,6 @@ impl Reader<'_> {
             });
         }
         out
-    }
-
-    fn not_built(&mut self, node: &Node, path: &str, what: &str, hint: &str) {
-        let message = format!("{what} is not built yet in this version");
-        self.fault(code::NOT_BUILT, node, path, message, hint);
     }
 
     fn strings(&mut self, node: &Node, path: &str, hint: &str) -> Option<Vec<String>> {
@@ -408,16 +406,16 @@ impl Reader<'_> {
     fn retry(&mut self, node: &Node, path: &str) -> Option<RetrySpec> {
         let known = ["attempts", "initial", "max", "multiplier", "topics"];
         let fields = self.map(node, path, &known)?;
-        if let Some((node, path)) = fields.get("topics") {
-            let hint = "remove it: retries wait in the sidecar, up to `max`";
-            self.not_built(node, &path, "`retry.topics`", hint);
-        }
         let get = |key| fields.get(key);
         Some(RetrySpec {
             attempts: get("attempts").and_then(|(n, p)| self.whole(n, &p)),
             initial: get("initial").and_then(|(n, p)| self.duration(n, &p)),
             max: get("max").and_then(|(n, p)| self.duration(n, &p)),
             multiplier: get("multiplier").and_then(|(n, p)| self.number(n, &p, "a number")),
+            topics: get("topics").and_then(|(n, p)| {
+                let hint = "name the pause before each further attempt, such as [10m, 1h]";
+                self.list(n, &p, hint, |r, node, path| r.duration(node, path))
+            }),
         })
     }
 

@@ -130,6 +130,9 @@ pub struct RouteFields {
     /// How failed deliveries are repeated.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retry: Option<RetrySpec>,
+    /// What becomes of a record whose attempts are used up.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on_exhausted: Option<OnExhausted>,
     /// The topic of what cannot be processed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dead_letter: Option<String>,
@@ -175,6 +178,18 @@ pub enum Order {
     Partition,
     /// Nothing.
     None,
+}
+
+/// What becomes of a record whose attempts are used up, those by retry topics included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnExhausted {
+    /// It goes to the dead letter topic.
+    DeadLetter,
+    /// It waits in the park topic, with the later records of its key behind it, until somebody releases it.
+    Park,
+    /// Its partition stops until somebody releases it, or the table changes.
+    Stop,
 }
 
 /// What is promised of a record.
@@ -267,6 +282,9 @@ pub struct RetrySpec {
     /// By how much each pause is longer than the one before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub multiplier: Option<f64>,
+    /// After the attempts in place: how long a record waits in each retry topic before a further one.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "durations")]
+    pub topics: Option<Vec<Duration>>,
 }
 
 /// The breaker as written; each field is defaulted on its own.
@@ -354,6 +372,11 @@ fn duration<S: Serializer>(value: &Option<Duration>, to: S) -> Result<S::Ok, S::
     }
 }
 
+fn durations<S: Serializer>(values: &Option<Vec<Duration>>, to: S) -> Result<S::Ok, S::Error> {
+    let printed: Option<Vec<String>> = values.as_ref().map(|values| values.iter().copied().map(print_duration).collect());
+    printed.serialize(to)
+}
+
 impl Serialize for Table {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         #[derive(Serialize)]
@@ -428,7 +451,9 @@ impl Table {
                 initial: own.initial.or(base.initial),
                 max: own.max.or(base.max),
                 multiplier: own.multiplier.or(base.multiplier),
+                topics: own.topics.or_else(|| base.topics.clone()),
             }),
+            on_exhausted: own.on_exhausted.or(base.on_exhausted),
             dead_letter: own.dead_letter.or_else(|| base.dead_letter.clone()),
             breaker: merge(own.breaker, base.breaker.as_ref(), |own, base| BreakerSpec {
                 failures: own.failures.or(base.failures),

@@ -7,12 +7,13 @@
 
 use std::{sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
 };
 
-use crate::record::TopicPartition;
+use crate::{parking::Release, record::TopicPartition};
 
 /// Commands that wait for the supervisor, or for one route, at most.
 pub const ROOM: usize = 64;
@@ -22,12 +23,40 @@ pub const ROOM: usize = 64;
 pub struct Command {
     /// The route.
     pub route: Arc<str>,
-    /// The partitions to read from elsewhere, each with the next offset to read.
-    pub reset: Vec<(TopicPartition, i64)>,
-    /// How long records at the service are waited for.
-    pub deadline: Instant,
-    /// The answer: one entry for each partition, in any order.
-    pub answer: oneshot::Sender<Vec<(TopicPartition, Reset)>>,
+    /// What to do.
+    pub task: Task,
+}
+
+/// See [`Command`].
+#[derive(Debug)]
+pub enum Task {
+    /// Read partitions from elsewhere.
+    Reset {
+        /// The partitions, each with the next offset to read.
+        partitions: Vec<(TopicPartition, i64)>,
+        /// How long records at the service are waited for.
+        deadline: Instant,
+        /// The answer: one entry for each partition, in any order.
+        answer: oneshot::Sender<Vec<(TopicPartition, Reset)>>,
+    },
+    /// Let records go on whose attempts are used up.
+    Release {
+        /// Those of this key (`Some(None)`: of records without one); `None`: all. Ignored unless the route keeps the order of keys.
+        key: Option<Option<Bytes>>,
+        /// Again, or to the dead letters.
+        how: Release,
+        /// The answer.
+        answer: oneshot::Sender<Released>,
+    },
+}
+
+/// What a release did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Released {
+    /// How many records were released.
+    pub records: u64,
+    /// The partitions of sources that were looked through: those that this process owns, and knows.
+    pub partitions: Vec<TopicPartition>,
 }
 
 /// What became of a partition that was to be reset.
@@ -60,7 +89,8 @@ impl Commands {
     pub async fn reset(&self, route: &str, partitions: Vec<(TopicPartition, i64)>, wait: Duration) -> Vec<(TopicPartition, Reset)> {
         let (answer, answered) = oneshot::channel();
         let names: Vec<TopicPartition> = partitions.iter().map(|(partition, _)| partition.clone()).collect();
-        let command = Command { route: route.into(), reset: partitions, deadline: Instant::now() + wait, answer };
+        let task = Task::Reset { partitions, deadline: Instant::now() + wait, answer };
+        let command = Command { route: route.into(), task };
         // A process that ends gives its partitions away: their next owner has to be asked.
         let gone = || names.into_iter().map(|partition| (partition, Reset::NotOwner)).collect();
         match self.0.send(command).await {
@@ -68,13 +98,28 @@ impl Commands {
             Err(_) => gone(),
         }
     }
+
+    /// Releases records of a route whose attempts are used up (`on_exhausted: park` and `stop`), on the partitions that this process owns.
+    /// Dropping the future does not take the command back.
+    pub async fn release(&self, route: &str, key: Option<Option<Bytes>>, how: Release) -> Released {
+        let (answer, answered) = oneshot::channel();
+        let command = Command { route: route.into(), task: Task::Release { key, how, answer } };
+        match self.0.send(command).await {
+            Ok(()) => answered.await.unwrap_or_default(),
+            Err(_) => Released::default(),
+        }
+    }
 }
 
 impl Command {
     /// Answers that this process owns none of it.
     pub fn not_owner(self) {
-        let answer = self.reset.into_iter().map(|(partition, _)| (partition, Reset::NotOwner)).collect();
         // Whoever asked may be gone.
-        drop(self.answer.send(answer));
+        match self.task {
+            Task::Reset { partitions, answer, .. } => {
+                drop(answer.send(partitions.into_iter().map(|(partition, _)| (partition, Reset::NotOwner)).collect()));
+            }
+            Task::Release { answer, .. } => drop(answer.send(Released::default())),
+        }
     }
 }

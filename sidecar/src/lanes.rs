@@ -209,6 +209,38 @@ impl<T> Lanes<T> {
         Some(job.item)
     }
 
+    /// Takes away what waits behind a job in its lane, in order. What is handed out stays.
+    pub fn take_behind(&mut self, id: JobId) -> Vec<T> {
+        let mut taken = Vec::new();
+        let Some(job) = self.job(id) else { return taken };
+        let lane = job.lane;
+        let (mut last, mut next) = (id, job.next);
+        while let Some(behind) = next {
+            let Some(job) = self.jobs.get_mut(behind.index()).filter(|job| job.as_ref().is_some_and(|job| job.id == behind)) else { break };
+            if job.as_ref().is_some_and(|job| job.state == State::Out) {
+                next = job.as_ref().and_then(|job| job.next);
+                self.link(last, Some(behind));
+                last = behind;
+            } else if let Some(job) = job.take() {
+                self.free.push(behind.index() as u32);
+                self.waiting -= 1;
+                next = job.next;
+                taken.push(job.item);
+            }
+        }
+        self.link(last, None);
+        if let Some(lane) = lane {
+            self.tails.insert(lane, last);
+        }
+        taken
+    }
+
+    fn link(&mut self, id: JobId, next: Option<JobId>) {
+        if let Some(job) = self.job_mut(id) {
+            job.next = next;
+        }
+    }
+
     /// The item of a job.
     pub fn get(&self, id: JobId) -> Option<&T> {
         self.job(id).map(|job| &job.item)
@@ -388,6 +420,39 @@ mod tests {
         let retried = lanes.push(lane(2), "b1");
         lanes.push(lane(2), "b2");
         assert_eq!((lanes.next_ready(), lanes.next_ready()), (Some(retried), None));
+    }
+
+    #[test]
+    fn what_is_at_the_service_behind_a_job_is_not_taken_away() {
+        let mut lanes = Lanes::default();
+        let ids: Vec<JobId> = [(1, "a1"), (1, "a2"), (1, "a3"), (1, "a4")].map(|(key, item)| lanes.push(lane(key), item)).into();
+        assert_eq!(gather(&mut lanes, 3), ["a1", "a2", "a3"]);
+        // The answer of a2 came, behind a failure of a1.
+        lanes.put_back(ids[1]);
+        assert_eq!(lanes.take_behind(ids[0]), ["a2", "a4"]);
+        assert_eq!(lanes.behind(ids[0]), Some(ids[2]));
+        lanes.push(lane(1), "a5");
+        lanes.finish(ids[0]);
+        assert_eq!(gather(&mut lanes, 3), [""; 0], "a5 waits for a3");
+        lanes.finish(ids[2]);
+        assert_eq!(gather(&mut lanes, 3), ["a5"]);
+    }
+
+    #[test]
+    fn what_waits_behind_a_job_can_be_taken_away() {
+        let mut lanes = Lanes::default();
+        let head = lanes.push(lane(1), "a1");
+        lanes.push(lane(2), "b1");
+        lanes.push(lane(1), "a2");
+        lanes.push(lane(1), "a3");
+        assert_eq!(lanes.next_ready(), Some(head));
+        assert_eq!(lanes.take_behind(head), ["a2", "a3"]);
+        assert_eq!((lanes.take_behind(head).len(), lanes.waiting()), (0, 1));
+        lanes.push(lane(1), "a4");
+        assert_eq!(lanes.finish(head), Some("a1"));
+        let left: Vec<_> = std::iter::from_fn(|| lanes.next_ready().and_then(|id| lanes.finish(id))).collect();
+        assert_eq!(left, ["b1", "a4"]);
+        assert!(lanes.tails.is_empty() && lanes.waiting() == 0);
     }
 
     proptest! {

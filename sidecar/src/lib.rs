@@ -1,7 +1,7 @@
 //! The event mesh sidecar. See `ARCHITECTURE.md` for the house and the life of a record.
 //!
 //! Floors, from the top: `app` · `api` · `consume`, `publish`, `control` · `deliver` · `broker` · `config`, `telemetry` ·
-//! `record`, `json`, `outcome`, `completed`, `watermark`, `lanes`, `mutation`, `status`, `table`, `command`. A module imports only from floors below
+//! `record`, `json`, `outcome`, `completed`, `watermark`, `lanes`, `mutation`, `parking`, `status`, `table`, `command`. A module imports only from floors below
 //! its own (a test reads the imports).
 
 pub mod api;
@@ -17,6 +17,7 @@ mod json;
 pub mod lanes;
 mod mutation;
 pub mod outcome;
+pub mod parking;
 pub mod publish;
 pub mod record;
 pub mod status;

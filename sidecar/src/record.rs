@@ -16,7 +16,7 @@ pub mod header {
     pub const MESH_HOPS: &str = "mesh-hops";
     /// The route, `topic/partition/offset` and index of a reply's source: `route topic/partition/offset index`.
     pub const MESH_CAUSE: &str = "mesh-cause";
-    /// The attempt, in retry topics.
+    /// In retry and park topics: how many attempts were made, decimal.
     pub const MESH_ATTEMPT: &str = "mesh-attempt";
     /// The only route that takes the record; the others that read its topic pass it over. On copies that were redriven or replayed to a route.
     pub const MESH_ONLY_ROUTE: &str = "mesh-only-route";
@@ -24,6 +24,12 @@ pub mod header {
     pub const MESH_REDRIVEN: &str = "mesh-redriven";
     /// On a replayed copy: where its record lies, `topic/partition/offset`.
     pub const MESH_REPLAYED: &str = "mesh-replayed";
+    /// In retry topics: when the next attempt is due, in milliseconds since 1970-01-01 UTC, decimal.
+    pub const MESH_RETRY_AT: &str = "mesh-retry-at";
+    /// In retry and park topics: where the record came from, and its timestamp there: `topic/partition/offset timestamp`.
+    pub const MESH_ORIGIN: &str = "mesh-origin";
+    /// In park topics: why a record waits for somebody to release it; one that only waits for its turn has none.
+    pub const MESH_PARKED: &str = "mesh-parked";
     /// The media type of the value.
     pub const CONTENT_TYPE: &str = "content-type";
     /// W3C trace context.

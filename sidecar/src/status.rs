@@ -23,7 +23,8 @@ pub enum RouteState {
     WaitingForBroker,
     /// A topic that it reads or writes does not exist.
     WaitingForTopic,
-    /// A partition stands still until somebody decides: records were deleted before they were processed (`on_gap: stop`).
+    /// A partition stands still until somebody decides: records were deleted before they were processed (`on_gap: stop`),
+    /// or the attempts of one are used up (`on_exhausted: stop`).
     Stopped,
     /// It drains.
     Draining,
@@ -54,6 +55,14 @@ pub struct RouteStatus {
     pub in_flight: u64,
     /// Records that ended since the start, by disposition.
     pub dispositions: BTreeMap<Disposition, u64>,
+    /// Records in the park topics of the partitions owned here.
+    pub parked_records: u64,
+    /// Those of them whose attempts are used up, until somebody releases them.
+    pub exhausted_records: u64,
+    /// Keys of which records wait in retry or park topics.
+    pub waiting_keys: u64,
+    /// When the next record in a retry topic is due, in milliseconds since 1970-01-01 UTC; 0 if none waits.
+    pub next_retry_ms: i64,
 }
 
 /// All routes of this process. Cheap to clone.

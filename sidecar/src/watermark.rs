@@ -126,6 +126,12 @@ impl Watermark {
         }
     }
 
+    /// Whether an earlier assignment completed an offset that was not read yet, and a commit recorded that.
+    pub fn was_completed(&self, offset: i64) -> bool {
+        let index = self.restored.partition_point(|range| range.end <= offset);
+        self.restored.get(index).is_some_and(|range| range.contains(&offset))
+    }
+
     /// What to commit now.
     pub fn snapshot(&self) -> Snapshot {
         self.record(self.completed, |entry| entry.complete)

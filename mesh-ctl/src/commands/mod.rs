@@ -5,6 +5,7 @@ mod diff;
 mod dlq;
 mod get;
 mod graph;
+mod release;
 mod replay;
 mod reset;
 mod status;
@@ -48,6 +49,7 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<Code, Fai
         Command::Dlq(command) => dlq::run(context, &command).await,
         Command::Replay(flags) => replay::run(context, &flags).await,
         Command::Reset(flags) => reset::run(context, &flags).await,
+        Command::Release(flags) => release::run(context, &flags).await,
     }
 }
 

@@ -1260,7 +1260,7 @@ pub struct OwnerCommand {
     #[prost(int64, tag = "2")]
     pub expires_ms: i64,
     /// What to do.
-    #[prost(oneof = "owner_command::Action", tags = "3")]
+    #[prost(oneof = "owner_command::Action", tags = "3, 4")]
     pub action: ::core::option::Option<owner_command::Action>,
 }
 /// Nested message and enum types in `OwnerCommand`.
@@ -1271,7 +1271,23 @@ pub mod owner_command {
         /// Read partitions from elsewhere.
         #[prost(message, tag = "3")]
         Reset(super::ResetPartitions),
+        /// Let records go on whose attempts are used up.
+        #[prost(message, tag = "4")]
+        Release(super::ReleaseRecords),
     }
+}
+/// Records to release: those whose attempts are used up (`on_exhausted: park` and `stop`).
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReleaseRecords {
+    /// Of one key alone.
+    #[prost(bool, tag = "1")]
+    pub one_key: bool,
+    /// That key; absent: records without a key.
+    #[prost(bytes = "bytes", optional, tag = "2")]
+    pub key: ::core::option::Option<::prost::bytes::Bytes>,
+    /// To the dead letters, in place of another attempt.
+    #[prost(bool, tag = "3")]
+    pub discard: bool,
 }
 /// Partitions to read from elsewhere.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1296,12 +1312,15 @@ pub struct PartitionOffset {
 /// What an instance did.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct OwnerAnswer {
-    /// One entry for each partition.
+    /// One entry for each partition; of a release, those that were looked through.
     #[prost(message, repeated, tag = "1")]
     pub partitions: ::prost::alloc::vec::Vec<PartitionAnswer>,
     /// Why nothing was done at all. Empty otherwise.
     #[prost(string, tag = "2")]
     pub error: ::prost::alloc::string::String,
+    /// How many records were released.
+    #[prost(uint64, tag = "3")]
+    pub released: u64,
 }
 /// What became of one partition.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1581,6 +1600,18 @@ pub struct RouteStatus {
     /// When the broker was asked for the lag, in milliseconds since 1970-01-01 UTC: `lag_records` counts what was there then. 0: not yet.
     #[prost(int64, tag = "11")]
     pub lag_measured_ms: i64,
+    /// Records in the park topics of the partitions owned.
+    #[prost(uint64, tag = "12")]
+    pub parked_records: u64,
+    /// Those of them whose attempts are used up, until somebody releases them.
+    #[prost(uint64, tag = "13")]
+    pub exhausted_records: u64,
+    /// Keys of which records wait in retry or park topics.
+    #[prost(uint64, tag = "14")]
+    pub waiting_keys: u64,
+    /// When the next record in a retry topic is due, in milliseconds since 1970-01-01 UTC; 0 if none waits.
+    #[prost(int64, tag = "15")]
+    pub next_retry_ms: i64,
 }
 /// Asks for a drain.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1701,6 +1732,38 @@ pub struct PartitionReset {
     /// It is not known whether it was done: an instance that is silent may still do it.
     #[prost(bool, tag = "12")]
     pub unclear: bool,
+}
+/// Asks for records to be released.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReleaseRequest {
+    /// The route.
+    #[prost(string, tag = "1")]
+    pub route: ::prost::alloc::string::String,
+    /// Of one key alone. Ignored unless the route keeps the order of keys.
+    #[prost(bool, tag = "2")]
+    pub one_key: bool,
+    /// That key; absent: records without a key.
+    #[prost(bytes = "bytes", optional, tag = "3")]
+    pub key: ::core::option::Option<::prost::bytes::Bytes>,
+    /// To the dead letters, in place of another attempt.
+    #[prost(bool, tag = "4")]
+    pub discard: bool,
+    /// How long the owners may take, in milliseconds; 0: 30 s.
+    #[prost(uint64, tag = "5")]
+    pub wait_ms: u64,
+}
+/// What was released.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReleaseResponse {
+    /// How many records. What waits behind them in their keys follows by itself.
+    #[prost(uint64, tag = "1")]
+    pub released: u64,
+    /// Partitions of sources, as `topic/partition`, that no owner was found for in time: nothing of them was released, as far as is known.
+    #[prost(string, repeated, tag = "2")]
+    pub missing: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Why. Empty if none is missing.
+    #[prost(string, tag = "3")]
+    pub reason: ::prost::alloc::string::String,
 }
 /// Which dead letters are meant: all that fit every given part.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -2096,7 +2159,8 @@ pub enum RouteState {
     Draining = 5,
     /// A topic that it reads or writes does not exist.
     WaitingForTopic = 6,
-    /// A partition stands still until somebody decides: records were deleted before they were processed (`on_gap: stop`).
+    /// A partition stands still until somebody decides: records were deleted before they were processed (`on_gap: stop`), or the attempts of one are used
+    /// up (`on_exhausted: stop`).
     Stopped = 7,
 }
 impl RouteState {
@@ -2350,6 +2414,29 @@ pub mod control_client {
             req.extensions_mut().insert(GrpcMethod::new("mesh.v1.Control", "Reset"));
             self.inner.unary(req, path, codec).await
         }
+        /// Lets records of a route go on whose attempts are used up (`on_exhausted: park` and `stop`). The owners of the partitions do it, while they
+        /// run.
+        pub async fn release(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ReleaseRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ReleaseResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/mesh.v1.Control/Release");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("mesh.v1.Control", "Release"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Counts the dead letters of routes, by reason.
         pub async fn list_dead_letters(
             &mut self,
@@ -2526,6 +2613,12 @@ pub mod control_server {
             &self,
             request: tonic::Request<super::ResetRequest>,
         ) -> std::result::Result<tonic::Response<super::ResetResponse>, tonic::Status>;
+        /// Lets records of a route go on whose attempts are used up (`on_exhausted: park` and `stop`). The owners of the partitions do it, while they
+        /// run.
+        async fn release(
+            &self,
+            request: tonic::Request<super::ReleaseRequest>,
+        ) -> std::result::Result<tonic::Response<super::ReleaseResponse>, tonic::Status>;
         /// Counts the dead letters of routes, by reason.
         async fn list_dead_letters(
             &self,
@@ -2900,6 +2993,49 @@ pub mod control_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = ResetSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/mesh.v1.Control/Release" => {
+                    #[allow(non_camel_case_types)]
+                    struct ReleaseSvc<T: Control>(pub Arc<T>);
+                    impl<T: Control> tonic::server::UnaryService<super::ReleaseRequest>
+                    for ReleaseSvc<T> {
+                        type Response = super::ReleaseResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ReleaseRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::release(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ReleaseSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

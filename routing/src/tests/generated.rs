@@ -51,8 +51,9 @@ prop_compose! {
     fn retry()(
         attempts in option::of(1u32..), initial in option::of(duration(1_000)),
         max in option::of(1_000u64..86_400_000), multiplier in option::of((64u32..64_000).prop_map(|n| f64::from(n) / 64.0)),
+        topics in option::of(vec(duration(86_400_000), 0..8)),
     ) -> RetrySpec {
-        RetrySpec { attempts, initial, max: max.map(Duration::from_millis), multiplier }
+        RetrySpec { attempts, initial, max: max.map(Duration::from_millis), multiplier, topics }
     }
 }
 
@@ -68,7 +69,8 @@ prop_compose! {
         content_type in option::of("[a-z]{1,5}/[a-z.+-]{1,8}(; ?[a-z]=\"?[0-9 ]?\"?)?"),
         concurrency in option::of(1u32..=10_000),
         timeout in option::of(duration(86_400_000)),
-        retry in option::of(retry()),
+        retry in option::of(retry().boxed()),
+        on_exhausted in option::of(prop_oneof![Just(OnExhausted::DeadLetter), Just(OnExhausted::Park), Just(OnExhausted::Stop)]),
         breaker in option::of((option::of(1u32..), option::of(duration(86_400_000)))),
         forward in option::of(prop_oneof![
             Just(ForwardSpec::All), Just(ForwardSpec::None),
@@ -76,7 +78,7 @@ prop_compose! {
         ]),
     ) -> RouteFields {
         RouteFields {
-            filter, ignore_status, start, order, content_type, timeout, retry,
+            filter, ignore_status, start, order, content_type, timeout, retry, on_exhausted,
             concurrency: concurrency.map(ConcurrencySpec::Fixed),
             breaker: breaker.map(|(failures, open)| BreakerSpec { failures, open }),
             forward_headers: forward,
@@ -87,7 +89,8 @@ prop_compose! {
 
 prop_compose! {
     fn route()(
-        fields in some_fields(), service in name(), from in topics(), to in to(),
+        // Boxed: the trees of values are large, and a test's stack is small.
+        fields in some_fields().boxed(), service in name(), from in topics(), to in to(),
         cases in option::of(vec(case(), 0..3)), push in any::<bool>(),
         handler in "/[a-z/~%!?=.-]{0,12}", max_hops in option::of(any::<u32>()),
         adaptive in option::of((option::of(1u32..=64), option::of(64u32..=10_000))),

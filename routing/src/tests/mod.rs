@@ -77,6 +77,33 @@ fn the_example_is_read_and_compiled() {
 }
 
 #[test]
+fn retry_and_park_topics_follow_each_source() {
+    let text = with_routes(
+        "  - { name: a, service: s, from: [x, y], handler: /h, to: void, retry: { topics: [10m, 1h] } }\n  - { name: b, service: s, from: [z], handler: /h, to: void, on_exhausted: park }\n",
+    );
+    let compiled = compile(&parse("t", &text).unwrap()).unwrap();
+    let follow =
+        |topic: &Topic| topic.follows.as_ref().map(|source| format!("{} {source} {:?}", topic.name, topic.pause.map(|p| p.as_secs())));
+    let followers: Vec<String> = compiled.topic_names().iter().filter_map(follow).collect();
+    assert_eq!(
+        followers,
+        [
+            "a.x.park x None",
+            "a.x.retry-1 x Some(600)",
+            "a.x.retry-2 x Some(3600)",
+            "a.y.park y None",
+            "a.y.retry-1 y Some(600)",
+            "a.y.retry-2 y Some(3600)",
+            "b.z.park z None",
+            "b.z.retry-1 z Some(0)",
+        ]
+    );
+    assert!(compiled.topic("a.y.park").is_some(), "sorted by name");
+    let plain = compiled.route("b").unwrap();
+    assert_eq!((plain.tiers(), plain.on_exhausted), (1, OnExhausted::Park));
+}
+
+#[test]
 fn defaults_of_the_language_and_of_the_table() {
     let text = with_routes("  - { name: a, service: s, from: [x], handler: /h, to: void }\n")
         .replace("  routes:", "  defaults: { retry: { attempts: 3 }, filter: 'record.size > 0' }\n  routes:");

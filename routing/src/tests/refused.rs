@@ -82,7 +82,12 @@ fn each_field_is_checked() {
     one("retry: { multiplier: -1 }", "retry.multiplier", code::VALUE);
     one("retry: { multiplier: .nan }", "retry.multiplier", code::TYPE);
     one("retry: { initial: 10s, max: 1s }", "retry", code::CONFLICT);
-    one("retry: { topics: [10m] }", "retry.topics", code::NOT_BUILT);
+    one("retry: { topics: 10m }", "retry.topics", code::TYPE);
+    one("retry: { topics: [10] }", "retry.topics[0]", code::VALUE);
+    one("retry: { topics: [0s] }", "retry.topics[0]", code::VALUE);
+    one("retry: { topics: [1s, 31d] }", "retry.topics[1]", code::VALUE);
+    one("retry: { topics: [1s, 1s, 1s, 1s, 1s, 1s, 1s, 1s, 1s] }", "retry.topics", code::LIMIT);
+    one("on_exhausted: drop", "on_exhausted", code::VALUE);
     one("guarantee: twice", "guarantee", code::VALUE);
     one("on_gap: latest", "on_gap", code::VALUE);
     one("batch: 100", "batch", code::TYPE);
@@ -128,6 +133,15 @@ fn routes_as_a_whole_are_checked() {
     assert_eq!(twice, [("spec.routes[1].name".to_owned(), code::DUPLICATE)]);
     let group = of(&format!("  - {{ name: a, {route} }}\n  - {{ name: b, group: shop.a, {route} }}\n"));
     assert_eq!(group, [("spec.routes[1].group".to_owned(), code::CONFLICT)]);
+    let retry = "service: s, handler: /h, to: void, retry: { topics: [1s] }";
+    let own = of(&format!("  - {{ name: a, from: [b.c], {retry} }}\n  - {{ name: a.b, from: [c], {retry} }}\n"));
+    assert_eq!(own, vec![("spec.routes[1].retry".to_owned(), code::CONFLICT); 2]);
+    let read = of(
+        "  - { name: a, from: [x], service: s, handler: /h, to: void, on_exhausted: park }\n  - { name: b, from: [a.x.park], service: s, handler: /h, to: void }\n",
+    );
+    assert_eq!(read, at("retry", code::CONFLICT), "nobody else reads or writes a park topic");
+    let long = of(&format!("  - {{ name: a, from: [{}], {retry} }}\n", "x".repeat(245)));
+    assert_eq!(long, at("retry", code::NAME));
     let good = "  - { name: a, service: s, from: [x], to: [x], deliver: pull }\n";
     assert!(parse("t", &with_routes(good)).is_ok());
 }

@@ -120,6 +120,10 @@ impl v1::control_server::Control for AdminService {
         self.control.reset(request.into_inner()).await.map(Response::new).map_err(|error| operation_status(&error))
     }
 
+    async fn release(&self, request: Request<v1::ReleaseRequest>) -> Result<Response<v1::ReleaseResponse>, Status> {
+        self.control.release(request.into_inner()).await.map(Response::new).map_err(|error| operation_status(&error))
+    }
+
     async fn list_dead_letters(
         &self,
         request: Request<v1::ListDeadLettersRequest>,

@@ -8,7 +8,7 @@
 use mesh_routing::Batch;
 use tokio::time::Instant;
 
-use super::route::RouteLoop;
+use super::route::{Behind, RouteLoop};
 use crate::{
     deliver::breaker::{self, Allowance},
     lanes::JobId,
@@ -34,7 +34,7 @@ pub(super) struct OutCall {
     began: Instant,
     left: usize,
     /// The best that is known of it, for the breaker, and why it is no better.
-    note: (breaker::Verdict, Option<String>),
+    note: Option<(breaker::Verdict, Option<String>)>,
 }
 
 impl RouteLoop {
@@ -73,6 +73,9 @@ impl RouteLoop {
         self.gathered.full |= self.gathered.jobs.len() >= batch.max;
         while !self.gathered.full {
             let Some(id) = self.lanes.next_ready() else { return };
+            if self.stands_still(id) {
+                continue;
+            }
             let Some(job) = self.lanes.get(id) else { continue };
             let (size, first) = (job.delivery.record.size(), job.delivery.attempt == 1);
             if !self.gathered.jobs.is_empty() && self.gathered.bytes + size > BYTES {
@@ -114,7 +117,7 @@ impl RouteLoop {
         }
         self.calls += 1;
         self.parts.metrics.batch_size.observe(batch.len());
-        self.out_calls.insert(call, OutCall { began: now, left: batch.len(), note: (breaker::Verdict::Away, None) });
+        self.out_calls.insert(call, OutCall { began: now, left: batch.len(), note: None });
         self.parts.leaf.dispatch_batch(batch);
     }
 
@@ -129,39 +132,54 @@ impl RouteLoop {
             breaker::Verdict::Away => 0,
         };
         if let Some(note) = note
-            && (rank(note.0) > rank(out.note.0) || (rank(note.0) == rank(out.note.0) && out.note.1.is_none()))
+            && out.note.as_ref().is_none_or(|known| rank(note.0) > rank(known.0))
         {
-            out.note = note;
+            out.note = Some(note);
         }
         if out.left == 0
             && let Some(out) = self.out_calls.remove(&call)
         {
-            self.note_limit(out.note.0, out.began, now);
+            // Of a call without a note, all failures were its records' own.
+            if let Some((note, _)) = &out.note {
+                self.note_limit(*note, out.began, now);
+            }
             self.calls -= 1;
-            self.note_service(out.note.0, out.note.1.as_deref(), now);
+            if let Some((note, reason)) = out.note {
+                self.note_service(note, reason.as_deref(), now);
+            }
         }
     }
 
     /// Takes back a record whose outcome is not used, since one before it in its lane failed in the same batch.
     pub(super) fn behind_failure(&mut self, id: JobId) {
         self.parts.metrics.outcomes_behind.inc();
-        match self.lanes.get(id).is_some_and(|job| job.dropped) {
+        match self.lanes.get(id).map_or(Behind::Dropped, |job| job.behind) {
+            Behind::Nothing => self.lanes.put_back(id),
             // The partition is on its way out: whoever owns it next reads the record again.
-            true => drop(self.lanes.finish(id)),
-            false => self.lanes.put_back(id),
+            Behind::Dropped => drop(self.lanes.finish(id)),
+            Behind::Aside => {
+                if let Some(job) = self.lanes.finish(id) {
+                    self.follow_aside(job);
+                }
+            }
         }
     }
 
     /// Ends a record that failed while its partition is on its way out: whoever reads it next tries again. What went behind it in the same
     /// batch must not overtake it, whatever becomes of it here.
     pub(super) fn drop_failed(&mut self, id: JobId) {
+        self.mark_behind(id, Behind::Dropped);
+        self.lanes.finish(id);
+    }
+
+    /// Marks what is at the service behind a record.
+    pub(super) fn mark_behind(&mut self, id: JobId, mark: Behind) {
         let mut behind = self.lanes.behind(id);
         while let Some(next) = behind {
             if let Some(job) = self.lanes.get_mut(next) {
-                job.dropped = true;
+                job.behind = mark;
             }
             behind = self.lanes.behind(next);
         }
-        self.lanes.finish(id);
     }
 }

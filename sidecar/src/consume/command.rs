@@ -1,7 +1,8 @@
-//! Commands to a route's loop: partitions that are to be read from elsewhere.
+//! Commands to a route's loop: partitions that are to be read from elsewhere, and records that are released.
 //!
 //! A partition that is reset stops as one that is given away: what waits is dropped, what is at the service is awaited with its replies. Then
-//! the new offset is committed, synchronously and without metadata, and reading goes on there with a fresh watermark in a new epoch.
+//! the new offset is committed, synchronously and without metadata, and reading goes on there with a fresh watermark in a new epoch. What lies in
+//! its retry and park topics stays there, and is looked through again first.
 //!
 //! Invariant: a reset whose commit failed, or that waited too long, changes nothing: reading goes on at the watermark.
 //! Invariant: a partition that is given away meanwhile is not reset; its next owner has to be asked.
@@ -9,10 +10,13 @@
 use futures_util::FutureExt as _;
 use tokio::{sync::oneshot, time::Instant};
 
-use super::route::{CommitResult, RouteLoop};
+use super::{
+    park::Role,
+    route::{CommitResult, RouteLoop, Slot},
+};
 use crate::{
     broker::{BrokerError, BrokerErrorKind, Commit},
-    command::{Command, Reset},
+    command::{Command, Reset, Task},
     record::TopicPartition,
     watermark::Watermark,
 };
@@ -38,8 +42,16 @@ impl RouteLoop {
         if self.draining.is_some() {
             return command.not_owner();
         }
-        let Command { reset, deadline, answer, .. } = command;
+        let (reset, deadline, answer) = match command.task {
+            Task::Reset { partitions, deadline, answer } => (partitions, deadline, answer),
+            Task::Release { key, how, answer } => {
+                let released = self.release(key.as_ref(), how);
+                // Whoever asked may be gone.
+                return drop(answer.send(released));
+            }
+        };
         let mut ordered = Ordered { targets: Vec::with_capacity(reset.len()), deadline, answers: Vec::new(), answer };
+        let mut sources = Vec::with_capacity(reset.len());
         for (partition, offset) in reset {
             let index = self.by_partition.get(&partition).copied();
             let again = index.is_some_and(|index| self.is_reset(index) || ordered.targets.iter().any(|target| target.slot == index));
@@ -49,6 +61,7 @@ impl RouteLoop {
                 (Some(index), Some(slot)) if !slot.revoking => {
                     slot.revoking = true;
                     self.consumer.hold(&partition);
+                    sources.push(index);
                     ordered.targets.push(Target { slot: index, epoch: slot.watermark.epoch(), offset, committing: false });
                 }
                 _ => ordered.answers.push((partition, Reset::NotOwner)),
@@ -56,7 +69,12 @@ impl RouteLoop {
         }
         if !ordered.targets.is_empty() {
             tracing::info!(route = %self.route.name, partitions = ordered.targets.len(), "partitions drain before they are reset");
-            self.abandon_waiting();
+            for side in self.sides_of(&sources) {
+                if let Some(slot) = self.slots.get_mut(side as usize) {
+                    slot.revoking = true;
+                }
+            }
+            self.abandon_waiting(false);
         }
         self.ordered.push(ordered);
     }
@@ -78,14 +96,17 @@ impl RouteLoop {
             return;
         }
         let mut all = std::mem::take(&mut self.ordered);
-        let mut due = Vec::new();
+        // What was done of retry and park topics is committed with it: they are looked through anew from there.
+        let (mut due, mut beside) = (Vec::new(), Vec::new());
         for ordered in &mut all {
             let mut left = Vec::with_capacity(ordered.targets.len());
             for mut target in std::mem::take(&mut ordered.targets) {
+                let sides = self.sides_of(&[target.slot]);
                 let Some(slot) = self.slots.get(target.slot as usize) else { continue };
                 let partition = slot.partition.clone();
                 if !target.committing {
-                    let busy = slot.busy;
+                    let asides = sides.iter().filter_map(|side| self.slots.get(*side as usize));
+                    let busy = slot.busy + asides.map(|side| side.busy).sum::<usize>();
                     if !slot.owned || slot.watermark.epoch() != target.epoch || self.is_revoked(target.slot) || self.draining.is_some() {
                         ordered.answers.push((partition, Reset::NotOwner));
                         continue;
@@ -94,6 +115,8 @@ impl RouteLoop {
                     if busy == 0 && self.commit.is_none() && self.transaction.is_none() {
                         target.committing = true;
                         due.push((target.slot, target.epoch, Commit { partition, offset: target.offset, metadata: String::new() }));
+                        let done = self.commits(sides.into_iter());
+                        beside.extend(self.as_commits(&done));
                     } else if now >= ordered.deadline && self.transaction.is_none() {
                         self.go_on(target.slot);
                         let detail = format!("{busy} of its records were still at the service, or on their way to the broker");
@@ -107,7 +130,7 @@ impl RouteLoop {
         }
         if !due.is_empty() {
             let resets = due.iter().map(|(slot, epoch, commit)| (*slot, *epoch, commit.offset)).collect();
-            let commit = self.consumer.commit(due.into_iter().map(|(_, _, commit)| commit).collect());
+            let commit = self.consumer.commit(due.into_iter().map(|(_, _, commit)| commit).chain(beside).collect());
             // In the place of the loop's own commit: there is one at a time, and a revoke waits for it.
             self.commit = Some(commit.map(move |result| CommitResult { commits: Vec::new(), resets, began: now, result }).boxed());
         }
@@ -170,22 +193,24 @@ impl RouteLoop {
         if self.is_revoked(index) {
             return;
         }
+        for side in self.sides_of(&[index]) {
+            self.epoch += 1;
+            let epoch = self.epoch;
+            if let Some(slot) = self.slots.get_mut(side as usize) {
+                slot.give_away(epoch);
+            }
+        }
         let Some(slot) = self.slots.get_mut(index as usize) else { return };
-        let snapshot = slot.watermark.snapshot();
-        let position = snapshot.offset;
+        let (snapshot, partition) = (slot.watermark.snapshot(), slot.partition.clone());
+        let (position, committed) = (snapshot.offset, slot.committed);
         self.epoch += 1;
-        slot.watermark = Watermark::restore(self.epoch, position, &snapshot.metadata);
-        slot.recorded = 0;
-        slot.revoking = false;
-        slot.busy = 0;
-        slot.held = false;
         // Should the new position not exist either, the consumer says so again.
-        slot.gap = None;
-        slot.moved = Instant::now();
-        let partition = slot.partition.clone();
+        let watermark = Watermark::restore(self.epoch, position, &snapshot.metadata);
+        let (high, end) = (slot.high, slot.end);
+        *slot = Slot { committed, high, end, ..Slot::new(partition.clone(), watermark, Role::Source(Box::default())) };
         self.consumer.seek(&partition, position);
         if self.draining.is_none() {
-            self.consumer.release(&partition);
+            self.begin(index);
         }
     }
 }

@@ -1,12 +1,12 @@
 //! How records end, and how that is committed: completion, commits back to back, revokes, and the drain.
 
-use std::time::Duration;
+use std::{cmp::Reverse, time::Duration};
 
 use futures_util::FutureExt as _;
 use tokio::time::Instant;
 
 use super::{
-    outbox::Done,
+    outbox::{Done, End},
     route::{CommitResult, Revoke, RouteLoop, Slot},
 };
 use crate::{
@@ -28,24 +28,42 @@ impl RouteLoop {
     pub(super) fn on_published(&mut self, done: Done) {
         self.slot_busy(done.slot, done.epoch, -1);
         self.keep_context(done.context);
-        self.complete(done.slot, done.epoch, done.offset, done.disposition, done.reason);
+        let settled = match done.end {
+            End::Ended(disposition, reason) => self.complete(done.slot, done.epoch, done.offset, disposition, reason),
+            End::Aside => {
+                self.complete_offset(done.slot, done.epoch, done.offset);
+                false
+            }
+        };
+        if settled {
+            self.settle(done.slot, done.key, done.origin);
+        }
     }
 
-    /// A record has its disposition.
-    pub(super) fn complete(&mut self, index: u32, epoch: u64, offset: i64, disposition: Disposition, reason: &'static str) {
-        let Some(slot) = self.slots.get_mut(index as usize) else { return };
+    /// A record has its disposition. Says whether its partition is still ours.
+    pub(super) fn complete(&mut self, index: u32, epoch: u64, offset: i64, disposition: Disposition, reason: &'static str) -> bool {
+        let ours = self.complete_offset(index, epoch, offset);
+        if ours {
+            self.count(disposition, reason, 1);
+        }
+        ours
+    }
+
+    /// An offset is complete. Says whether its partition is still ours.
+    pub(super) fn complete_offset(&mut self, index: u32, epoch: u64, offset: i64) -> bool {
+        let Some(slot) = self.slots.get_mut(index as usize) else { return false };
         let epoch = if mutation::is(Mutation::ForgetEpoch) { slot.watermark.epoch() } else { epoch };
         match slot.watermark.complete(epoch, offset) {
             Completion::Stale => {
                 // Its partition was given away meanwhile: the offset is not ours to complete.
                 self.parts.metrics.late_acknowledgements.inc();
-                return;
+                return false;
             }
             Completion::Advanced => slot.moved = Instant::now(),
             Completion::Above => {}
         }
-        self.count(disposition, reason, 1);
         self.hold_or_release(index);
+        true
     }
 
     pub(super) fn count(&mut self, disposition: Disposition, reason: &'static str, records: u64) {
@@ -64,7 +82,7 @@ impl RouteLoop {
     }
 
     /// What has to be committed of these partitions.
-    fn commits(&self, slots: impl Iterator<Item = u32>) -> Vec<(u32, u64, Snapshot)> {
+    pub(super) fn commits(&self, slots: impl Iterator<Item = u32>) -> Vec<(u32, u64, Snapshot)> {
         let slots = slots.filter_map(|index| Some((index, self.slots.get(index as usize)?)));
         let due = slots.filter(|(_, slot)| slot.watermark.offset() > slot.committed || slot.watermark.completed() > slot.recorded);
         let snapshot = |slot: &Slot| match mutation::is(Mutation::CommitNewest) {
@@ -157,7 +175,9 @@ impl RouteLoop {
         if let Some(deadline) = self.revoke.as_ref().map(|revoke| revoke.deadline) {
             self.answer_revoke(deadline);
         }
-        let slots: Vec<u32> = revoking.partitions.iter().filter_map(|partition| self.by_partition.get(partition).copied()).collect();
+        let mut slots: Vec<u32> = revoking.partitions.iter().filter_map(|partition| self.by_partition.get(partition).copied()).collect();
+        let sides = self.sides_of(&slots);
+        slots.extend(sides);
         let names: Vec<String> = revoking.partitions.iter().map(ToString::to_string).collect();
         tracing::info!(route = %self.route.name, partitions = names.join(" "), lost = revoking.lost, "partitions revoked");
         for index in &slots {
@@ -167,14 +187,15 @@ impl RouteLoop {
         }
         // Whether the next assignment brings any of them back is not known: until then "nothing is behind" would be a guess.
         self.joined &= !revoking.lost || self.owned().any(|(_, slot)| !slot.revoking);
-        self.abandon_waiting();
+        self.abandon_waiting(!revoking.lost);
         let deadline = Instant::now() + if revoking.lost { Duration::ZERO } else { REVOKE };
         self.revoke = Some(Revoke { slots, deadline, revoking });
         self.parts.metrics.rebalances.inc();
     }
 
-    /// Drops what waits of partitions that are given away: whoever owns them next reads it again.
-    pub(super) fn abandon_waiting(&mut self) {
+    /// Drops what waits of partitions that are given away: whoever owns them next reads it again. What was tried before, and `survives`, goes on
+    /// from a retry topic, if there is one, with the attempts that were made.
+    pub(super) fn abandon_waiting(&mut self, survives: bool) {
         if mutation::is(Mutation::KeepWaiting) {
             return;
         }
@@ -192,10 +213,20 @@ impl RouteLoop {
             .filter(|waiting| self.lanes.get(waiting.0.1).is_some())
             .partition::<Vec<_>, _>(|waiting| self.lanes.get(waiting.0.1).is_some_and(|job| given_away(job.slot)));
         self.backoffs = kept.into();
-        given_away.into_iter().for_each(|waiting| self.drop_failed(waiting.0.1));
+        let now = Instant::now();
+        for Reverse((due, id)) in given_away {
+            match self.lanes.get(id).map(|job| (job.slot, job.delivery.attempt)) {
+                Some((slot, attempt)) if survives && attempt > 1 && self.survives(slot) => {
+                    self.hand_over(id, 1, due.saturating_duration_since(now), attempt - 1, None, now);
+                }
+                _ => self.drop_failed(id),
+            }
+        }
         // What was withdrawn or became ready behind a dropped record may belong to them, too.
         let slots = &self.slots;
         self.lanes.clear(|job| draining || slots.get(job.slot as usize).is_none_or(|slot| slot.revoking));
+        let given: Vec<bool> = self.slots.iter().map(|slot| slot.owned && (draining || slot.revoking)).collect();
+        self.abandon_sides(|slot| given.get(slot as usize).copied().unwrap_or(false));
     }
 
     /// Gives partitions away once nothing of them is at the service or on its way to the broker, or when the time is over.
@@ -223,7 +254,7 @@ impl RouteLoop {
                 slot.give_away(epoch);
             }
         }
-        self.owned_count = self.owned().count();
+        self.owned_count = self.sources().count();
         if revoke.revoking.done.send(commits).is_err() {
             tracing::debug!(route = %self.route.name, "the consumer did not wait for the last commit");
         }
@@ -235,7 +266,7 @@ impl RouteLoop {
         tracing::info!(route = %self.route.name, out = self.out, "draining");
         self.draining = Some(Instant::now() + self.parts.drain_timeout);
         self.hold_all();
-        self.abandon_waiting();
+        self.abandon_waiting(true);
         self.post_now();
     }
 
@@ -265,6 +296,7 @@ impl RouteLoop {
             let (out, unacknowledged) = (self.out, self.outbox.len());
             tracing::warn!(route = %self.route.name, out, unacknowledged, "drained before all answers came: those records are delivered again");
         }
+        self.sides.close().await;
         self.consumer.close().await;
     }
 }

@@ -3,9 +3,9 @@
 use std::{cmp::Reverse, sync::Arc, time::Duration};
 
 use super::{
-    judge::{self, Reason, Verdict},
-    outbox::{Publication, What},
-    route::{RouteLoop, parent},
+    judge::{self, Verdict},
+    outbox::What,
+    route::{Behind, RouteLoop, parent},
 };
 use crate::{
     deliver::{
@@ -40,6 +40,9 @@ impl RouteLoop {
                 Allowance::Probe | Allowance::Wait(_) => return,
             }
             let Some(id) = self.lanes.next_ready() else { return };
+            if self.stands_still(id) {
+                continue;
+            }
             if let Some(delivery) = self.prepare(id, None, now) {
                 self.calls += 1;
                 self.parts.leaf.dispatch(delivery);
@@ -86,7 +89,7 @@ impl RouteLoop {
         self.parts.metrics.in_flight.dec();
         self.parts.metrics.delivered(&answer.outcome, now - since);
         let call = job.call.take();
-        if !usable || job.dropped {
+        if !usable || job.behind != Behind::Nothing {
             if let Some(mut span) = job.span.take() {
                 span.set("mesh.outcome", || "behind_failure".into());
             }
@@ -99,6 +102,7 @@ impl RouteLoop {
         }
         let (index, epoch, attempt) = (job.slot, job.epoch, job.delivery.attempt);
         let verdict = judge::judge(&job.delivery, answer.outcome);
+        let its_own = service_note(&verdict).0 == breaker::Verdict::Failed && self.blame.is_the_records(&mut job.failed);
         let mut span = job.span.take();
         let context = match &span {
             Some(span) => span.context().cloned(),
@@ -109,12 +113,20 @@ impl RouteLoop {
         }
         self.slot_busy(index, epoch, -1);
         let (note, reason) = service_note(&verdict);
+        // A probe that fails says nothing of its record, and nor do those that were out when the breaker opened.
+        let counted = its_own || !self.breaker.is_open();
+        if note == breaker::Verdict::Good {
+            self.blame.good();
+            self.budget.earn(u32::try_from(self.route.tiers()).unwrap_or(u32::MAX).saturating_add(1));
+        }
         match call {
-            Some(call) => self.note_call(call, Some((note, reason.map(str::to_owned))), now),
+            Some(call) => self.note_call(call, Some((note, reason.map(str::to_owned))).filter(|_| !its_own), now),
             None => {
                 self.note_limit(note, since, now);
                 self.calls -= 1;
-                self.note_service(note, reason, now);
+                if !its_own {
+                    self.note_service(note, reason, now);
+                }
             }
         }
         let slot = &self.slots[index as usize];
@@ -137,10 +149,28 @@ impl RouteLoop {
                 }
                 return;
             }
-            Verdict::Retry { reason, after } => {
+            Verdict::Retry { reason, .. } | Verdict::Exhausted { reason, .. } if !counted => {
                 if slot.revoking || self.draining.is_some() {
-                    // A wait is not worth holding up the others: whoever reads the record next tries again.
                     self.drop_failed(id);
+                } else {
+                    self.wait_for_service(id, now, &reason);
+                }
+                return;
+            }
+            Verdict::Exhausted { reason, after } => return self.give_up(id, reason, after, context, now),
+            Verdict::Retry { reason, after } => {
+                if self.asks_for_long(after) {
+                    return self.give_up(id, reason, after, context, now);
+                }
+                if slot.revoking || self.draining.is_some() {
+                    // A wait is not worth holding up the others: whoever reads the record next tries again. Where there are retry topics, it goes
+                    // on with the attempts that were made.
+                    if self.survives(index) {
+                        let pause = retry::pause(&self.route.retry, attempt, after, id.get());
+                        self.hand_over(id, 1, pause, attempt, context, now);
+                    } else {
+                        self.drop_failed(id);
+                    }
                     return;
                 }
                 let pause = retry::pause(&self.route.retry, attempt, after, id.get());
@@ -163,20 +193,21 @@ impl RouteLoop {
             Verdict::DeadLetter { reason, detail } => What::DeadLetter { reason, detail },
         };
         // The lane is free at the outcome: the outbox keeps the order.
-        let lane = self.lanes.lane(id);
         if let Some(job) = self.lanes.finish(id) {
-            self.slot_busy(index, epoch, 1);
             if mutation::is(Mutation::CommitEarly) {
-                self.complete(index, epoch, job.delivery.position.offset, Disposition::Forwarded, "");
+                self.complete(index, epoch, job.offset, Disposition::Forwarded, "");
             }
-            self.outbox.put(Publication { slot: index, epoch, lane, delivery: job.delivery, what, context });
+            self.publish(job, what, context);
         }
     }
+
     /// Ends a record that publishes nothing.
     fn finish_and_end(&mut self, id: JobId, disposition: Disposition, reason: &'static str, context: Option<TraceContext>) {
         if let Some(job) = self.lanes.finish(id) {
             self.keep_context(context);
-            self.complete(job.slot, job.epoch, job.delivery.position.offset, disposition, reason);
+            if self.complete(job.slot, job.epoch, job.offset, disposition, reason) {
+                self.settle(job.slot, job.key, job.delivery.position.offset);
+            }
         }
     }
 
@@ -198,9 +229,7 @@ impl RouteLoop {
                     breaker::Verdict::Away => format!("service {service} is not there: {reason}"),
                     _ => format!("service {service} keeps failing: {reason}"),
                 };
-                tracing::warn!(%route, %service, "{trouble}: waiting, no attempt is counted");
-                self.parts.metrics.breaker(BreakerState::Open);
-                self.service_trouble = Some(trouble);
+                return self.opened(trouble);
             }
             Change::Closed => {
                 tracing::info!(%route, %service, "the service is back");
@@ -208,6 +237,20 @@ impl RouteLoop {
                 self.service_trouble = None;
             }
         }
+        self.post_now();
+    }
+
+    /// Opens the breaker: the service fails too often to give its records up.
+    pub(super) fn trip(&mut self, now: Instant, reason: &str) {
+        if self.breaker.trip(now) == Change::Opened {
+            self.opened(format!("service {} fails more often than not: {reason}", self.route.service));
+        }
+    }
+
+    fn opened(&mut self, trouble: String) {
+        tracing::warn!(route = %self.route.name, service = %self.route.service, "{trouble}: waiting, no attempt is counted");
+        self.parts.metrics.breaker(BreakerState::Open);
+        self.service_trouble = Some(trouble);
         self.post_now();
     }
 }
@@ -237,9 +280,7 @@ fn process_span(tracer: &Tracer, system: &'static str, delivery: &Delivery, pare
 fn service_note(verdict: &Verdict) -> (breaker::Verdict, Option<&str>) {
     match verdict {
         Verdict::Away { reason } => (breaker::Verdict::Away, Some(reason)),
-        Verdict::Retry { reason, .. } | Verdict::DeadLetter { reason: Reason::Attempts, detail: reason } => {
-            (breaker::Verdict::Failed, Some(reason))
-        }
+        Verdict::Retry { reason, .. } | Verdict::Exhausted { reason, .. } => (breaker::Verdict::Failed, Some(reason)),
         _ => (breaker::Verdict::Good, None),
     }
 }
@@ -250,7 +291,7 @@ fn note(span: &mut Span, verdict: &Verdict) {
         Verdict::Forward(..) => Disposition::Forwarded.as_str(),
         Verdict::Void => Disposition::Void.as_str(),
         Verdict::Ignored { .. } => Disposition::Ignored.as_str(),
-        Verdict::Retry { reason, .. } => {
+        Verdict::Retry { reason, .. } | Verdict::Exhausted { reason, .. } => {
             span.fail("retry", || reason.clone());
             "retry"
         }

@@ -1,22 +1,23 @@
 //! What comes from the broker: assignments, records, and their way into watermark and lanes.
 
-use std::{hash::BuildHasher as _, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use mesh_routing::{OnGap, Order};
+use mesh_routing::OnGap;
 use tokio::time::Instant;
 
 use super::{
     judge::{self, Reason},
-    outbox::{Publication, What},
+    outbox::What,
+    park::{Role, Stage, TRACKED},
     reply,
-    route::{Job, RouteLoop, Slot, parent},
+    route::{Job, RouteLoop, Slot},
 };
 use crate::{
     broker::{Assigned, Event},
-    lanes::Lane,
     mutation::{self, Mutation},
     outcome::{Delivery, Disposition},
+    parking::Meeting,
     record::{Batch, Position, Record, TopicPartition, header},
     watermark::{Entered, Watermark},
 };
@@ -59,30 +60,12 @@ impl RouteLoop {
         let names: Vec<String> = partitions.iter().map(|assigned| assigned.partition.to_string()).collect();
         tracing::info!(route = %self.route.name, partitions = names.join(" "), "partitions assigned");
         for Assigned { partition, position, metadata } in partitions {
-            let slot = Slot {
-                partition: partition.clone(),
-                owned: true,
-                revoking: false,
-                watermark: Watermark::restore(self.epoch, position, if mutation::is(Mutation::ForgetMap) { "" } else { &metadata }),
-                committed: position,
-                recorded: 0,
-                unrecorded: 0,
-                busy: 0,
-                held: false,
-                gap: None,
-                high: position,
-                end: None,
-                moved: Instant::now(),
-            };
-            match self.by_partition.get(&partition) {
-                Some(&index) => self.slots[index as usize] = slot,
-                None => {
-                    self.by_partition.insert(partition, self.slots.len() as u32);
-                    self.slots.push(slot);
-                }
-            }
+            let watermark = Watermark::restore(self.epoch, position, if mutation::is(Mutation::ForgetMap) { "" } else { &metadata });
+            let slot = Slot::new(partition.clone(), watermark, Role::Source(Box::default()));
+            let index = self.put_slot(partition, slot);
+            self.begin(index);
         }
-        self.owned_count = self.owned().count();
+        self.owned_count = self.sources().count();
         self.parts.metrics.rebalances.inc();
         self.lag_due = Instant::now();
         self.lag_measured_ms = 0;
@@ -110,6 +93,7 @@ impl RouteLoop {
         for (offset, record) in batch.records {
             self.take(index, offset, record);
         }
+        self.pass_gate(index);
         self.hold_or_release(index);
     }
 
@@ -153,21 +137,24 @@ impl RouteLoop {
             }
             Ok(_) => None,
         };
+        let key = self.key_of(&delivery.record, offset);
+        let job = Job::new(index, epoch, offset, key, delivery);
         if let Some((reason, detail)) = refused {
-            self.slot_busy(index, epoch, 1);
             // The service was never called.
-            let delivery = Delivery { attempt: 0, ..delivery };
-            let context = parent(&delivery.record);
-            self.outbox.put(Publication { slot: index, epoch, lane: None, delivery, what: What::DeadLetter { reason, detail }, context });
-            return;
+            let job = Job { delivery: Delivery { attempt: 0, ..job.delivery }, ..job };
+            return self.publish(job, What::DeadLetter { reason, detail }, None);
         }
-        let lane = match self.route.order {
-            Order::None => None,
-            _ if mutation::is(Mutation::ForgetLane) && offset % 3 == 0 => None,
-            Order::Partition => Some(Lane { slot: index, key: 0 }),
-            Order::Key => Some(Lane { slot: index, key: self.hasher.hash_one(&delivery.record.key) }),
-        };
-        self.lanes.push(lane, Job { slot: index, epoch, delivery, out: None, span: None, call: None, away: 0, dropped: false });
+        let parking = self.slots[index as usize].source().map(|source| &source.parking);
+        match parking.filter(|parking| !parking.is_empty()).map_or(Meeting::Free, |parking| parking.meets(key, offset)) {
+            Meeting::Free => {
+                let forgets = mutation::is(Mutation::ForgetLane) && offset % 3 == 0;
+                let lane = self.lane_of(index, key).filter(|_| !forgets);
+                self.lanes.push(lane, job);
+            }
+            Meeting::Behind => self.park(job, None),
+            // A crash came between its way to there and the commit here.
+            Meeting::Known => drop(self.complete_offset(index, epoch, offset)),
+        }
     }
 
     fn on_expired(&mut self, partition: &TopicPartition, from: i64, to: i64) {
@@ -199,6 +186,7 @@ impl RouteLoop {
         let (partition, expired) = (slot.partition.clone(), to.saturating_sub(from).max(0).unsigned_abs());
         tracing::error!(route = %self.route.name, %partition, from, to, expired, "the broker deleted records before they were processed");
         self.count(Disposition::Expired, "", expired);
+        self.pass_gate(index);
         let last = to.saturating_sub(1);
         let told = format!("the broker deleted {expired} records of {partition} before they were processed: offsets {from} to {last}");
         self.passed_gap = Some((Instant::now() + GAP_TOLD, told));
@@ -213,13 +201,31 @@ impl RouteLoop {
         let waiting_limit = WAITING.max(2 * at_service);
         let bytes_limit = (BYTES / self.owned_count.max(1)).max(SHARE);
         let draining = self.draining.is_some();
+        let Some(source) = self.slots[index as usize].source() else {
+            if !draining && self.slots[index as usize].owned {
+                let (full, half) = (self.side_over(index, bytes_limit, 1), self.side_over(index, bytes_limit, 2));
+                if full {
+                    self.hold_side(index, true);
+                } else if !half {
+                    self.hold_side(index, false);
+                }
+            }
+            return;
+        };
+        let waits = source.stage != Stage::Ready || source.stopped.is_some();
+        let tracked = source.parking.sizes().tracked;
         let slot = &mut self.slots[index as usize];
         if slot.gap.is_some() {
             return;
         }
         let w = &slot.watermark;
-        let over =
-            |part: usize| w.incomplete() * part > waiting_limit * 2 || w.span() * part > SPAN * 2 || w.bytes() * part > bytes_limit * 2;
+        let draining = draining || waits;
+        let over = |part: usize| {
+            w.incomplete() * part > waiting_limit * 2
+                || w.span() * part > SPAN * 2
+                || w.bytes() * part > bytes_limit * 2
+                || tracked * part > TRACKED * 2
+        };
         if !slot.held && (over(2) || draining) {
             slot.held = true;
             self.consumer.hold(&slot.partition);
@@ -230,7 +236,7 @@ impl RouteLoop {
     }
 
     pub(super) fn hold_all(&mut self) {
-        for slot in self.slots.iter_mut().filter(|slot| slot.owned && !slot.held) {
+        for slot in self.slots.iter_mut().filter(|slot| slot.owned && !slot.held && slot.source().is_some()) {
             slot.held = true;
             self.consumer.hold(&slot.partition);
         }

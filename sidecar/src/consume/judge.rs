@@ -21,6 +21,8 @@ pub(crate) enum Verdict {
     Ignored { empty: bool },
     /// Try again; counts an attempt.
     Retry { reason: String, after: Option<Duration> },
+    /// The same, and the attempts in place are used up.
+    Exhausted { reason: String, after: Option<Duration> },
     /// To the dead-letter topic.
     DeadLetter { reason: Reason, detail: String },
     /// Nobody was there: try again, and count nothing.
@@ -119,7 +121,7 @@ fn not_accepted(route: &Route, attempt: u32, reply: &Reply) -> Verdict {
 
 fn retry(route: &Route, attempt: u32, reason: String, after: Option<Duration>) -> Verdict {
     if attempt >= route.retry.attempts {
-        return Verdict::DeadLetter { reason: Reason::Attempts, detail: reason };
+        return Verdict::Exhausted { reason, after };
     }
     Verdict::Retry { reason, after }
 }
@@ -165,6 +167,7 @@ mod tests {
             Verdict::Ignored { empty: true } => "empty".to_owned(),
             Verdict::Ignored { empty: false } => "ignored".to_owned(),
             Verdict::Retry { after, .. } => format!("retry {}", after.map_or(0, |after| after.as_secs())),
+            Verdict::Exhausted { after, .. } => format!("exhausted {}", after.map_or(0, |after| after.as_secs())),
             Verdict::DeadLetter { reason, .. } => format!("dead {}", reason.as_str()),
             Verdict::Away { .. } => "away".to_owned(),
         }
@@ -186,12 +189,12 @@ mod tests {
             (301, "x", "dead status", "dead status"),
             (400, "x", "dead status", "dead status"),
             (410, "", "dead status", "dead status"),
-            (404, "x", "retry 3", "dead attempts"),
-            (408, "x", "retry 3", "dead attempts"),
-            (425, "x", "retry 3", "dead attempts"),
-            (429, "x", "retry 3", "dead attempts"),
-            (500, "<html>", "retry 3", "dead attempts"),
-            (504, "x", "retry 3", "dead attempts"),
+            (404, "x", "retry 3", "exhausted 3"),
+            (408, "x", "retry 3", "exhausted 3"),
+            (425, "x", "retry 3", "exhausted 3"),
+            (429, "x", "retry 3", "exhausted 3"),
+            (500, "<html>", "retry 3", "exhausted 3"),
+            (504, "x", "retry 3", "exhausted 3"),
             (503, "x", "away", "away"),
         ] {
             for (attempt, wanted) in [(1, first), (10, last)] {
@@ -231,7 +234,7 @@ mod tests {
         assert_eq!(word(judge(&delivery, Outcome::Reject { reason: reason() })), "dead status");
         assert_eq!(word(judge(&delivery, Outcome::NoService { reason: reason() })), "away");
         let last = Delivery { attempt: 10, ..delivery };
-        assert_eq!(word(judge(&last, Outcome::Retry { reason: reason(), after: None })), "dead attempts");
+        assert_eq!(word(judge(&last, Outcome::Retry { reason: reason(), after: None })), "exhausted 0");
         assert_eq!(word(judge(&last, Outcome::NoService { reason: reason() })), "away", "no attempt is counted, however often");
     }
 }

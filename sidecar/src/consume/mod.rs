@@ -30,6 +30,7 @@ use crate::{
     telemetry::{metrics::Metrics, trace::Tracer},
 };
 
+mod aside;
 mod batch;
 mod command;
 mod commit;
@@ -37,14 +38,19 @@ mod dispatch;
 mod intake;
 mod judge;
 mod outbox;
+mod park;
 mod reply;
 mod report;
+#[cfg(test)]
+mod retry_tests;
+mod returning;
 mod route;
 #[cfg(test)]
 mod sim;
 pub mod subscription;
 #[cfg(test)]
 mod tests;
+mod tiers;
 mod transaction;
 
 use route::{Parts, RouteLoop};
@@ -326,6 +332,8 @@ fn in_place(old: &Route, new: &Route) -> bool {
         && old.deliver == new.deliver
         && old.order == new.order
         && old.guarantee == new.guarantee
+        && old.tiers() == new.tiers()
+        && old.on_exhausted == new.on_exhausted
 }
 
 async fn sleep_until(time: Option<Instant>) {

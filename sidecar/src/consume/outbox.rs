@@ -19,6 +19,7 @@ pub(crate) use self::parcel::Parcel;
 use super::{
     judge::Reason,
     reply::{self, Cut},
+    tiers::{self, Why},
 };
 use crate::{
     broker::{Outgoing, ProduceError, ProduceErrorKind, Producer},
@@ -47,6 +48,10 @@ pub(crate) struct Publication {
     pub(crate) epoch: u64,
     /// The lane within which it keeps its place.
     pub(crate) lane: Option<Lane>,
+    /// The offset that it completes.
+    pub(crate) offset: i64,
+    /// The key's hash, for what waits behind it.
+    pub(crate) key: u64,
     pub(crate) delivery: Delivery,
     pub(crate) what: What,
     /// The context of the span that processed the record.
@@ -54,16 +59,11 @@ pub(crate) struct Publication {
 }
 
 impl Publication {
-    /// The offset that it completes.
-    fn offset(&self) -> i64 {
-        self.delivery.position.offset
-    }
-
     /// The bytes that it holds in memory until it is acknowledged.
     fn size(&self) -> usize {
         match &self.what {
             What::Reply { reply, .. } => reply.records.iter().map(|record| record.value.as_ref().map_or(0, bytes::Bytes::len)).sum(),
-            What::DeadLetter { .. } => self.delivery.record.size(),
+            What::DeadLetter { .. } | What::Aside { .. } => self.delivery.record.size(),
         }
     }
 }
@@ -71,8 +71,29 @@ impl Publication {
 /// What is published.
 #[derive(Debug)]
 pub(crate) enum What {
-    Reply { topics: Arc<[Arc<str>]>, reply: Reply },
-    DeadLetter { reason: Reason, detail: String },
+    Reply {
+        topics: Arc<[Arc<str>]>,
+        reply: Reply,
+    },
+    DeadLetter {
+        reason: Reason,
+        detail: String,
+    },
+    /// The record itself, into a retry or park topic of the route.
+    Aside {
+        topic: Arc<str>,
+        attempts: u32,
+        why: Why,
+    },
+}
+
+/// What a publication means for its record, once it is acknowledged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// Its disposition, and the reason.
+    Ended(Disposition, &'static str),
+    /// None: it lies in another topic of the route.
+    Aside,
 }
 
 /// A publication that is acknowledged.
@@ -81,8 +102,10 @@ pub(crate) struct Done {
     pub(crate) slot: u32,
     pub(crate) epoch: u64,
     pub(crate) offset: i64,
-    pub(crate) disposition: Disposition,
-    pub(crate) reason: &'static str,
+    /// The key's hash, and the offset in the source.
+    pub(crate) key: u64,
+    pub(crate) origin: i64,
+    pub(crate) end: End,
     pub(crate) context: Option<TraceContext>,
 }
 
@@ -232,6 +255,10 @@ impl Outbox {
                 trace(&letter.topic);
                 vec![letter]
             }
+            What::Aside { topic, attempts, why } => {
+                trace(topic);
+                vec![tiers::write(&publication.delivery, topic.clone(), *attempts, why)]
+            }
         };
         let before = records.len();
         if pending.acknowledged.is_empty() {
@@ -316,7 +343,12 @@ impl Outbox {
     fn send_again(&mut self, mut pending: Pending, outcome: Vec<bool>, error: ProduceError) {
         // A partition that is not known (any more) is waited for, as its topic is.
         let refused = matches!(error.kind, ProduceErrorKind::TooLarge | ProduceErrorKind::Refused);
-        if refused && matches!(pending.publication.what, What::Reply { .. }) {
+        if let (true, What::Aside { topic, .. }) = (refused, &pending.publication.what) {
+            // It cannot wait where it should: better seen than stuck.
+            let detail = format!("it cannot wait in `{topic}`: {}", error.detail);
+            pending.publication.what = What::DeadLetter { reason: Reason::Attempts, detail };
+            pending.acknowledged.clear();
+        } else if refused && matches!(pending.publication.what, What::Reply { .. }) {
             // A copy that is in another topic already stays there; the record itself is not lost.
             self.bytes -= pending.publication.size();
             pending.publication.what = What::DeadLetter { reason: Reason::Reply, detail: error.detail };
@@ -345,16 +377,18 @@ impl Outbox {
 }
 
 fn done(publication: Publication) -> Done {
-    let (disposition, reason) = match &publication.what {
-        What::Reply { .. } => (Disposition::Forwarded, ""),
-        What::DeadLetter { reason, .. } => (Disposition::DeadLettered, reason.as_str()),
+    let end = match &publication.what {
+        What::Reply { .. } => End::Ended(Disposition::Forwarded, ""),
+        What::DeadLetter { reason, .. } => End::Ended(Disposition::DeadLettered, reason.as_str()),
+        What::Aside { .. } => End::Aside,
     };
     Done {
         slot: publication.slot,
         epoch: publication.epoch,
-        offset: publication.offset(),
-        disposition,
-        reason,
+        offset: publication.offset,
+        key: publication.key,
+        origin: publication.delivery.position.offset,
+        end,
         context: publication.context,
     }
 }
@@ -381,6 +415,8 @@ pub(super) mod tests {
             slot: 0,
             epoch: 1,
             lane: None,
+            offset: number,
+            key: 0,
             delivery: test_delivery("", number),
             what: What::Reply { topics, reply },
             context: None,
@@ -479,7 +515,7 @@ pub(super) mod tests {
         outbox.flush(Instant::now());
         let mut done = Vec::new();
         outbox.acknowledged(&mut done).await;
-        assert_eq!((done[0].disposition, done[0].reason, outbox.len()), (Disposition::DeadLettered, "reply", 0));
+        assert_eq!((done[0].end, outbox.len()), (End::Ended(Disposition::DeadLettered, "reply"), 0));
         let letters = fake.records("work.dlq");
         assert_eq!(letters[0].header_str("mesh-dlq-reason"), Some("reply"));
         assert_eq!(letters[0].header_str("mesh-dlq-offset"), Some("7"));

@@ -161,7 +161,7 @@ pub(crate) fn dead_letter(delivery: &Delivery, reason: Reason, detail: &str, now
         |name: &'static str, value: String| headers.push(Header { name: ByteString::from_static(name), value: Some(value.into()) });
     add("mesh-dlq-route", delivery.route.name.to_string());
     add("mesh-dlq-reason", reason.as_str().to_owned());
-    add("mesh-dlq-detail", shorten(detail));
+    add("mesh-dlq-detail", shorten(detail, DETAIL));
     add("mesh-dlq-attempts", delivery.attempt.to_string());
     add("mesh-dlq-topic", position.partition.topic.to_string());
     add("mesh-dlq-partition", position.partition.partition.to_string());
@@ -179,8 +179,9 @@ pub(crate) fn dead_letter(delivery: &Delivery, reason: Reason, detail: &str, now
     Outgoing { topic: delivery.route.dead_letter.clone(), partition: None, record }
 }
 
-fn shorten(detail: &str) -> String {
-    let mut end = detail.len().min(DETAIL);
+/// The beginning of a text, of at most so many bytes.
+pub(crate) fn shorten(detail: &str, most: usize) -> String {
+    let mut end = detail.len().min(most);
     while !detail.is_char_boundary(end) {
         end -= 1;
     }

@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use futures_util::{FutureExt as _, future::BoxFuture};
+use mesh_routing::Order;
 use tokio::time::Instant;
 
 use super::route::{RouteLoop, Slot};
@@ -113,10 +114,12 @@ impl RouteLoop {
             _ if self.posted.state == state && self.posted.waiting_since_ms > 0 => self.posted.waiting_since_ms,
             _ => now_ms(),
         };
-        let owned = || self.slots.iter().filter(|slot| slot.owned);
+        let owned = || self.sources().map(|(_, slot)| slot);
+        let all = || self.owned().map(|(_, slot)| slot);
         let lag_records = owned().map(behind).sum();
         let oldest = owned().filter_map(|slot| slot.watermark.oldest_timestamp_ms()).min();
         let lag_seconds = oldest.map_or(0.0, |oldest| now_ms().saturating_sub(oldest).max(0) as f64 / 1e3);
+        let (waiting, keys, due) = self.waiting_elsewhere();
         let status = RouteStatus {
             route: self.route.name.clone(),
             service: self.route.service.clone(),
@@ -129,6 +132,10 @@ impl RouteLoop {
             lag_seconds,
             in_flight: self.out as u64,
             dispositions: self.dispositions.clone(),
+            parked_records: waiting.parked as u64,
+            exhausted_records: waiting.kept as u64,
+            waiting_keys: if self.route.order == Order::None { 0 } else { keys as u64 },
+            next_retry_ms: due.map_or(0, |due| now_ms().saturating_add(i64::try_from(due.as_millis()).unwrap_or(i64::MAX))),
         };
         let metrics = &self.parts.metrics;
         metrics.state(state);
@@ -136,9 +143,13 @@ impl RouteLoop {
         metrics.partitions.set(status.partitions.into());
         metrics.lag_records.set(lag_records);
         metrics.lag_seconds.set(lag_seconds);
-        metrics.queue_bytes.set(owned().map(|slot| slot.watermark.bytes() as u64).sum());
+        metrics.parked_records.set(status.parked_records);
+        metrics.exhausted_records.set(status.exhausted_records);
+        metrics.waiting_keys.set(status.waiting_keys);
+        metrics.next_retry_seconds.set(due.unwrap_or_default().as_secs_f64());
+        metrics.queue_bytes.set(all().map(|slot| slot.watermark.bytes() as u64).sum());
         let unrecorded = |slot: &Slot| slot.busy as u64 + slot.unrecorded + slot.watermark.completed().saturating_sub(slot.recorded);
-        metrics.replay_records.set(owned().map(unrecorded).sum::<u64>() + self.backoffs.len() as u64);
+        metrics.replay_records.set(all().map(unrecorded).sum::<u64>() + self.backoffs.len() as u64);
         let stalled = owned().filter(|slot| slot.watermark.incomplete() > 0).map(|slot| now.saturating_duration_since(slot.moved)).max();
         metrics.watermark_stall_seconds.set(stalled.unwrap_or_default().as_secs_f64());
         if status != self.posted {
@@ -178,12 +189,18 @@ impl RouteLoop {
             );
             return (RouteState::Stopped, reason);
         }
+        if let Some(detail) = &self.sides.trouble {
+            return (RouteState::WaitingForTopic, detail.clone());
+        }
+        if let Some(detail) = self.standing_still() {
+            return (RouteState::Stopped, detail);
+        }
         let waits = self.service_trouble.clone().or_else(|| self.parts.leaf.unattended());
         match waits {
             Some(reason) => (RouteState::WaitingForService, reason),
             None if self.joined => {
                 let told = self.passed_gap.as_ref().filter(|(until, _)| Instant::now() < *until);
-                (RouteState::Running, told.map_or_else(String::new, |(_, told)| told.clone()))
+                (RouteState::Running, told.map_or_else(|| self.exhausted().unwrap_or_default(), |(_, told)| told.clone()))
             }
             None => (RouteState::Joining, format!("joining group {}", self.route.group)),
         }

@@ -29,6 +29,7 @@ use super::{
     batch::{Gathered, OutCall},
     command::Ordered,
     outbox::{Done, Outbox},
+    park::{Looked, Role, Sides},
     report::{Asked, End, Measured, watch_lag},
     transaction::Transacted,
 };
@@ -38,6 +39,7 @@ use crate::{
     deliver::{
         Leaf,
         breaker::{Allowance, Breaker},
+        budget::{Blame, Budget},
         limit::Limit,
     },
     lanes::{JobId, Lanes},
@@ -101,6 +103,8 @@ enum Woken {
     Committed(CommitResult),
     Transacted(Transacted),
     Lag(Measured),
+    Side(Event),
+    Looked(Looked),
     Time,
     Changed,
     Command(Command),
@@ -108,12 +112,16 @@ enum Woken {
 }
 
 /// How many things a wait waits for.
-const SOURCES: u64 = 10;
+const SOURCES: u64 = 12;
 
 /// A record in a lane.
 pub(super) struct Job {
     pub(super) slot: u32,
     pub(super) epoch: u64,
+    /// Where it completes: its offset in the slot's partition.
+    pub(super) offset: i64,
+    /// The key's hash: what waits for it has the same.
+    pub(super) key: u64,
     pub(super) delivery: Delivery,
     /// Since when it is at the service; `None` while it waits.
     pub(super) out: Option<Instant>,
@@ -122,8 +130,27 @@ pub(super) struct Job {
     pub(super) call: Option<u64>,
     /// How often in a row the service said to this record that it is not there.
     pub(super) away: u32,
-    /// It went behind a record that failed, of a partition that is on its way out: its outcome is not used.
-    pub(super) dropped: bool,
+    pub(super) behind: Behind,
+    /// When it failed first, as [`Blame`] counts.
+    pub(super) failed: Option<u64>,
+}
+
+impl Job {
+    /// One that waits.
+    pub(super) fn new(slot: u32, epoch: u64, offset: i64, key: u64, delivery: Delivery) -> Self {
+        Self { slot, epoch, offset, key, delivery, out: None, span: None, call: None, away: 0, behind: Behind::Nothing, failed: None }
+    }
+}
+
+/// What happened before a record in its lane, while it was at the service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Behind {
+    /// Nothing that concerns it.
+    Nothing,
+    /// One failed, of a partition that is on its way out: its outcome is not used, and whoever reads it next does it again.
+    Dropped,
+    /// One went to a retry or park topic: its outcome is not used, and it goes to where it waits for that one.
+    Aside,
 }
 
 /// A partition that was ever assigned here. The slot keeps its number, so that lanes outlive an assignment.
@@ -147,6 +174,8 @@ pub(super) struct Slot {
     pub(super) end: Option<End>,
     /// When the watermark last moved, or there was nothing to do.
     pub(super) moved: Instant,
+    /// Of a source, or of one of the route's retry and park topics.
+    pub(super) role: Role,
 }
 
 /// A revoke that waits for what is at the service.
@@ -180,6 +209,10 @@ pub(crate) struct RouteLoop {
     pub(super) limit: Option<Limit>,
     pub(super) backoffs: BinaryHeap<Reverse<(Instant, JobId)>>,
     pub(super) outbox: Outbox,
+    /// How many records may be given up.
+    pub(super) budget: Budget,
+    pub(super) blame: Blame,
+    pub(super) sides: Sides,
     /// With `guarantee: exactly_once`: the transaction under way. Then it is the outbox's only way out, and `commit` is for the time between.
     pub(super) transaction: Option<BoxFuture<'static, Transacted>>,
     pub(super) transactional: bool,
@@ -241,6 +274,8 @@ impl RouteLoop {
         let hasher = LaneKeys(parts.seed);
         let now = Instant::now();
         Ok(Self {
+            budget: Budget::new(route.breaker.failures),
+            blame: Blame::default(),
             breaker: Breaker::new(route.breaker.failures, route.breaker.open),
             limit: route.adaptive.map(|least| Limit::new(least, route.concurrency)),
             lanes: Lanes::with_start(hasher.hash_one(0u8) as u32),
@@ -260,6 +295,7 @@ impl RouteLoop {
             outbox,
             transaction: None,
             transactional,
+            sides: Sides::default(),
             commit: None,
             commit_again: None,
             commit_contexts: Vec::new(),
@@ -297,6 +333,8 @@ impl RouteLoop {
                 Woken::Committed(result) => self.on_committed(result),
                 Woken::Transacted(result) => self.on_transacted(result),
                 Woken::Lag(lag) => self.on_lag(lag),
+                Woken::Side(event) => self.on_side_event(event),
+                Woken::Looked(looked) => self.on_looked(looked),
                 Woken::Time => {}
                 Woken::Changed => self.swap(),
                 Woken::Command(command) => self.on_command(command),
@@ -319,6 +357,9 @@ impl RouteLoop {
         let mut committed = pin!(maybe(&mut self.commit));
         let mut transacted = pin!(maybe(&mut self.transaction));
         let mut measured = pin!(maybe(&mut self.lag));
+        let (reader, looking) = self.sides.sources();
+        let mut side = pin!(Sides::next(reader));
+        let mut looked = pin!(maybe(looking));
         let mut time = pin!(tokio::time::sleep_until(wake));
         let mut changed = pin!(async {
             if route.changed().await.is_err() {
@@ -350,6 +391,8 @@ impl RouteLoop {
                     6 => time.as_mut().poll(cx).map(|()| Woken::Time),
                     7 => changed.as_mut().poll(cx).map(|()| Woken::Changed),
                     8 => commanded.as_mut().poll(cx).map(Woken::Command),
+                    9 => side.as_mut().poll(cx).map(Woken::Side),
+                    10 => looked.as_mut().poll(cx).map(Woken::Looked),
                     _ => stopped.as_mut().poll(cx).map(|()| Woken::Stop),
                 };
                 if ready.is_ready() {
@@ -369,6 +412,7 @@ impl RouteLoop {
             self.backoffs.pop();
             self.lanes.put_back(id);
         }
+        self.turn_sides(now);
         self.dispatch(now);
         if !self.transactional {
             self.outbox.flush(now);
@@ -382,7 +426,7 @@ impl RouteLoop {
         self.answer_revoke(now);
         if self.lag.is_none() && now >= self.lag_due {
             self.lag_due = now + LAG;
-            let owned = self.owned().map(|(index, slot)| Asked::new(index, slot)).collect();
+            let owned = self.sources().map(|(index, slot)| Asked::new(index, slot)).collect();
             self.lag = Some(watch_lag(self.parts.broker.admin(), self.epoch, owned));
         }
         if now >= self.post_due {
@@ -392,6 +436,27 @@ impl RouteLoop {
 
     pub(super) fn owned(&self) -> impl Iterator<Item = (u32, &Slot)> {
         self.slots.iter().enumerate().filter(|(_, slot)| slot.owned).map(|(index, slot)| (index as u32, slot))
+    }
+
+    /// Partitions of sources that are owned here.
+    pub(super) fn sources(&self) -> impl Iterator<Item = (u32, &Slot)> {
+        self.owned().filter(|(_, slot)| slot.source().is_some())
+    }
+
+    /// Puts a partition where it was, or at the end.
+    pub(super) fn put_slot(&mut self, partition: TopicPartition, slot: Slot) -> u32 {
+        match self.by_partition.get(&partition) {
+            Some(&index) => {
+                self.slots[index as usize] = slot;
+                index
+            }
+            None => {
+                let index = self.slots.len() as u32;
+                self.by_partition.insert(partition, index);
+                self.slots.push(slot);
+                index
+            }
+        }
     }
 
     /// When the loop has something to do though nothing happens.
@@ -404,6 +469,7 @@ impl RouteLoop {
             (true, None) => at(self.outbox.parcel_wake()),
             (true, Some(_)) => {}
         }
+        at(self.sides.wake());
         at(self.commit_again);
         at(self.revoke.as_ref().map(|revoke| revoke.deadline));
         at(self.command_wake());
@@ -430,6 +496,7 @@ impl RouteLoop {
         }
         self.give_back(0);
         tracing::info!(route = %self.route.name, "the route changed");
+        self.resume_all();
         for index in 0..self.slots.len() as u32 {
             self.pass_gap(index);
             self.hold_or_release(index);
@@ -460,6 +527,27 @@ impl RouteLoop {
 }
 
 impl Slot {
+    /// A partition that is owned from now on.
+    pub(super) fn new(partition: TopicPartition, watermark: Watermark, role: Role) -> Self {
+        let position = watermark.offset();
+        Self {
+            partition,
+            owned: true,
+            revoking: false,
+            committed: position,
+            recorded: 0,
+            unrecorded: 0,
+            busy: 0,
+            held: false,
+            gap: None,
+            high: position,
+            end: None,
+            moved: Instant::now(),
+            watermark,
+            role,
+        }
+    }
+
     /// The assignment ended: nothing of it changes an offset any more.
     pub(super) fn give_away(&mut self, epoch: u64) {
         self.owned = false;
@@ -467,6 +555,9 @@ impl Slot {
         self.held = false;
         self.gap = None;
         self.busy = 0;
+        if self.source().is_some() {
+            self.role = Role::Source(Box::default());
+        }
         self.watermark = Watermark::new(epoch, self.watermark.offset());
     }
 }

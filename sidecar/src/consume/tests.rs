@@ -22,14 +22,14 @@ use crate::{
 };
 
 /// A mesh of one service on a broker in memory.
-struct Mesh {
-    broker: Arc<EmbeddedBroker>,
-    board: Board,
-    desks: Desks,
-    table: watch::Sender<Option<Arc<ActiveTable>>>,
-    ask: crate::command::Commands,
-    stop: CancellationToken,
-    running: JoinHandle<()>,
+pub(super) struct Mesh {
+    pub(super) broker: Arc<EmbeddedBroker>,
+    pub(super) board: Board,
+    pub(super) desks: Desks,
+    pub(super) table: watch::Sender<Option<Arc<ActiveTable>>>,
+    pub(super) ask: crate::command::Commands,
+    pub(super) stop: CancellationToken,
+    pub(super) running: JoinHandle<()>,
 }
 
 fn config() -> Config {
@@ -47,18 +47,18 @@ fn config() -> Config {
     }
 }
 
-fn active(routes: &str) -> Option<Arc<ActiveTable>> {
+pub(super) fn active(routes: &str) -> Option<Arc<ActiveTable>> {
     let text = format!("apiVersion: mesh/v1\nkind: RoutingTable\nmetadata: {{ mesh: test }}\nspec:\n  routes:\n{routes}");
     let table = parse("test.yaml", &text).unwrap();
     Some(Arc::new(ActiveTable { generation: 1, applied_ms: 0, origin: TableOrigin::Mesh, compiled: Arc::new(compile(&table).unwrap()) }))
 }
 
-fn broker() -> Arc<EmbeddedBroker> {
+pub(super) fn broker() -> Arc<EmbeddedBroker> {
     EmbeddedBroker::in_memory(EmbeddedConfig::new("")).unwrap()
 }
 
 impl Mesh {
-    fn on(broker: Arc<EmbeddedBroker>, routes: &str) -> Self {
+    pub(super) fn on(broker: Arc<EmbeddedBroker>, routes: &str) -> Self {
         let (table, watch) = watch::channel(active(routes));
         let (ask, commands) = crate::command::channel();
         let (board, desks, stop) = (Board::default(), Desks::default(), CancellationToken::new());
@@ -74,7 +74,7 @@ impl Mesh {
         Self { broker, board, desks, table, ask, stop, running }
     }
 
-    async fn desk(&self, route: &str) -> Arc<crate::deliver::desk::Desk> {
+    pub(super) async fn desk(&self, route: &str) -> Arc<crate::deliver::desk::Desk> {
         loop {
             match self.desks.get(route) {
                 Some(desk) => return desk,
@@ -83,7 +83,7 @@ impl Mesh {
         }
     }
 
-    async fn publish(&self, topic: &str, keys: impl IntoIterator<Item = (String, String)>) {
+    pub(super) async fn publish(&self, topic: &str, keys: impl IntoIterator<Item = (String, String)>) {
         self.broker.producer().learn_topic(topic, Duration::from_secs(1)).await.unwrap();
         let records = keys.into_iter().map(|(key, value)| Outgoing {
             topic: topic.into(),
@@ -96,7 +96,7 @@ impl Mesh {
     }
 
     /// Waits until so many records of a route have their end.
-    async fn ended(&self, route: &str, count: u64) -> BTreeMap<Disposition, u64> {
+    pub(super) async fn ended(&self, route: &str, count: u64) -> BTreeMap<Disposition, u64> {
         let deadline = tokio::time::Instant::now() + Duration::from_secs(600);
         loop {
             let ends = self
@@ -114,14 +114,14 @@ impl Mesh {
         }
     }
 
-    async fn end(self) {
+    pub(super) async fn end(self) {
         self.stop.cancel();
         self.running.await.unwrap();
     }
 }
 
 /// All records of a topic.
-async fn read(broker: &EmbeddedBroker, topic: &str) -> Vec<Record> {
+pub(super) async fn read(broker: &EmbeddedBroker, topic: &str) -> Vec<Record> {
     let partitions = broker.admin().topics().await.unwrap().get(topic).copied().unwrap_or(0);
     let mut left = 0;
     for partition in 0..partitions {
@@ -140,11 +140,11 @@ async fn read(broker: &EmbeddedBroker, topic: &str) -> Vec<Record> {
     records
 }
 
-fn text(bytes: Option<&bytes::Bytes>) -> String {
+pub(super) fn text(bytes: Option<&bytes::Bytes>) -> String {
     String::from_utf8(bytes.unwrap().to_vec()).unwrap()
 }
 
-fn reply(status: u16, value: impl Into<bytes::Bytes>) -> Outcome {
+pub(super) fn reply(status: u16, value: impl Into<bytes::Bytes>) -> Outcome {
     let value = value.into();
     let record = ReplyRecord { value: Some(value.clone()), ..ReplyRecord::default() };
     Outcome::Reply(Reply { status, records: vec![record], body: Some(value), retry_after: None })

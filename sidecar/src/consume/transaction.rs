@@ -12,7 +12,10 @@ use std::{collections::HashMap, time::Duration};
 use futures_util::FutureExt as _;
 use tokio::time::Instant;
 
-use super::{outbox::Parcel, route::RouteLoop};
+use super::{
+    outbox::{End, Parcel},
+    route::RouteLoop,
+};
 use crate::{broker::TransactionError, watermark::Snapshot};
 
 /// How long the end of a drain waits for the transaction under way.
@@ -102,9 +105,9 @@ impl RouteLoop {
                     let current = self.slots.get(done.slot as usize).is_some_and(|slot| slot.watermark.epoch() == done.epoch);
                     if current {
                         self.on_published(done);
-                    } else {
+                    } else if let End::Ended(disposition, reason) = done.end {
                         // The partition went in the meantime, with its offset: nobody does the record again, or counts it.
-                        self.count(done.disposition, done.reason, 1);
+                        self.count(disposition, reason, 1);
                     }
                 }
             }

@@ -29,7 +29,8 @@ use super::{
 };
 use crate::{
     broker::{BrokerError, Consumer, ConsumerConfig, Event, Outgoing, StartOffset},
-    command::Reset,
+    command::{Released, Reset},
+    parking::Release,
     record::{Record, TopicPartition},
 };
 
@@ -48,6 +49,9 @@ const BUFFER: usize = 1 << 20;
 
 /// What became of partitions at an instance; or why it did nothing at all.
 pub(super) type Answered = Result<Vec<(TopicPartition, Reset)>, String>;
+
+/// What a release did at an instance; or why it did nothing at all.
+pub(super) type AnsweredRelease = Result<Released, String>;
 
 /// Commands to other instances that wait for their answer, by id.
 #[derive(Debug, Default)]
@@ -74,25 +78,12 @@ impl Drop for Forget<'_> {
     }
 }
 
-/// Tells another instance to reset what it owns of these partitions, again and again until it answers. Dropping the future gives up; the
-/// instance may obey all the same until `until`.
-pub(super) async fn ask_reset(
-    shared: Arc<Shared>,
-    instance: String,
-    route: Arc<str>,
-    partitions: Vec<(TopicPartition, i64)>,
-    until: Instant,
-) -> Answered {
+/// Tells another instance to do something with what it owns, again and again until it answers. Dropping the future gives up; the instance may
+/// obey all the same until `until`.
+async fn ask(shared: Arc<Shared>, instance: String, route: Arc<str>, action: Action, until: Instant) -> Result<v1::OwnerAnswer, String> {
     let id = uuid::Uuid::new_v4().simple().to_string();
     let left = i64::try_from(until.saturating_duration_since(Instant::now()).as_millis()).unwrap_or(i64::MAX);
-    let offset = |(partition, offset): (TopicPartition, i64)| v1::PartitionOffset {
-        topic: partition.topic.to_string(),
-        partition: partition.partition,
-        offset,
-    };
-    let reset = v1::ResetPartitions { partitions: partitions.into_iter().map(offset).collect() };
-    let command =
-        v1::OwnerCommand { route: route.to_string(), expires_ms: now_ms().saturating_add(left), action: Some(Action::Reset(reset)) };
+    let command = v1::OwnerCommand { route: route.to_string(), expires_ms: now_ms().saturating_add(left), action: Some(action) };
     let mut answered = shared.waiting_commands.add(&id);
     let _forget = Forget(&shared.waiting_commands, id.clone());
     let record = v1::CommandRecord { id, from: shared.instance.clone(), content: Some(Content::Command(command)) };
@@ -104,17 +95,15 @@ pub(super) async fn ask_reset(
             Err(_) => tracing::warn!(instance, "a command was not acknowledged in time: trying again"),
         }
         match tokio::time::timeout(RESEND, &mut answered).await {
-            Ok(Ok(answer)) => return read_answer(answer),
+            Ok(Ok(answer)) if answer.error.is_empty() => return Ok(answer),
+            Ok(Ok(answer)) => return Err(answer.error),
             Ok(Err(_)) => return Err("the control plane stopped".to_owned()),
             Err(_) => {}
         }
     }
 }
 
-fn read_answer(answer: v1::OwnerAnswer) -> Answered {
-    if !answer.error.is_empty() {
-        return Err(answer.error);
-    }
+fn read_answer(answer: v1::OwnerAnswer) -> Vec<(TopicPartition, Reset)> {
     let read = |answer: v1::PartitionAnswer| {
         let reset = match answer.result() {
             v1::PartitionResult::Done => Reset::Done { from: answer.from },
@@ -123,7 +112,7 @@ fn read_answer(answer: v1::OwnerAnswer) -> Answered {
         };
         (TopicPartition::new(answer.topic, answer.partition), reset)
     };
-    Ok(answer.partitions.into_iter().map(read).collect())
+    answer.partitions.into_iter().map(read).collect()
 }
 
 fn write_answer(answered: Vec<(TopicPartition, Reset)>) -> v1::OwnerAnswer {
@@ -135,7 +124,29 @@ fn write_answer(answered: Vec<(TopicPartition, Reset)>) -> v1::OwnerAnswer {
         };
         v1::PartitionAnswer { topic: partition.topic.to_string(), partition: partition.partition, result: result.into(), from, reason }
     };
-    v1::OwnerAnswer { partitions: answered.into_iter().map(write).collect(), error: String::new() }
+    v1::OwnerAnswer { partitions: answered.into_iter().map(write).collect(), ..v1::OwnerAnswer::default() }
+}
+
+fn read_release(answer: v1::OwnerAnswer) -> Released {
+    let partitions = answer.partitions.into_iter().map(|at| TopicPartition::new(at.topic, at.partition));
+    Released { records: answer.released, partitions: partitions.collect() }
+}
+
+fn write_release(released: Released) -> v1::OwnerAnswer {
+    let done = |partition: TopicPartition| v1::PartitionAnswer {
+        topic: partition.topic.to_string(),
+        partition: partition.partition,
+        result: v1::PartitionResult::Done.into(),
+        ..v1::PartitionAnswer::default()
+    };
+    let partitions = released.partitions.into_iter().map(done).collect();
+    v1::OwnerAnswer { partitions, released: released.records, ..v1::OwnerAnswer::default() }
+}
+
+/// Which records are meant, and what becomes of them.
+fn read_wish(wish: &v1::ReleaseRecords) -> (Option<Option<Bytes>>, Release) {
+    let how = if wish.discard { Release::Discard } else { Release::Retry };
+    (wish.one_key.then(|| wish.key.clone()), how)
 }
 
 async fn send(shared: &Shared, instance: &str, record: &v1::CommandRecord) -> Result<(), String> {
@@ -251,25 +262,31 @@ impl Owner {
         };
         let wait = Duration::from_millis(left).min(LONGEST);
         let running = self.known.values().filter(|known| known.is_none()).count();
-        let Some(Action::Reset(reset)) = command.action.filter(|_| running < AT_ONCE) else {
+        let Some(action) = command.action.filter(|_| running < AT_ONCE) else {
             let why = if running < AT_ONCE {
                 "it does not know this command: it is of another version"
             } else {
                 "it obeys too many commands already: try again"
             };
             let error = format!("instance {}: {why}", self.shared.instance);
-            return self.answer(id, from, v1::OwnerAnswer { partitions: Vec::new(), error });
+            return self.answer(id, from, v1::OwnerAnswer { error, ..v1::OwnerAnswer::default() });
         };
         self.remember(&id);
-        tracing::info!(from, route = command.route, partitions = reset.partitions.len(), "a command: reset");
-        let commands = self.shared.commands.clone();
-        let work = async move {
-            let at = |at: v1::PartitionOffset| (TopicPartition::new(at.topic, at.partition), at.offset);
-            let partitions = reset.partitions.into_iter().map(at).collect();
-            let answered = commands.reset(&command.route, partitions, wait).await;
-            Some((id, from, write_answer(answered)))
+        let (commands, route) = (self.shared.commands.clone(), command.route);
+        let work = match action {
+            Action::Reset(reset) => {
+                tracing::info!(from, route, partitions = reset.partitions.len(), "a command: reset");
+                let at = |at: v1::PartitionOffset| (TopicPartition::new(at.topic, at.partition), at.offset);
+                let partitions = reset.partitions.into_iter().map(at).collect();
+                async move { Some((id, from, write_answer(commands.reset(&route, partitions, wait).await))) }.boxed()
+            }
+            Action::Release(wish) => {
+                tracing::info!(from, route, "a command: release");
+                let (key, how) = read_wish(&wish);
+                async move { Some((id, from, write_release(commands.release(&route, key, how).await))) }.boxed()
+            }
         };
-        self.work.push(work.boxed());
+        self.work.push(work);
     }
 
     fn remember(&mut self, id: &str) {
@@ -312,7 +329,32 @@ pub(super) fn reset_at(
         let wait = until.saturating_duration_since(Instant::now());
         Either::Left(async move { Ok(commands.reset(&route, partitions, wait).await) })
     } else {
-        Either::Right(ask_reset(shared.clone(), name.clone(), route, partitions, until))
+        let offset = |(partition, offset): (TopicPartition, i64)| v1::PartitionOffset {
+            topic: partition.topic.to_string(),
+            partition: partition.partition,
+            offset,
+        };
+        let action = Action::Reset(v1::ResetPartitions { partitions: partitions.into_iter().map(offset).collect() });
+        Either::Right(ask(shared.clone(), name.clone(), route, action, until).map(|answer| answer.map(read_answer)))
+    };
+    asked.map(|answered| (name, answered))
+}
+
+/// The same for a release.
+pub(super) fn release_at(
+    shared: &Arc<Shared>,
+    instance: &str,
+    route: &Arc<str>,
+    wish: v1::ReleaseRecords,
+    until: Instant,
+) -> impl Future<Output = (String, AnsweredRelease)> + use<> {
+    let (name, route) = (instance.to_owned(), route.clone());
+    let asked = if *instance == *shared.instance {
+        let commands = shared.commands.clone();
+        let (key, how) = read_wish(&wish);
+        Either::Left(async move { Ok(commands.release(&route, key, how).await) })
+    } else {
+        Either::Right(ask(shared.clone(), name.clone(), route, Action::Release(wish), until).map(|answer| answer.map(read_release)))
     };
     asked.map(|answered| (name, answered))
 }

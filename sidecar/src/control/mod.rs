@@ -24,6 +24,7 @@ mod log;
 mod range;
 mod read;
 mod redrive;
+mod release;
 mod replay;
 mod report;
 mod reset;

@@ -173,6 +173,10 @@ fn route(status: &RouteStatus) -> v1::RouteStatus {
         dispositions: status.dispositions.iter().map(|(end, count)| (end.as_str().to_owned(), *count)).collect(),
         waiting_since_ms: status.waiting_since_ms,
         lag_measured_ms: status.lag_measured_ms,
+        parked_records: status.parked_records,
+        exhausted_records: status.exhausted_records,
+        waiting_keys: status.waiting_keys,
+        next_retry_ms: status.next_retry_ms,
     }
 }
 

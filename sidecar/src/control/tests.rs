@@ -558,8 +558,9 @@ async fn a_command_that_comes_again_gets_the_known_answer() {
     broker.append(COMMANDS_TOPIC, 0, "shop/b", Some(&command("one", soon)));
     let heard = timeout(SOON, obeyed.recv()).await.expect("a command").unwrap();
     let partition = TopicPartition::new("in", 3);
-    assert_eq!((&*heard.route, &heard.reset), ("price", &vec![(partition.clone(), 7)]));
-    heard.answer.send(vec![(partition, command::Reset::Done { from: 4 })]).unwrap();
+    let command::Task::Reset { partitions, answer, .. } = heard.task else { panic!() };
+    assert_eq!((&*heard.route, &partitions), ("price", &vec![(partition.clone(), 7)]));
+    answer.send(vec![(partition, command::Reset::Done { from: 4 })]).unwrap();
     let wait = async |count: usize| {
         while answers().len() < count {
             tokio::time::sleep(Duration::from_millis(1)).await;

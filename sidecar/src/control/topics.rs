@@ -6,10 +6,11 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fmt,
     sync::Arc,
+    time::Duration,
 };
 
 use futures_util::{StreamExt as _, stream};
-use mesh_routing::{CompiledTable, Route, Start};
+use mesh_routing::{CompiledTable, Route, Start, Topic};
 
 use crate::{
     broker::{Admin, BrokerError, BrokerErrorKind, NewTopic},
@@ -41,6 +42,8 @@ const STATUS_CONFIG: &[(&str, &str)] = &[
 /// A command is worth nothing after some minutes.
 const COMMANDS_CONFIG: &[(&str, &str)] =
     &[("cleanup.policy", "delete"), ("retention.ms", "3600000"), ("segment.ms", "3600000"), ("segment.bytes", "16777216")];
+/// How long a retry topic keeps its records at least.
+const RETRIES_KEPT: Duration = Duration::from_secs(7 * 86_400);
 
 /// How many questions for watermarks are asked at once.
 const QUESTIONS: usize = 16;
@@ -71,10 +74,14 @@ pub(crate) struct Plan {
 pub(crate) fn plan(table: &CompiledTable, existing: &BTreeMap<String, i32>) -> Plan {
     let mut plan = Plan::default();
     let mut counts: HashMap<&str, i32> = existing.iter().map(|(name, count)| (name.as_str(), *count)).collect();
-    // A dead letter topic follows its sources: their counts have to be known first.
-    let (dead, other): (Vec<_>, Vec<_>) = table.topics.iter().partition(|topic| !topic.dead_letter_of.is_empty());
-    for topic in other.into_iter().chain(dead) {
-        let declared = topic.spec.partitions.and_then(|count| i32::try_from(count).ok());
+    // A dead letter, retry or park topic follows its sources: their counts have to be known first.
+    let follows = |topic: &&Topic| !topic.dead_letter_of.is_empty() || topic.follows.is_some();
+    let (following, other): (Vec<_>, Vec<_>) = table.topics.iter().partition(follows);
+    for topic in other.into_iter().chain(following) {
+        let declared = match &topic.follows {
+            Some(source) => counts.get(&**source).copied(),
+            None => topic.spec.partitions.and_then(|count| i32::try_from(count).ok()),
+        };
         if let Some(actual) = existing.get(&*topic.name).copied() {
             if let Some(declared) = declared.filter(|declared| *declared != actual) {
                 plan.differs.push(Differs { topic: topic.name.to_string(), declared, actual });
@@ -86,7 +93,7 @@ pub(crate) fn plan(table: &CompiledTable, existing: &BTreeMap<String, i32>) -> P
         if let Some(count) = partitions {
             counts.insert(&topic.name, count);
         }
-        let retention = topic.spec.retention.map(|retention| ("retention.ms".to_owned(), retention.as_millis().to_string()));
+        let retention = retention(topic).map(|retention| ("retention.ms".to_owned(), retention));
         plan.create.push(NewTopic {
             name: topic.name.to_string(),
             partitions,
@@ -95,6 +102,17 @@ pub(crate) fn plan(table: &CompiledTable, existing: &BTreeMap<String, i32>) -> P
         });
     }
     plan
+}
+
+/// `retention.ms` of a topic that is created. What waits for its next attempt outlives an outage of some length; what is parked waits until
+/// somebody releases it, so it never ages.
+fn retention(topic: &Topic) -> Option<String> {
+    let millis = |retention: Duration| retention.as_millis().to_string();
+    match (&topic.follows, topic.pause) {
+        (None, _) => topic.spec.retention.map(millis),
+        (Some(_), Some(pause)) => Some(millis(topic.spec.retention.unwrap_or_default().max(pause * 4).max(RETRIES_KEPT))),
+        (Some(_), None) => Some("-1".to_owned()),
+    }
 }
 
 /// Creates the topics that a table needs and that do not exist.

@@ -90,6 +90,20 @@ impl Breaker {
         !matches!(self.state, State::Closed { .. })
     }
 
+    /// Whether it is open since nobody is there.
+    pub fn is_away(&self) -> bool {
+        matches!(self.state, State::Away { .. })
+    }
+
+    /// Opens it, whatever was before: the route waits, and tries one delivery after that.
+    pub fn trip(&mut self, now: Instant) -> Change {
+        let was_open = self.is_open();
+        if !was_open {
+            self.state = State::Open { until: now + self.open };
+        }
+        if was_open { Change::None } else { Change::Opened }
+    }
+
     /// What may be delivered now.
     pub fn allowance(&self, now: Instant) -> Allowance {
         match self.state {
@@ -110,7 +124,11 @@ impl Breaker {
             (Verdict::Away, State::Closed { failed, away }) if away + 1 < AWAY => State::Closed { failed: *failed, away: away + 1 },
             // Deliveries that were out when it opened fail late: they do not put the probe off.
             (Verdict::Failed | Verdict::Away, State::Open { until }) if now < *until => State::Open { until: *until },
-            (Verdict::Away, State::Away { backoff, until }) if now < *until => State::Away { backoff: *backoff, until: *until },
+            (Verdict::Failed | Verdict::Away, State::Away { backoff, until }) if now < *until => {
+                State::Away { backoff: *backoff, until: *until }
+            }
+            // Somebody is there again; whether it works is another question.
+            (Verdict::Failed, State::Away { .. }) if self.failures != 1 => State::Closed { failed: 1, away: 0 },
             (Verdict::Failed, _) => State::Open { until: now + self.open },
             (Verdict::Away, State::Away { backoff, .. }) => {
                 let backoff = (*backoff * 2).min(LONGEST_PROBE);

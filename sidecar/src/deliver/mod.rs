@@ -22,6 +22,7 @@ use crate::{
 
 mod batch;
 pub mod breaker;
+pub mod budget;
 mod connect;
 pub mod desk;
 pub(crate) mod forms;

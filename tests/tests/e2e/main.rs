@@ -16,6 +16,7 @@ mod flow_control;
 mod flows;
 mod pitfalls;
 mod reset;
+mod retries;
 mod routes;
 mod schema;
 mod subscribe;

@@ -60,7 +60,7 @@ impl Parcel {
 }
 
 fn place(publication: &Publication) -> (u32, u64, i64) {
-    (publication.slot, publication.epoch, publication.offset())
+    (publication.slot, publication.epoch, publication.offset)
 }
 
 impl Outbox {
@@ -119,7 +119,7 @@ impl Outbox {
     /// Puts back what may not leave yet.
     pub(crate) fn defer(&mut self, parcel: &mut Parcel, leaves: impl Fn(u32, i64) -> bool) -> Vec<(u32, u64, i64)> {
         let all = std::mem::take(&mut parcel.0).into_iter();
-        let (kept, deferred): (Vec<_>, Vec<_>) = all.partition(|pending| leaves(pending.publication.slot, pending.publication.offset()));
+        let (kept, deferred): (Vec<_>, Vec<_>) = all.partition(|pending| leaves(pending.publication.slot, pending.publication.offset));
         parcel.0 = kept;
         let places = deferred.iter().map(|pending| place(&pending.publication)).collect();
         for pending in deferred.into_iter().rev() {
@@ -195,7 +195,7 @@ mod tests {
     use crate::{
         broker::{BrokerError, fake::Fake},
         consume::{
-            outbox::{What, tests::publication},
+            outbox::{End, What, tests::publication},
             test_delivery,
         },
         outcome::Disposition,
@@ -266,8 +266,9 @@ mod tests {
         assert!(outbox.parcel_due(Instant::now(), false), "no pause: it is known what is wrong");
         let parcel = packed(&mut outbox);
         let done = outbox.stored(parcel);
-        let ends: Vec<_> = done.iter().map(|done| done.disposition).collect();
-        assert_eq!(ends, [Disposition::Forwarded, Disposition::DeadLettered, Disposition::Forwarded]);
+        let ends: Vec<_> = done.iter().map(|done| done.end).collect();
+        let forwarded = End::Ended(Disposition::Forwarded, "");
+        assert_eq!(ends, [forwarded, End::Ended(Disposition::DeadLettered, "reply"), forwarded]);
         assert_eq!((outbox.len(), outbox.bytes), (0, 0));
     }
 
@@ -286,7 +287,7 @@ mod tests {
                 continue;
             }
             for done in outbox.stored(parcel) {
-                if done.disposition == Disposition::Forwarded { &mut forwarded } else { &mut letters }.push(done.offset);
+                if done.end == End::Ended(Disposition::Forwarded, "") { &mut forwarded } else { &mut letters }.push(done.offset);
             }
         }
         assert_eq!((forwarded, letters), (vec![0, 1, 2, 3, 4, 6, 7], vec![5]));

@@ -10,15 +10,21 @@ use std::{
 
 use mesh_routing::{Destinations, Order, Route};
 
+use tokio::time::Instant;
+
 use super::{
     chance::Chance,
-    plan::{Plan, Planned},
+    plan::{Fault, Plan, Planned},
     service::{Said, reply_value},
     world::Life,
 };
 use crate::{
     broker::{Assigned, Commit, Outgoing},
     completed,
+    deliver::{
+        breaker::{Breaker, Verdict},
+        budget::{Blame, Budget},
+    },
     outcome::{Delivery, Disposition},
     record::{Position, TopicPartition},
 };
@@ -69,6 +75,8 @@ struct Holding {
     /// Complete above the position, as the commit said.
     complete: BTreeSet<i64>,
     failed: BTreeMap<i64, u32>,
+    /// When it failed first, as the loop counts.
+    first: BTreeMap<i64, Option<u64>>,
     ended: BTreeSet<i64>,
     assignment: u64,
 }
@@ -82,6 +90,58 @@ struct Owner {
     out: BTreeMap<u64, (TopicPartition, i64, u64)>,
     deliveries: u64,
     assignments: u64,
+    trust: Option<Trust>,
+}
+
+/// What a loop thinks of its service: which failures count.
+#[derive(Debug)]
+struct Trust {
+    breaker: Breaker,
+    budget: Budget,
+    blame: Blame,
+    /// From here on it is not known for sure.
+    unsure: bool,
+}
+
+/// Credit that may have been spent without being seen.
+const UNSURE: u32 = 5;
+
+impl Trust {
+    fn new(plan: &Plan) -> Self {
+        let breaker = &plan.routes[0].breaker;
+        let unsure = plan.faults.iter().any(|(_, fault)| matches!(fault, Fault::Swap { .. }));
+        Self {
+            breaker: Breaker::new(breaker.failures, breaker.open),
+            budget: Budget::new(breaker.failures),
+            blame: Blame::default(),
+            unsure,
+        }
+    }
+
+    /// Takes note of an answer; says whether it counts as an attempt, should it be a failure. `spends`: it would be the last one.
+    fn counts(&mut self, said: &Said, first: &mut Option<u64>, spends: bool) -> bool {
+        let note = match said {
+            Said::Away => Verdict::Away,
+            said if said.fails() => Verdict::Failed,
+            _ => Verdict::Good,
+        };
+        let its_own = note == Verdict::Failed && self.blame.is_the_records(first);
+        let counts = its_own || !self.breaker.is_open();
+        if note == Verdict::Good {
+            self.blame.good();
+            self.budget.earn(1);
+        }
+        // The clock decides whether it is the probe's answer, and the loop may stand still in between.
+        self.unsure |= note == Verdict::Failed && self.breaker.is_away();
+        if !its_own {
+            self.breaker.note(note, Instant::now());
+        }
+        if spends && note == Verdict::Failed && counts {
+            self.unsure |= self.budget.credit() <= UNSURE;
+            self.budget.spend();
+        }
+        counts
+    }
 }
 
 /// See the module.
@@ -146,9 +206,9 @@ fn end(route: &Route, attempt: u32, said: &Said) -> Option<End> {
         Said::Reply { status: 204, .. } | Said::Ignore => Some(End::Ignored),
         Said::Reply { status: 202, count, big } => Some(forward(&route.cases[0].to, count, big)),
         Said::Reply { status: 200, count, big } => Some(forward(&route.to, count, big)),
-        Said::Reply { status: 404 | 429 | 500, .. } | Said::Retry | Said::Hang => again(),
-        Said::Reply { .. } | Said::Reject => Some(End::Dead("status")),
         Said::Away => None,
+        _ if said.fails() => again(),
+        _ => Some(End::Dead("status")),
     }
 }
 
@@ -330,7 +390,8 @@ impl Ledger {
             return Err(format!("{what}, which has its end already"));
         }
         let attempt = holding.failed.get(&offset).copied().unwrap_or(0) + 1;
-        if attempt != delivery.attempt {
+        let unsure = owner.trust.as_ref().is_some_and(|trust| trust.unsure);
+        if attempt != delivery.attempt && !(unsure && delivery.attempt < attempt) {
             return Err(format!("{what} as attempt {} instead of {attempt}", delivery.attempt));
         }
         if delivery.record.value.as_deref() != Some(source.planned.value.as_bytes()) {
@@ -353,15 +414,29 @@ impl Ledger {
     /// The service says something.
     pub(super) fn answered(&mut self, life: &Life, delivery: &Delivery, said: &Said) -> Checked {
         let (partition, offset) = (&delivery.position.partition, delivery.position.offset);
-        let end = end(&delivery.route, delivery.attempt, said);
+        let mut end = end(&delivery.route, delivery.attempt, said);
+        let trust = Trust::new(&self.plan);
         let owner = self.owner(life);
         let Some((_, _, assignment)) = owner.out.remove(&delivery.id) else {
             return Err(format!("{life} is answered {partition}/{offset}, which is not at the service"));
         };
-        if let Some(holding) = owner.has.get_mut(partition).filter(|holding| holding.assignment == assignment) {
+        let trust = owner.trust.get_or_insert(trust);
+        let mut holding = owner.has.get_mut(partition).filter(|holding| holding.assignment == assignment);
+        let exhausted = end == Some(End::Dead("attempts"));
+        let spends = exhausted && (holding.is_some() || owner.leaving.contains(partition));
+        let mut unknown = None;
+        let first = holding.as_mut().map_or(&mut unknown, |holding| holding.first.entry(offset).or_default());
+        let counts = trust.counts(said, first, spends);
+        let unsure = trust.unsure;
+        if !counts && !unsure && exhausted {
+            end = None;
+        }
+        if let Some(holding) = holding {
             match (&end, said) {
+                (Some(_), _) if exhausted && unsure => {}
                 (Some(_), _) => drop(holding.ended.insert(offset)),
                 (None, Said::Away) => {}
+                (None, _) if !counts && !unsure => {}
                 (None, _) => *holding.failed.entry(offset).or_default() += 1,
             }
         }
@@ -541,6 +616,17 @@ impl Ledger {
             *counts.entry(disposition).or_default() += 1;
         }
         counts
+    }
+
+    /// Whether a life waits for its service, or may do so.
+    pub(super) fn waits(&self, life: &Life) -> bool {
+        let trust = self.owners.get(&(life.process, life.number)).and_then(|owner| owner.trust.as_ref());
+        trust.is_some_and(|trust| trust.unsure || trust.breaker.is_open())
+    }
+
+    /// Whether it is known for sure which failures counted.
+    pub(super) fn is_sure(&self) -> bool {
+        self.owners.values().filter_map(|owner| owner.trust.as_ref()).all(|trust| !trust.unsure)
     }
 
     /// How many answers the service of a life gave, those that are out left aside.

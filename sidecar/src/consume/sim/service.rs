@@ -30,6 +30,13 @@ pub(super) enum Said {
     Hang,
 }
 
+impl Said {
+    /// Whether it is a failure that is tried again.
+    pub(super) fn fails(&self) -> bool {
+        matches!(self, Self::Reply { status: 404 | 429 | 500, .. } | Self::Retry | Self::Hang)
+    }
+}
+
 /// The most bytes of a record that the broker takes.
 pub(super) const RECORD_BYTES: usize = 2_000;
 
@@ -131,7 +138,20 @@ fn hear(world: &Arc<World>, life: &Arc<Life>, delivery: &Delivery) -> (Said, Dur
     if away || world.goes_wrong(plan.service.away) {
         return (Said::Away, Duration::ZERO);
     }
-    match says(plan, number, delivery.attempt) {
+    // Once all faults are over, a service that is waited for recovers.
+    let recovered = {
+        let state = world.state();
+        state.over && state.ledger.waits(life)
+    };
+    let said = match says(plan, number, delivery.attempt) {
+        said if recovered && said.fails() => match says(plan, number, delivery.route.retry.attempts) {
+            // Where it may have a dead letter from before, a reply now would be behind those of later records.
+            last if last.fails() => Said::Ignore,
+            last => last,
+        },
+        said => said,
+    };
+    match said {
         Said::Hang => (Said::Hang, delivery.route.timeout),
         said => {
             let latency = Duration::from_millis(world.draw(|chance| chance.below(plan.service.latency_ms + 1)));

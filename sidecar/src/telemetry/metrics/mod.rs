@@ -94,6 +94,11 @@ struct Families {
     stall: Family<Labels, Seconds>,
     queue_bytes: Family<Labels, Level>,
     replay_records: Family<Labels, Level>,
+    aside: Family<Labels, Counter>,
+    parked_records: Family<Labels, Level>,
+    exhausted_records: Family<Labels, Level>,
+    waiting_keys: Family<Labels, Level>,
+    next_retry: Family<Labels, Seconds>,
     breaker: Family<Labels, Level>,
     state: Family<Labels, Level>,
 }
@@ -262,6 +267,11 @@ fn register(to: &mut Registry, process: &ProcessMetrics, families: &Families) {
     to.register_with_unit("mesh_watermark_stall", "How long the watermark stands, although there is work", Unit::Seconds, f.stall);
     to.register_with_unit("mesh_queue", "Records fetched and not complete", Unit::Bytes, f.queue_bytes);
     to.register("mesh_replay_records", "Records that would be delivered again if the sidecar died now", f.replay_records);
+    to.register("mesh_handed_over", "Records put into the route's retry topics, or into its park topics", f.aside);
+    to.register("mesh_parked_records", "Records in the park topics of the partitions owned here", f.parked_records);
+    to.register("mesh_exhausted_records", "Parked records whose attempts are used up, until somebody releases them", f.exhausted_records);
+    to.register("mesh_waiting_keys", "Keys of which records wait in retry or park topics", f.waiting_keys);
+    to.register_with_unit("mesh_next_retry", "How long until the next record in a retry topic is due", Unit::Seconds, f.next_retry);
     to.register("mesh_breaker_state", "The breaker: 0 closed, 1 open", f.breaker);
     to.register("mesh_route_state", "1 for the state that the route is in, 0 for the others", f.state);
 

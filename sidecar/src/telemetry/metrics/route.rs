@@ -60,6 +60,18 @@ pub struct RouteHandles {
     pub queue_bytes: Level,
     /// Records that would be delivered again if the sidecar died now: delivered, and not recorded by a commit.
     pub replay_records: Level,
+    /// Records that were handed over to retry topics.
+    pub retried: Counter,
+    /// Records that were put into park topics.
+    pub parked: Counter,
+    /// Records in park topics.
+    pub parked_records: Level,
+    /// Those of them whose attempts are used up.
+    pub exhausted_records: Level,
+    /// Keys of which records wait in retry or park topics.
+    pub waiting_keys: Level,
+    /// How long until the next record in a retry topic is due.
+    pub next_retry_seconds: Seconds,
     breaker: Level,
     deliveries: [Counter; OUTCOMES.len()],
     ends: [Counter; ENDS.len()],
@@ -151,6 +163,12 @@ impl RouteMetrics {
             watermark_stall_seconds: f.stall.get_or_create_owned(&labels),
             queue_bytes: f.queue_bytes.get_or_create_owned(&labels),
             replay_records: f.replay_records.get_or_create_owned(&labels),
+            retried: f.aside.get_or_create_owned(&with(&labels, "to", "retry")),
+            parked: f.aside.get_or_create_owned(&with(&labels, "to", "park")),
+            parked_records: f.parked_records.get_or_create_owned(&labels),
+            exhausted_records: f.exhausted_records.get_or_create_owned(&labels),
+            waiting_keys: f.waiting_keys.get_or_create_owned(&labels),
+            next_retry_seconds: f.next_retry.get_or_create_owned(&labels),
             breaker: f.breaker.get_or_create_owned(&labels),
             deliveries: OUTCOMES.map(|outcome| f.deliveries.get_or_create_owned(&with(&labels, "outcome", outcome))),
             ends: ENDS.map(|(disposition, reason)| f.dispositions.get_or_create_owned(&end(&labels, disposition, reason))),
@@ -187,6 +205,13 @@ impl RouteMetrics {
         f.stall.remove(labels);
         f.queue_bytes.remove(labels);
         f.replay_records.remove(labels);
+        f.parked_records.remove(labels);
+        f.exhausted_records.remove(labels);
+        f.waiting_keys.remove(labels);
+        f.next_retry.remove(labels);
+        for to in ["retry", "park"] {
+            f.aside.remove(&with(labels, "to", to));
+        }
         f.breaker.remove(labels);
         for result in ["ok", "failed"] {
             f.commits.remove(&with(labels, "result", result));
