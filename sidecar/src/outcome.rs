@@ -30,6 +30,9 @@ pub struct Delivery {
     pub traceparent: Bytes,
 }
 
+/// A wish of a service that a record is not tried again where it is: it goes on to the next retry topic, or has its end.
+pub const NOT_HERE: Duration = Duration::MAX;
+
 /// What became of a delivery.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Outcome {
@@ -41,7 +44,7 @@ pub enum Outcome {
     Retry {
         /// Why, for logs and the dead letter's detail.
         reason: String,
-        /// The service's own wish (`Retry-After`, gRPC pushback).
+        /// The service's own wish (`Retry-After`, gRPC pushback); perhaps [`NOT_HERE`].
         after: Option<Duration>,
     },
     /// Dead letter at once.
@@ -53,6 +56,8 @@ pub enum Outcome {
     NoService {
         /// Why; names the address.
         reason: String,
+        /// How long it will be, if somebody says so.
+        after: Option<Duration>,
     },
 }
 

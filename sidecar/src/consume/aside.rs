@@ -36,7 +36,8 @@ impl RouteLoop {
             if leaving {
                 self.drop_failed(id);
             } else {
-                self.wait_for_service(id, now, &reason);
+                self.trip(now, &reason);
+                self.wait_for_service(id, now);
             }
             return;
         }
@@ -201,8 +202,7 @@ impl RouteLoop {
     }
 
     /// The service fails: the record waits, and its attempt is not counted. Others are tried before it.
-    pub(super) fn wait_for_service(&mut self, id: JobId, now: Instant, reason: &str) {
-        self.trip(now, reason);
+    pub(super) fn wait_for_service(&mut self, id: JobId, now: Instant) {
         let until = match self.breaker.allowance(now) {
             Allowance::Wait(until) => until,
             Allowance::Free | Allowance::Probe => now,

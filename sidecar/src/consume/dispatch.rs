@@ -137,7 +137,9 @@ impl RouteLoop {
             return;
         }
         let what = match verdict {
-            Verdict::Away { .. } => {
+            Verdict::Away { after, .. } => {
+                let after = after.unwrap_or_default().min(retry::LONGEST_WISH);
+                self.breaker.rest(now + after);
                 if slot.revoking || self.draining.is_some() {
                     self.drop_failed(id);
                 } else if let Some(job) = self.lanes.get_mut(id) {
@@ -145,15 +147,15 @@ impl RouteLoop {
                     // answered "nobody there" holds up its own lane only.
                     let pause = AWAY * (1 << job.away.min(5));
                     job.away = job.away.saturating_add(1);
-                    self.backoffs.push(Reverse((now + pause.min(LONGEST_AWAY), id)));
+                    self.backoffs.push(Reverse((now + pause.min(LONGEST_AWAY).max(after), id)));
                 }
                 return;
             }
-            Verdict::Retry { reason, .. } | Verdict::Exhausted { reason, .. } if !counted => {
+            Verdict::Retry { .. } | Verdict::Exhausted { .. } if !counted => {
                 if slot.revoking || self.draining.is_some() {
                     self.drop_failed(id);
                 } else {
-                    self.wait_for_service(id, now, &reason);
+                    self.wait_for_service(id, now);
                 }
                 return;
             }
@@ -279,7 +281,7 @@ fn process_span(tracer: &Tracer, system: &'static str, delivery: &Delivery, pare
 /// What a verdict tells of the service, and why it is no better.
 fn service_note(verdict: &Verdict) -> (breaker::Verdict, Option<&str>) {
     match verdict {
-        Verdict::Away { reason } => (breaker::Verdict::Away, Some(reason)),
+        Verdict::Away { reason, .. } => (breaker::Verdict::Away, Some(reason)),
         Verdict::Retry { reason, .. } | Verdict::Exhausted { reason, .. } => (breaker::Verdict::Failed, Some(reason)),
         _ => (breaker::Verdict::Good, None),
     }
@@ -299,7 +301,7 @@ fn note(span: &mut Span, verdict: &Verdict) {
             span.fail(reason.as_str(), || detail.clone());
             Disposition::DeadLettered.as_str()
         }
-        Verdict::Away { reason } => {
+        Verdict::Away { reason, .. } => {
             span.fail("no_service", || reason.clone());
             "no_service"
         }

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use mesh_routing::{Decision, Destinations, HeaderSource, NoHeaders, RecordView, ReplyView, Route};
 
 use crate::{
-    outcome::{Delivery, Outcome, Reply, ReplyRecord},
+    outcome::{Delivery, NOT_HERE, Outcome, Reply, ReplyRecord},
     record::{Record, TopicPartition},
 };
 
@@ -26,7 +26,7 @@ pub(crate) enum Verdict {
     /// To the dead-letter topic.
     DeadLetter { reason: Reason, detail: String },
     /// Nobody was there: try again, and count nothing.
-    Away { reason: String },
+    Away { reason: String, after: Option<Duration> },
 }
 
 /// The reason of a dead letter.
@@ -66,9 +66,10 @@ pub(crate) fn judge(delivery: &Delivery, outcome: Outcome) -> Verdict {
     match outcome {
         Outcome::Reply(reply) => judge_reply(route, delivery, reply),
         Outcome::Ignore => Verdict::Ignored { empty: false },
+        Outcome::Retry { reason, after: Some(NOT_HERE) } => Verdict::Exhausted { reason, after: None },
         Outcome::Retry { reason, after } => retry(route, delivery.attempt, reason, after),
         Outcome::Reject { reason } => Verdict::DeadLetter { reason: Reason::Status, detail: reason },
-        Outcome::NoService { reason } => Verdict::Away { reason },
+        Outcome::NoService { reason, after } => Verdict::Away { reason, after },
     }
 }
 
@@ -113,7 +114,7 @@ fn schema_fault(route: &Route, topics: &[Arc<str>], reply: &Reply) -> Option<Str
 fn not_accepted(route: &Route, attempt: u32, reply: &Reply) -> Verdict {
     let reason = format!("the service answered {}{}", reply.status, excerpt(reply));
     match reply.status {
-        503 => Verdict::Away { reason },
+        503 => Verdict::Away { reason, after: reply.retry_after },
         404 | 408 | 425 | 429 | 500..=599 => retry(route, attempt, reason, reply.retry_after),
         _ => Verdict::DeadLetter { reason: Reason::Status, detail: reason },
     }
@@ -169,7 +170,7 @@ mod tests {
             Verdict::Retry { after, .. } => format!("retry {}", after.map_or(0, |after| after.as_secs())),
             Verdict::Exhausted { after, .. } => format!("exhausted {}", after.map_or(0, |after| after.as_secs())),
             Verdict::DeadLetter { reason, .. } => format!("dead {}", reason.as_str()),
-            Verdict::Away { .. } => "away".to_owned(),
+            Verdict::Away { after, .. } => format!("away {}", after.map_or(0, |after| after.as_secs())),
         }
     }
 
@@ -195,7 +196,7 @@ mod tests {
             (429, "x", "retry 3", "exhausted 3"),
             (500, "<html>", "retry 3", "exhausted 3"),
             (504, "x", "retry 3", "exhausted 3"),
-            (503, "x", "away", "away"),
+            (503, "x", "away 3", "away 3"),
         ] {
             for (attempt, wanted) in [(1, first), (10, last)] {
                 let delivery = Delivery { attempt, ..test_delivery(route, 0) };
@@ -231,10 +232,15 @@ mod tests {
         let reason = || "why".to_owned();
         assert_eq!(word(judge(&delivery, Outcome::Ignore)), "ignored");
         assert_eq!(word(judge(&delivery, Outcome::Retry { reason: reason(), after: None })), "retry 0");
+        assert_eq!(word(judge(&delivery, Outcome::Retry { reason: reason(), after: Some(NOT_HERE) })), "exhausted 0");
         assert_eq!(word(judge(&delivery, Outcome::Reject { reason: reason() })), "dead status");
-        assert_eq!(word(judge(&delivery, Outcome::NoService { reason: reason() })), "away");
+        assert_eq!(word(judge(&delivery, Outcome::NoService { reason: reason(), after: None })), "away 0");
         let last = Delivery { attempt: 10, ..delivery };
         assert_eq!(word(judge(&last, Outcome::Retry { reason: reason(), after: None })), "exhausted 0");
-        assert_eq!(word(judge(&last, Outcome::NoService { reason: reason() })), "away", "no attempt is counted, however often");
+        assert_eq!(
+            word(judge(&last, Outcome::NoService { reason: reason(), after: None })),
+            "away 0",
+            "no attempt is counted, however often"
+        );
     }
 }

@@ -382,3 +382,48 @@ async fn retry_after_chooses_when_and_where_a_record_waits() {
     assert_eq!(read(&mesh.broker, "work.in.retry-1").await.len(), 1, "the one that waits for long");
     mesh.end().await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_pushback_that_wants_no_retry_sends_a_record_to_the_next_retry_topic() {
+    let (mesh, _) = one("retry: { attempts: 5, initial: 10ms, topics: [10s, 60s] }").await;
+    mesh.publish("in", records(1, 1)).await;
+    let began = Instant::now();
+    let seen = serve(&mesh, |delivery| match delivery.attempt {
+        1 => Outcome::Retry { reason: "not here".to_owned(), after: Some(crate::outcome::NOT_HERE) },
+        _ => reply(200, format!("{}", began.elapsed().as_secs())),
+    })
+    .await;
+    assert_eq!(seen, [(0, 1), (0, 2)]);
+    let waited: u64 = text(read(&mesh.broker, "out").await[0].value.as_ref()).parse().unwrap();
+    // The paused clock runs ahead while the broker's threads work.
+    assert!((9..60).contains(&waited), "{waited}");
+    mesh.end().await;
+    // Without retry topics that is its end.
+    let (mesh, _) = one("retry: { attempts: 5, initial: 10ms }").await;
+    mesh.publish("in", records(1, 1)).await;
+    let seen = serve(&mesh, |_| Outcome::Retry { reason: "never".to_owned(), after: Some(crate::outcome::NOT_HERE) }).await;
+    assert_eq!((seen.len(), read(&mesh.broker, "work.dlq").await.len()), (1, 1));
+    mesh.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_503_that_says_how_long_is_left_alone_for_so_long() {
+    let (mesh, _) = one("retry: { attempts: 5, initial: 10ms }").await;
+    mesh.publish("in", records(8, 8)).await;
+    let calls = std::sync::Mutex::new(Vec::new());
+    let began = Instant::now();
+    serve(&mesh, |delivery| {
+        calls.lock().unwrap().push((began.elapsed().as_secs(), delivery.attempt));
+        if began.elapsed() > Duration::from_secs(25) {
+            return reply(200, "ok");
+        }
+        let Outcome::Reply(said) = reply(503, "maintenance") else { unreachable!() };
+        Outcome::Reply(crate::outcome::Reply { retry_after: Some(Duration::from_secs(20)), ..said })
+    })
+    .await;
+    let calls = calls.into_inner().unwrap();
+    assert!(calls.iter().all(|(_, attempt)| *attempt == 1), "{calls:?}");
+    assert!(calls.iter().all(|(at, _)| *at < 2 || *at >= 20), "{calls:?}");
+    assert_eq!(mesh.ended("work", 8).await, BTreeMap::from([(Disposition::Forwarded, 8)]));
+    mesh.end().await;
+}

@@ -400,7 +400,10 @@ async fn a_service_that_is_away_costs_no_attempt() {
     for _ in 0..50 {
         for delivery in desk.take(100, Duration::from_secs(5)).await.unwrap() {
             assert_eq!(delivery.attempt, 1);
-            desk.answer(vec![Answer { id: delivery.id, outcome: Outcome::NoService { reason: "connection refused".to_owned() } }]);
+            desk.answer(vec![Answer {
+                id: delivery.id,
+                outcome: Outcome::NoService { reason: "connection refused".to_owned(), after: None },
+            }]);
         }
     }
     tokio::time::sleep(Duration::from_secs(1)).await;

@@ -104,6 +104,13 @@ impl Breaker {
         if was_open { Change::None } else { Change::Opened }
     }
 
+    /// Nobody is there, and whoever says so says until when: there is no probe before that.
+    pub fn rest(&mut self, until: Instant) {
+        if let State::Away { until: known, .. } = &mut self.state {
+            *known = until.max(*known);
+        }
+    }
+
     /// What may be delivered now.
     pub fn allowance(&self, now: Instant) -> Allowance {
         match self.state {
@@ -194,5 +201,33 @@ mod tests {
             assert_eq!(breaker.note(Verdict::Away, now), Change::None);
         }
         assert_eq!(breaker.note(Verdict::Good, now), Change::Closed);
+    }
+
+    #[test]
+    fn a_service_that_says_how_long_it_is_away_is_left_alone_until_then() {
+        let start = Instant::now();
+        let mut breaker = Breaker::new(3, Duration::from_secs(10));
+        breaker.rest(start + Duration::from_secs(60));
+        assert_eq!(breaker.allowance(start), Allowance::Free, "one record's wish is its own");
+        for _ in 0..AWAY {
+            breaker.note(Verdict::Away, start);
+        }
+        breaker.rest(start + Duration::from_secs(60));
+        breaker.rest(start);
+        assert_eq!(breaker.allowance(start + Duration::from_secs(59)), Allowance::Wait(start + Duration::from_secs(60)));
+        assert_eq!(breaker.note(Verdict::Good, start), Change::Closed);
+    }
+
+    #[test]
+    fn a_probe_that_fails_says_that_somebody_is_there_again() {
+        let start = Instant::now();
+        let mut breaker = Breaker::new(3, Duration::from_secs(10));
+        for _ in 0..AWAY {
+            breaker.note(Verdict::Away, start);
+        }
+        assert_eq!(breaker.note(Verdict::Failed, start), Change::None, "it was out when the breaker opened");
+        assert_eq!(breaker.note(Verdict::Failed, start + Duration::from_secs(1)), Change::Closed);
+        assert_eq!(breaker.note(Verdict::Failed, start + Duration::from_secs(1)), Change::None);
+        assert_eq!(breaker.note(Verdict::Failed, start + Duration::from_secs(1)), Change::Opened);
     }
 }

@@ -255,7 +255,7 @@ impl Desk {
                 state.waiting.push_front(lease.delivery);
             } else {
                 // Its partition may be on its way to another member: the loop decides.
-                let outcome = Outcome::NoService { reason: "the taker went away before it got the delivery".to_owned() };
+                let outcome = Outcome::NoService { reason: "the taker went away before it got the delivery".to_owned(), after: None };
                 // There is room for every delivery; a loop that is gone needs no answer.
                 let _ = self.answers.try_send(Answer { id: lease.delivery.id, outcome });
             }

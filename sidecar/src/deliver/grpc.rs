@@ -9,7 +9,7 @@ use mesh_routing::Route;
 use tonic::{Code, Status, transport::Channel};
 
 use crate::{
-    outcome::{Delivery, Outcome, Reply, ReplyRecord},
+    outcome::{Delivery, NOT_HERE, Outcome, Reply, ReplyRecord},
     record::{Header, Position, Record, header},
 };
 
@@ -119,7 +119,7 @@ fn reply_record(record: v1::Record) -> ReplyRecord {
 pub(crate) fn failure(status: &Status) -> Outcome {
     let reason = format!("{:?}: {}", status.code(), status.message());
     match status.code() {
-        Code::Unavailable => Outcome::NoService { reason },
+        Code::Unavailable => Outcome::NoService { reason, after: pushback(status).filter(|after| *after != NOT_HERE) },
         Code::InvalidArgument | Code::FailedPrecondition | Code::OutOfRange | Code::DataLoss | Code::PermissionDenied => {
             Outcome::Reject { reason }
         }
@@ -127,8 +127,29 @@ pub(crate) fn failure(status: &Status) -> Outcome {
     }
 }
 
-/// gRPC's pushback: `grpc-retry-pushback-ms`.
+/// gRPC's pushback, `grpc-retry-pushback-ms`: a wait; a negative one, or one that is no number, asks for no retry.
 fn pushback(status: &Status) -> Option<Duration> {
-    let value = status.metadata().get("grpc-retry-pushback-ms")?.to_str().ok()?;
-    Some(Duration::from_millis(value.parse().ok()?))
+    let value = status.metadata().get("grpc-retry-pushback-ms")?;
+    let wait = value.to_str().ok().and_then(|value| value.trim().parse().ok());
+    Some(wait.map_or(NOT_HERE, Duration::from_millis))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pushback_is_a_wait_or_asks_for_no_retry() {
+        let said = |code, value: &str| {
+            let mut status = Status::new(code, "busy");
+            status.metadata_mut().insert("grpc-retry-pushback-ms", value.parse().unwrap());
+            match failure(&status) {
+                Outcome::Retry { after, .. } | Outcome::NoService { after, .. } => after,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(said(Code::ResourceExhausted, "1500"), Some(Duration::from_millis(1500)));
+        assert_eq!((said(Code::Aborted, "-1"), said(Code::Aborted, "soon")), (Some(NOT_HERE), Some(NOT_HERE)));
+        assert_eq!((said(Code::Unavailable, "1500"), said(Code::Unavailable, "-1")), (Some(Duration::from_millis(1500)), None));
+    }
 }

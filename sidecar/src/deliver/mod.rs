@@ -147,7 +147,7 @@ impl Leaf {
             Way::Push(pool) => pool.dispatch(call),
             Way::Stream(stream) => {
                 if let Some(call) = stream.dispatch(call) {
-                    call.answer(&self.sender, &Outcome::NoService { reason: "the stream's task is gone".to_owned() });
+                    call.answer(&self.sender, &Outcome::NoService { reason: "the stream's task is gone".to_owned(), after: None });
                 }
             }
             Way::Desk(desk, _) => desk.put(match call {

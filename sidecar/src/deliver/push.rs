@@ -87,7 +87,7 @@ impl PushPool {
         {
             // A worker ends only with the pool; were one gone, the delivery still has to be answered.
             let (mpsc::error::TrySendError::Full(call) | mpsc::error::TrySendError::Closed(call)) = refused;
-            call.answer(&self.answers, &Outcome::NoService { reason: "the worker of this delivery is gone".to_owned() });
+            call.answer(&self.answers, &Outcome::NoService { reason: "the worker of this delivery is gone".to_owned(), after: None });
         }
     }
 
@@ -147,7 +147,7 @@ impl Worker {
             (Call::One(delivery), Err(failed)) => self.answer(
                 delivery.id,
                 match failed {
-                    Failed::NoService(reason) => Outcome::NoService { reason },
+                    Failed::NoService(reason) => Outcome::NoService { reason, after: None },
                     Failed::Broken(reason) => Outcome::Retry { reason, after: None },
                     Failed::TooLong(reason) => Outcome::Reject { reason },
                 },
@@ -158,7 +158,7 @@ impl Worker {
             }
             (Call::Many(batch), Err(failed)) => {
                 let outcome = match failed {
-                    Failed::NoService(reason) => Outcome::NoService { reason },
+                    Failed::NoService(reason) => Outcome::NoService { reason, after: None },
                     // No single record is to blame for an answer that is too long.
                     Failed::Broken(reason) | Failed::TooLong(reason) => Outcome::Retry { reason, after: None },
                 };

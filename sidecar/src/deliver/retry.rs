@@ -5,7 +5,7 @@ use std::time::Duration;
 use mesh_routing::Retry;
 
 /// A wish of the service (`Retry-After`) beyond this is cut: a mistaken date must not park a record for years.
-const LONGEST_WISH: Duration = Duration::from_secs(3600);
+pub const LONGEST_WISH: Duration = Duration::from_secs(3600);
 
 /// The pause before the attempt after `attempt` (from 1): exponential, spread by ±10 % so that records that failed together do not come back
 /// together, and never shorter than what the service asked for. `spread` is any number that differs between records.

@@ -191,7 +191,7 @@ impl Owner {
             Ok(Ok(response)) => response.into_inner(),
             Ok(Err(status)) if status.code() == Code::Unavailable => {
                 // Nothing was handled: no connection.
-                self.end_all(&Outcome::NoService { reason: format!("{:?}: {}", status.code(), status.message()) });
+                self.end_all(&Outcome::NoService { reason: format!("{:?}: {}", status.code(), status.message()), after: None });
                 return End::Broken(status);
             }
             Ok(Err(status)) => return End::Broken(status),

@@ -19,6 +19,7 @@ use mesh_tests::{
 const MINUTE: Duration = Duration::from_secs(60);
 
 on_both!(attempts_go_on_after_a_kill_9_and_a_key_keeps_its_order_meanwhile, attempts_survive);
+on_both!(sidecars_that_die_and_join_while_all_keys_wait_lose_nothing_and_keep_order, rebalanced);
 on_both!(a_storm_of_500s_drains_nothing_into_the_dlq, storm);
 on_both!(a_parked_key_that_is_released_goes_on_in_order, released);
 on_both!(a_parked_key_waits_over_a_restart_and_goes_on_when_the_table_says_so, parked);
@@ -193,4 +194,60 @@ async fn released(stage: Stage) -> Result<()> {
     // Of those that were not discarded each is found once.
     drop(oracle);
     sidecar.finish().await
+}
+
+/// The first record of each key waits in retry topics, and the others behind it, while sidecars join, die and come back.
+async fn rebalanced(stage: Stage) -> Result<()> {
+    let failing = Condition { field_below: Some(("n".to_owned(), 1)), attempt_below: Some(4), ..Condition::default() };
+    let service = Service::native(Scenario::new().on("/work", [Rule::status(500).when(failing), Rule::echo()])).await?;
+    let mut one = stage.sidecar("one").service("work", &service).start().await?;
+    one.apply(
+        "
+        topics: { %in: { partitions: 4 }, %out: { partitions: 4 } }
+        routes:
+        - { name: work, service: work, from: [%in], handler: /work, to: [%out], breaker: { failures: 1000 },
+            retry: { attempts: 2, initial: 20ms, topics: [3s, 4s] } }
+        ",
+    )
+    .await?;
+    one.wait_running(&["work"]).await?;
+    let oracle = Load::new(stage.topic("in"), 400, 20).http(&one).await?;
+    // Two attempts of the first record of each key: all of them wait now.
+    service.wait(40, MINUTE).await?;
+    // An embedded broker serves one process.
+    let mut other = None;
+    if stage.is_kafka() {
+        let joined = stage.sidecar("other").service("work", &service).start().await?;
+        joined.wait_running(&["work"]).await?;
+        other = Some(joined);
+    }
+    one.kill9().await?;
+    one.start().await?;
+    if let Some(other) = &mut other {
+        // While the group settles again, the second tiers fill.
+        service.wait(60, MINUTE).await?;
+        other.kill9().await?;
+    }
+    let settled = |status: &GetStatusResponse| {
+        routes_of(status)
+            .any(|route| route.partitions == 4 && route.waiting_keys == 0 && route.parked_records == 0 && route.next_retry_ms == 0)
+    };
+    one.wait_done(&["work"], 2 * MINUTE).await?;
+    one.wait_status("nothing waits", 2 * MINUTE, settled).await?;
+    one.wait_done(&["work"], 2 * MINUTE).await?;
+    let found = stage.read(&one, None, &stage.topic("out"), 400).await?;
+    oracle.judge(&sightings(&found)?).at_most(400)?;
+    oracle.judge(&deliveries(&service.ledger().await?)?).at_most(1_000)?;
+    for key in 0..20 {
+        let key = format!("k{key}");
+        let seen = of_key(&service, &key).await?;
+        let firsts: Vec<u32> = seen.iter().filter(|(number, _)| *number == 0).map(|(_, attempt)| *attempt).collect();
+        ensure!(firsts.contains(&4), "{key}: {firsts:?}");
+        let beyond = firsts.iter().position(|attempt| *attempt > 2).unwrap_or_default();
+        ensure!(firsts[beyond..].is_sorted(), "the attempts of {key} went back: {firsts:?}");
+        // Of the others none is delivered before the first has had its last word.
+        let last = seen.iter().position(|entry| *entry == (0, 4)).context("the last attempt")?;
+        ensure!(seen[..last].iter().all(|(number, _)| *number == 0), "{key}: {seen:?}");
+    }
+    one.finish().await
 }

@@ -174,6 +174,6 @@ fn outcome(world: &World, delivery: &Delivery, said: Said) -> Outcome {
         Said::Retry => Outcome::Retry { reason: "not yet".to_owned(), after: None },
         Said::Hang => Outcome::Retry { reason: "no answer".to_owned(), after: None },
         Said::Reject => Outcome::Reject { reason: "never".to_owned() },
-        Said::Away => Outcome::NoService { reason: "nobody there".to_owned() },
+        Said::Away => Outcome::NoService { reason: "nobody there".to_owned(), after: None },
     }
 }

@@ -298,7 +298,7 @@ mod tests {
         let metrics = Metrics::new();
         let route = metrics.route(&"price".into(), &"pricing".into());
         route.delivered(&Outcome::Ignore, Duration::from_millis(3));
-        route.delivered(&Outcome::NoService { reason: String::new() }, Duration::from_secs(90));
+        route.delivered(&Outcome::NoService { reason: String::new(), after: None }, Duration::from_secs(90));
         route.ended(Disposition::DeadLettered, "attempts", 2);
         route.ended(Disposition::DeadLettered, "of another kind", 5);
         route.breaker(BreakerState::Open);

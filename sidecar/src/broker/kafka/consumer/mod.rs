@@ -89,9 +89,11 @@ impl Shared {
             let detail = format!("commit of {} at {}: the partition was given to another member", gone.partition, gone.offset);
             return Err(BrokerError::new(BrokerErrorKind::Fenced, detail));
         }
-        // Ours, but perhaps ours again: whoever asks does not know yet that it was somebody else's in between.
-        if transaction && queue.assignment_untold() {
-            let detail = "transaction: the assignment changed just now, and that was not read yet";
+        // Ours, but perhaps ours again: whoever asks does not know yet that it was somebody else's in between. The same may be so of what belongs
+        // to ours beside the group.
+        let beside = offsets.iter().any(|commit| !self.topics.contains(&commit.partition.topic));
+        if (transaction || beside) && queue.assignment_untold() {
+            let detail = "commit: the assignment changed just now, and that was not read yet";
             return Err(BrokerError::new(BrokerErrorKind::Fenced, detail));
         }
         queue.committing += 1;
