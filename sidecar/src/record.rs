@@ -199,7 +199,7 @@ impl fmt::Display for TopicPartition {
 pub struct Position {
     /// The partition.
     pub partition: TopicPartition,
-    /// The offset within it, from 0.
+    /// The offset within it, from 0; -1 of a record that was stored while the broker did not tell where.
     pub offset: i64,
 }
 

@@ -40,7 +40,7 @@ pub struct Position {
     /// The partition's number, from 0.
     #[prost(int32, tag = "2")]
     pub partition: i32,
-    /// The offset within the partition, from 0.
+    /// The offset within the partition, from 0; -1 of a record that was published and is stored while the broker does not tell where.
     #[prost(int64, tag = "3")]
     pub offset: i64,
 }

@@ -242,7 +242,7 @@ fn jittered(every: Duration) -> Duration {
 
 async fn send(shared: &Shared, status: Option<&v1::InstanceStatus>) -> Result<(), String> {
     let value = match status {
-        Some(status) => Some(zstd::encode_all(status.encode_to_vec().as_slice(), 1).map_err(|error| error.to_string())?.into()),
+        Some(status) => Some(zstd::bulk::compress(&status.encode_to_vec(), 1).map_err(|error| error.to_string())?.into()),
         None => None,
     };
     let producer = shared.broker.producer();

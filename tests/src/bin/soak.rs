@@ -3,13 +3,14 @@
 use std::{process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, Result};
-use clap::{Parser, ValueEnum};
+use clap::{Parser, ValueEnum, builder::PossibleValuesParser};
 use mesh_tests::{
     broker::Broker,
     kafka::cluster::Cluster,
     soak::{
+        lines::{Guarantee, Line},
         plan::Fault,
-        run::{Guarantee, Options, run},
+        run::{MUTATIONS, Options, run},
     },
 };
 
@@ -29,26 +30,29 @@ struct Args {
     /// Brokers of the run's own, behind proxies; 0: the Kafka of KAFKA_BOOTSTRAP as it is, to which nothing is done.
     #[arg(long, default_value_t = 3)]
     brokers: usize,
-    /// A fault that is built into the sidecars: the run must notice it. commit_early, drop_reply, swap_two, forget_epoch, ack_before_fsync.
-    #[arg(long)]
+    /// A fault that is built into the sidecars: the run must notice it. (`forget_epoch` shows in the simulation only.)
+    #[arg(long, value_parser = PossibleValuesParser::new(MUTATIONS))]
     mutation: Option<String>,
-    /// What the route promises.
-    #[arg(long, value_enum, default_value = "at_least_once")]
-    guarantee: Guarantee,
+    /// Only the routes that promise this; those of both kinds without it.
+    #[arg(long, value_enum)]
+    guarantee: Option<Guarantee>,
+    /// Only these routes.
+    #[arg(long, value_delimiter = ',', value_parser = PossibleValuesParser::new(Line::ALL.map(|line| line.name)))]
+    routes: Option<Vec<String>>,
     /// Which faults; all that the broker knows without it. `none`: nothing goes wrong.
     #[arg(long, value_delimiter = ',', value_parser = fault)]
     faults: Option<Vec<Option<Fault>>>,
-    /// Sidecars that share the route. Kafka only.
+    /// Sidecars that share the routes. Kafka only.
     #[arg(long, default_value_t = 3)]
     sidecars: usize,
     /// How many sidecars the fault `scale` goes up to.
     #[arg(long, default_value_t = 8)]
     scale_to: usize,
-    /// Records a second.
+    /// Records a second, over all routes.
     #[arg(long, default_value_t = 400.0)]
     rate: f64,
-    /// Keys.
-    #[arg(long, default_value_t = 96)]
+    /// Keys, over all routes.
+    #[arg(long, default_value_t = 120)]
     keys: u32,
     /// The form of the output.
     #[arg(long, short, value_enum, default_value = "table")]
@@ -83,7 +87,6 @@ async fn main() -> Result<ExitCode> {
     };
     let mut options = Options {
         mutation: args.mutation,
-        guarantee: args.guarantee,
         sidecars: args.sidecars,
         scale_to: args.scale_to,
         rate: args.rate,
@@ -94,6 +97,10 @@ async fn main() -> Result<ExitCode> {
     if let Some(faults) = args.faults {
         options.faults = faults.into_iter().flatten().collect();
     }
+    options.lines.retain(|line| {
+        args.guarantee.is_none_or(|guarantee| line.guarantee == guarantee)
+            && args.routes.as_ref().is_none_or(|routes| routes.iter().any(|route| route == line.name))
+    });
     eprintln!("seed {seed}");
     let report = run(options).await?;
     match args.output {

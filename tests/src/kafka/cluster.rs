@@ -7,6 +7,7 @@ use std::{
     net::SocketAddr,
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -126,10 +127,10 @@ impl Cluster {
         let node = self.broker(index).node.clone();
         if !kill {
             node.signal(Signal::TERM)?;
-            let end = tokio::time::Instant::now() + std::time::Duration::from_secs(30);
+            let end = tokio::time::Instant::now() + Duration::from_secs(30);
             while node.process().as_ref().is_some_and(|process| runs(process.pid)) && tokio::time::Instant::now() < end {
                 // It is a child of its watchdog, not of this process.
-                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                tokio::time::sleep(Duration::from_millis(50)).await;
             }
         }
         tokio::task::spawn_blocking(move || node.stop(true)).await?
@@ -152,6 +153,31 @@ impl Cluster {
     /// If it does not run.
     pub fn freeze(&self, index: usize, frozen: bool) -> Result<()> {
         self.broker(index).node.signal(if frozen { Signal::STOP } else { Signal::CONT })
+    }
+
+    /// Waits until every replica of every partition is in sync; brokers that take longer are left to it.
+    ///
+    /// # Errors
+    /// If there is no client to be had.
+    pub async fn wait_in_sync(&self, deadline: Duration) -> Result<()> {
+        let bootstrap = self.direct();
+        let wait = move || {
+            let mut config = rdkafka::ClientConfig::new();
+            config.set("bootstrap.servers", bootstrap).set("log_level", "0");
+            let client: rdkafka::consumer::BaseConsumer = config.create()?;
+            let end = Instant::now() + deadline;
+            let in_sync = || {
+                let metadata = rdkafka::consumer::Consumer::fetch_metadata(&client, None, Duration::from_secs(2)).ok()?;
+                let mut partitions = metadata.topics().iter().flat_map(rdkafka::metadata::MetadataTopic::partitions);
+                Some(partitions.all(|partition| partition.isr().len() == partition.replicas().len()))
+            };
+            while in_sync() != Some(true) && Instant::now() < end {
+                // Nothing tells from outside when a replica has caught up.
+                std::thread::sleep(Duration::from_millis(200));
+            }
+            anyhow::Ok(())
+        };
+        tokio::task::spawn_blocking(wait).await?
     }
 
     async fn wait(&self, index: usize) -> Result<()> {

@@ -1,4 +1,6 @@
 //! What makes things go wrong, at the times of the plan, and keeps the timeline of what really happened.
+//!
+//! Invariant: a fault waits until an earlier one of its kind is over, and what it struck works again: a broker that takes long to start is never one of two.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -15,10 +17,13 @@ use super::{
     disk::Disk,
     fleet::Fleet,
     ledger::Ledger,
-    plan::{Fault, Step},
+    plan::{Fault, Kind, Step},
     service::{Mood, Service},
 };
 use crate::{kafka::cluster::Cluster, proxy::Network};
+
+/// How long brokers may take until all have everything again.
+const IN_SYNC: Duration = Duration::from_secs(60);
 
 /// A line of the timeline.
 #[derive(Clone, Debug, Serialize)]
@@ -43,20 +48,24 @@ pub struct Stagehand {
     /// The embedded broker's disk.
     pub disk: Option<Disk>,
     /// For the time.
-    pub ledger: Arc<Ledger>,
+    pub clock: Arc<Ledger>,
     /// How many sidecars [`Fault::Scale`] goes up to.
     pub scale_to: usize,
     /// The tables that [`Fault::Swap`] puts in force, one after the other; the first is the one that stays.
     pub tables: Vec<String>,
     /// What happened.
     pub timeline: Mutex<Vec<Moment>>,
+    /// From when to when tables were swapped.
+    pub swaps: Mutex<Vec<(Duration, Duration)>>,
+    /// Held by the fault that strikes this kind of thing.
+    pub turns: [tokio::sync::Mutex<()>; Kind::COUNT],
     /// Says each line as it happens.
     pub loud: bool,
 }
 
 impl Stagehand {
     fn note(&self, rebalances: bool, what: impl Into<String>) {
-        let moment = Moment { at: self.ledger.now(), what: what.into(), rebalances };
+        let moment = Moment { at: self.clock.now(), what: what.into(), rebalances };
         if self.loud {
             eprintln!("{:>8.1} s  {}", moment.at.as_secs_f64(), moment.what);
         }
@@ -73,7 +82,7 @@ impl Stagehand {
         for step in plan {
             let wait = tokio::time::sleep_until(begin + step.at);
             tokio::select! {
-                () = wait => drop(under_way.spawn(self.clone().strike(step))),
+                () = wait => drop(under_way.spawn(self.clone().take_turn(step, stop.clone()))),
                 () = stop.cancelled() => break,
                 Some(done) = under_way.join_next(), if !under_way.is_empty() => {
                     done??;
@@ -81,7 +90,7 @@ impl Stagehand {
                     if stop.run_until_cancelled(tokio::time::sleep_until(begin + step.at)).await.is_none() {
                         break;
                     }
-                    under_way.spawn(self.clone().strike(step));
+                    under_way.spawn(self.clone().take_turn(step, stop.clone()));
                 }
             }
         }
@@ -91,7 +100,14 @@ impl Stagehand {
         Ok(())
     }
 
-    async fn strike(self: Arc<Self>, step: Step) -> Result<()> {
+    async fn take_turn(self: Arc<Self>, step: Step, stop: CancellationToken) -> Result<()> {
+        let turn = &self.turns[step.fault.kind() as usize];
+        // What waits at the end of the load is left out.
+        let Some(_turn) = stop.run_until_cancelled(turn.lock()).await else { return Ok(()) };
+        self.strike(step).await
+    }
+
+    async fn strike(&self, step: Step) -> Result<()> {
         let Step { fault, target, lasts, .. } = step;
         match fault {
             Fault::SidecarKill => {
@@ -138,6 +154,7 @@ impl Stagehand {
                 tokio::time::sleep(lasts).await;
                 cluster.start_again(target).await?;
                 self.note(false, format!("broker {number} is back"));
+                cluster.wait_in_sync(IN_SYNC).await?;
             }
             Fault::BrokerFreeze => {
                 let cluster = self.cluster()?;
@@ -147,6 +164,7 @@ impl Stagehand {
                 tokio::time::sleep(lasts).await;
                 cluster.freeze(target, false)?;
                 self.note(false, format!("broker {number} goes on"));
+                cluster.wait_in_sync(IN_SYNC).await?;
             }
             Fault::Cut => {
                 for _ in 0..3 {
@@ -163,6 +181,7 @@ impl Stagehand {
                 tokio::time::sleep(lasts).await;
                 proxy.set(Network::Well);
                 self.note(false, format!("the way to broker {number} is open"));
+                self.cluster()?.wait_in_sync(IN_SYNC).await?;
             }
             Fault::Latency => {
                 self.cluster()?.set_all(Network::Slow(Duration::from_millis(50)));
@@ -199,7 +218,7 @@ impl Stagehand {
     }
 
     async fn swap(&self, lasts: Duration) -> Result<()> {
-        let end = tokio::time::Instant::now() + lasts;
+        let (begin, end) = (self.clock.now(), tokio::time::Instant::now() + lasts);
         let mut swaps = 0;
         while tokio::time::Instant::now() < end {
             let number = 1 + swaps % self.tables.len().saturating_sub(1).max(1);
@@ -208,6 +227,7 @@ impl Stagehand {
             tokio::time::sleep(Duration::from_millis(300)).await;
         }
         self.apply(0).await?;
+        self.swaps.lock().unwrap_or_else(PoisonError::into_inner).push((begin, self.clock.now()));
         self.note(false, format!("{} tables were put in force", swaps + 1));
         Ok(())
     }

@@ -2,9 +2,10 @@
 //!
 //! Invariant: whoever does something to a sidecar holds its lock for as long as it lasts, so that two faults never strike one at once.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{collections::BTreeSet, net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
+use mesh_proto::v1::{GetStatusResponse, InstanceState};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::watch::Watched;
@@ -96,14 +97,23 @@ impl Fleet {
         self.sidecars.iter().find_map(|sidecar| sidecar.clone().try_lock_owned().ok())
     }
 
-    /// Starts a sidecar of the fleet again, and waits until it is ready.
+    /// Starts a sidecar of the fleet again, and waits until it is ready. One that ends since the disk is full is started again and again, as whoever
+    /// looks after processes does.
     ///
     /// # Errors
     /// If it does not start.
     pub async fn restart(&self, number: usize, sidecar: &mut Sidecar) -> Result<()> {
-        sidecar.spawn()?;
-        self.watched.add(&format!("s{number}"), sidecar.process()?.id());
-        sidecar.wait_ready().await.with_context(|| format!("s{number} after a fault"))
+        let end = tokio::time::Instant::now() + Duration::from_secs(60);
+        loop {
+            sidecar.spawn()?;
+            self.watched.add(&format!("s{number}"), sidecar.process()?.id());
+            let Err(error) = sidecar.wait_ready().await else { return Ok(()) };
+            let full = sidecar.log_text().lines().last().is_some_and(|line| line.contains("cannot prepare the store"));
+            if !full || tokio::time::Instant::now() > end {
+                return Err(error.context(format!("s{number} after a fault")));
+            }
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
     }
 
     /// Applies a table by whichever sidecar is there.
@@ -113,6 +123,18 @@ impl Fleet {
     pub async fn apply(&self, spec: &str) -> Result<()> {
         let sidecar = self.any().context("no sidecar is free")?;
         sidecar.apply(spec).await.map(drop)
+    }
+
+    /// Waits until all run the newest table; `None` when they do, else what stands in the way.
+    pub async fn is_at_one(&self, deadline: Duration) -> Option<String> {
+        let count = self.sidecars.len();
+        let one = |status: &GetStatusResponse| {
+            let synced = status.instances.iter().filter(|instance| instance.state() == InstanceState::Synced);
+            let generations: BTreeSet<(u64, &str)> = synced.clone().map(|instance| (instance.generation, &*instance.digest)).collect();
+            status.instances.len() == count && synced.count() == count && generations.len() == 1
+        };
+        let Some(sidecar) = self.any() else { return Some("no sidecar is free".to_owned()) };
+        sidecar.wait_status("all on the newest table", deadline, one).await.err().map(|error| format!("{error:#}"))
     }
 
     /// Ends all in good order.

@@ -6,7 +6,7 @@
 //! Invariant: a sample's ends were taken after its commits: what a commit claims to be complete lies below the ends.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
@@ -140,16 +140,32 @@ impl Ground {
         .await?
     }
 
-    /// All records of these topics, in the order of offsets within a partition. No sidecar may run on the embedded broker's folder any more.
+    /// The last sample of a run: the first one that the broker answers.
+    ///
+    /// # Errors
+    /// If it answers none for long.
+    pub async fn last(&self, names: &Names, ledger: &Arc<Ledger>) -> Result<Option<Sample>> {
+        for _ in 0..10 {
+            if let Ok(sample) = self.now(names, ledger).await {
+                return Ok(Some(sample));
+            }
+            // Nothing tells from outside when a broker is back.
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+        self.now(names, ledger).await.map(Some)
+    }
+
+    /// All records of A, B and the dead letters, in the order of offsets within a partition. No sidecar may run on the embedded broker's folder any more.
     ///
     /// # Errors
     /// If they cannot be read to their ends.
-    pub async fn read(&self, names: &Names, topics: [&str; 3]) -> Result<[Vec<Found>; 3]> {
+    pub async fn read(&self, names: &Names) -> Result<[Vec<Found>; 3]> {
+        let topics = [&names.a, &names.b, &names.dead];
         let mut all = [const { Vec::new() }; 3];
         match self {
             Self::Kafka(bootstrap) => {
                 for (topic, found) in topics.into_iter().zip(&mut all) {
-                    let (bootstrap, topic, partitions) = (bootstrap.clone(), topic.to_owned(), names.partitions);
+                    let (bootstrap, topic, partitions) = (bootstrap.clone(), topic.clone(), names.partitions);
                     *found = tokio::task::spawn_blocking(move || read_kafka(&bootstrap, &topic, partitions)).await??;
                 }
             }
@@ -268,7 +284,9 @@ impl Client {
     }
 }
 
+/// What a `read_committed` reader sees of a topic.
 fn read_kafka(bootstrap: &str, topic: &str, partitions: i32) -> Result<Vec<Found>> {
+    let every = Client::new(bootstrap, "soak-checker")?;
     let mut config = ClientConfig::new();
     config
         .set("bootstrap.servers", bootstrap)
@@ -279,20 +297,27 @@ fn read_kafka(bootstrap: &str, topic: &str, partitions: i32) -> Result<Vec<Found
         .set("auto.offset.reset", "error")
         .set("allow.auto.create.topics", "false")
         .set("log_level", "0");
-    let consumer: BaseConsumer = config.create()?;
+    let committed = Client(config.create()?);
+    let deadline = Instant::now() + Duration::from_secs(120);
+    // A commit is answered before its partitions are marked, and what a killed process left open ends by its time: until then a reader of committed
+    // records ends early.
+    while every.ends(topic, partitions)? != committed.ends(topic, partitions)? {
+        ensure!(Instant::now() < deadline, "a transaction on {topic} does not end");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let Client(consumer) = committed;
     let mut all = TopicPartitionList::new();
     for partition in 0..partitions {
         all.add_partition_offset(topic, partition, Offset::Beginning)?;
     }
     consumer.assign(&all)?;
-    let end = Instant::now() + Duration::from_secs(120);
-    let mut left = partitions;
+    let mut left: BTreeSet<i32> = (0..partitions).collect();
     let mut records = Vec::new();
-    while left > 0 {
-        ensure!(Instant::now() < end, "{topic} could not be read to its end");
+    while !left.is_empty() {
+        ensure!(Instant::now() < deadline, "{topic} could not be read to its end");
         match consumer.poll(Duration::from_millis(200)) {
             None => {}
-            Some(Err(KafkaError::PartitionEOF(_))) => left -= 1,
+            Some(Err(KafkaError::PartitionEOF(partition))) => drop(left.remove(&partition)),
             Some(Err(error)) => return Err(error).with_context(|| format!("reading {topic}")),
             Some(Ok(message)) => records.push(Found {
                 topic: topic.to_owned(),

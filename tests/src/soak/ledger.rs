@@ -37,7 +37,7 @@ pub struct Ack {
     pub producer: u32,
     /// The attempt.
     pub uuid: Uuid,
-    /// Where it is said to be.
+    /// Where it is said to be; an offset of -1: somewhere in the partition.
     pub place: Place,
     /// When, since the begin.
     pub at: Duration,
@@ -172,7 +172,7 @@ impl Ledger {
         let mut books = self.books();
         let at = self.now();
         books.acks.push(Ack { name, producer, uuid, place, at });
-        if !books.ended.contains(&place) {
+        if place.offset >= 0 && !books.ended.contains(&place) {
             let work = books.partitions.entry(place.partition).or_default();
             if work.pending.is_empty() {
                 work.since = at;

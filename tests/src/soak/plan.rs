@@ -45,23 +45,34 @@ pub enum Fault {
     Scale,
 }
 
-/// What a fault strikes. Two of one kind never overlap.
+/// What a fault strikes. Two of one kind never overlap: of three brokers one is away at a time, whether it is dead or out of reach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub enum Kind {
+    /// A sidecar.
     Sidecar,
+    /// The service.
     Service,
+    /// A broker.
     Broker,
+    /// The way to all brokers.
     Network,
+    /// The table.
     Table,
 }
 
+impl Kind {
+    /// How many there are.
+    pub const COUNT: usize = 5;
+}
+
 impl Fault {
-    fn kind(self) -> Kind {
+    /// What it strikes.
+    pub fn kind(self) -> Kind {
         match self {
             Self::SidecarKill | Self::SidecarStop | Self::SidecarTerm | Self::Scale => Kind::Sidecar,
             Self::ServiceKill | Self::ServiceHang | Self::ServiceStorm | Self::ServiceSlow => Kind::Service,
-            Self::BrokerKill | Self::BrokerTerm | Self::BrokerFreeze | Self::DiskFull => Kind::Broker,
-            Self::Cut | Self::Blackhole | Self::Latency => Kind::Network,
+            Self::BrokerKill | Self::BrokerTerm | Self::BrokerFreeze | Self::Blackhole | Self::DiskFull => Kind::Broker,
+            Self::Cut | Self::Latency => Kind::Network,
             Self::Swap => Kind::Table,
         }
     }

@@ -4,7 +4,13 @@ use std::{collections::BTreeMap, fmt::Write as _, time::Duration};
 
 use serde::Serialize;
 
-use super::{check::Verdict, faults::Moment, plan::Step, watch::Usage};
+use super::{
+    check::{Verdict, Violation},
+    faults::Moment,
+    lines::Line,
+    plan::Step,
+    watch::Usage,
+};
 
 /// A stall at a rebalance.
 #[derive(Clone, Debug, Serialize)]
@@ -17,6 +23,19 @@ pub struct Rebalance {
     pub stall: Duration,
 }
 
+/// What was found of a line.
+#[derive(Clone, Debug, Serialize)]
+pub struct LineReport {
+    /// The line.
+    pub line: Line,
+    /// What was found.
+    pub verdict: Verdict,
+    /// Publishes of which nobody knew.
+    pub unsure: usize,
+    /// The longest time in which a partition with work stood still, and when it began.
+    pub longest_stall: Option<(Duration, Duration)>,
+}
+
 /// A run.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
@@ -24,32 +43,39 @@ pub struct Report {
     pub seed: u64,
     /// The broker.
     pub broker: String,
-    /// The route's guarantee.
-    pub guarantee: &'static str,
     /// How long the load went on.
     pub length: Duration,
     /// Faults as planned.
     pub plan: Vec<Step>,
     /// Faults as they came.
     pub timeline: Vec<Moment>,
-    /// What was found.
-    pub verdict: Verdict,
-    /// Publishes of which nobody knew.
-    pub unsure: usize,
-    /// The longest time in which a partition with work stood still, and when it began.
-    pub longest_stall: Option<(Duration, Duration)>,
+    /// What was found of each line.
+    pub lines: Vec<LineReport>,
     /// Rebalances.
     pub rebalances: Vec<Rebalance>,
     /// How long it took after the load until everything was done.
     pub drained: Duration,
     /// The sidecars.
     pub usage: BTreeMap<String, Usage>,
+    /// What failed that is of no single line.
+    pub violations: Vec<Violation>,
 }
 
 impl Report {
     /// Whether nothing is wrong.
     pub fn is_clean(&self) -> bool {
-        self.verdict.violations.is_empty()
+        self.failed().next().is_none()
+    }
+
+    /// What failed, with the line's name.
+    pub fn failed(&self) -> impl Iterator<Item = (&'static str, &Violation)> {
+        let of_lines = self.lines.iter().flat_map(|one| one.verdict.violations.iter().map(|violation| (one.line.name, violation)));
+        of_lines.chain(self.violations.iter().map(|violation| ("all", violation)))
+    }
+
+    /// How many records were acknowledged, over all lines.
+    pub fn acknowledged(&self) -> usize {
+        self.lines.iter().map(|one| one.verdict.acknowledged).sum()
     }
 
     /// As text.
@@ -61,52 +87,62 @@ impl Report {
     }
 
     fn write(&self, text: &mut String) -> std::fmt::Result {
-        let v = &self.verdict;
-        writeln!(text, "seed {}, {}, {}, {:.0} s", self.seed, self.broker, self.guarantee, self.length.as_secs_f64())?;
+        writeln!(text, "seed {}, {}, {:.0} s", self.seed, self.broker, self.length.as_secs_f64())?;
         writeln!(text, "\ntimeline")?;
         for moment in &self.timeline {
             writeln!(text, "{:>8.1} s  {}", moment.at.as_secs_f64(), moment.what)?;
         }
-        let rows: [(&str, String); 14] = [
-            ("acknowledged", v.acknowledged.to_string()),
-            ("stored in A", v.stored.to_string()),
-            ("publishes in doubt", self.unsure.to_string()),
-            ("processed", v.processed.to_string()),
-            ("forwarded", v.forwarded.to_string()),
-            ("ignored", v.ignored.to_string()),
-            ("dead-lettered (out of attempts)", format!("{} ({})", v.dead_lettered, v.exhausted)),
-            ("duplicates in B and dead letters", v.duplicates.to_string()),
-            ("delivered again", v.delivered_again.to_string()),
-            ("lost", v.lost.to_string()),
-            ("reordered", v.reordered.to_string()),
-            ("commits compared", v.samples.to_string()),
-            (
-                "longest stall of a partition",
-                self.longest_stall
-                    .map_or_else(|| "none".into(), |(length, at)| format!("{:.1} s, from {:.1} s", length.as_secs_f64(), at.as_secs_f64())),
-            ),
-            ("done after the load's end", format!("{:.1} s", self.drained.as_secs_f64())),
-        ];
         writeln!(text)?;
-        for (name, value) in rows {
-            writeln!(text, "{name:<34} {value:>10}")?;
+        for one in &self.lines {
+            writeln!(text, "{}: {}", one.line.name, one.line.text())?;
         }
+        let count = |text: &mut String, name: &str, of: &dyn Fn(&LineReport) -> usize| {
+            write!(text, "{name:<34}")?;
+            self.lines.iter().try_for_each(|one| write!(text, " {:>8}", of(one)))?;
+            writeln!(text, " {:>9}", self.lines.iter().map(of).sum::<usize>())
+        };
+        write!(text, "\n{:<34}", "")?;
+        self.lines.iter().try_for_each(|one| write!(text, " {:>8}", one.line.name))?;
+        writeln!(text, " {:>9}", "all")?;
+        count(text, "acknowledged", &|one| one.verdict.acknowledged)?;
+        count(text, "stored in A", &|one| one.verdict.stored)?;
+        count(text, "publishes in doubt", &|one| one.unsure)?;
+        count(text, "processed", &|one| one.verdict.processed)?;
+        count(text, "forwarded", &|one| one.verdict.forwarded)?;
+        count(text, "ignored", &|one| one.verdict.ignored)?;
+        count(text, "dead-lettered", &|one| one.verdict.dead_lettered)?;
+        count(text, "of these out of attempts", &|one| one.verdict.exhausted)?;
+        count(text, "delivered again", &|one| one.verdict.delivered_again)?;
+        count(text, "duplicates in B and dead letters", &|one| one.verdict.duplicates)?;
+        count(text, "lost", &|one| one.verdict.lost)?;
+        count(text, "reordered", &|one| one.verdict.reordered)?;
+        count(text, "commits compared", &|one| one.verdict.samples)?;
+        write!(text, "{:<34}", "longest stall of a partition, s")?;
+        for one in &self.lines {
+            write!(text, " {:>8.1}", one.longest_stall.map_or(0.0, |(length, _)| length.as_secs_f64()))?;
+        }
+        let longest = self.lines.iter().filter_map(|one| one.longest_stall).max();
+        writeln!(text, " {:>9.1}", longest.map_or(0.0, |(length, _)| length.as_secs_f64()))?;
+        if let Some((_, from)) = longest {
+            writeln!(text, "{:<34} {:>8.1}", "the longest began at, s", from.as_secs_f64())?;
+        }
+        writeln!(text, "{:<34} {:>8.1}", "done after the load's end, s", self.drained.as_secs_f64())?;
         if !self.rebalances.is_empty() {
             writeln!(text, "\nstall per rebalance")?;
             for one in &self.rebalances {
                 writeln!(text, "{:>8.1} s  {:>6.2} s  {}", one.at.as_secs_f64(), one.stall.as_secs_f64(), one.what)?;
             }
         }
-        writeln!(text, "\nsidecar  starts  peak memory  peak descriptors")?;
+        writeln!(text, "\nsidecar  starts  peak memory  peak descriptors  in the two halves of its last process")?;
         for (name, usage) in &self.usage {
-            let mib = usage.peak_bytes as f64 / f64::from(1 << 20);
-            writeln!(text, "{name:<7}  {:>6}  {mib:>7.1} MiB  {:>16}", usage.starts, usage.peak_descriptors)?;
+            let (mb, (first, second)) = (usage.peak_bytes as f64 / 1e6, usage.halves);
+            writeln!(text, "{name:<7}  {:>6}  {mb:>8.1} MB  {:>16}  {first}, {second}", usage.starts, usage.peak_descriptors)?;
         }
         if self.is_clean() {
             return writeln!(text, "\nno violation");
         }
-        for violation in &v.violations {
-            writeln!(text, "\nVIOLATION of check {}: {} ({} times)", violation.check, violation.what, violation.count)?;
+        for (line, violation) in self.failed() {
+            writeln!(text, "\nVIOLATION of check {} by {line}: {} ({} times)", violation.check, violation.what, violation.count)?;
             for offender in &violation.offenders {
                 writeln!(text, "    {offender}")?;
             }

@@ -6,45 +6,31 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    check::{Bounds, Evidence, Violation, check},
+    bounds::{self, Bounds},
+    check::{Evidence, Violation, check},
     disk::Disk,
     faults::{Moment, Stagehand},
     fleet::{Fleet, Recipe},
     ground::{Ground, Names},
-    ledger::{Books, Ledger},
+    ledger::{Gap, Ledger},
+    lines::{Line, tables},
     load::Load,
     plan::{Fault, plan},
-    report::{Rebalance, Report},
+    report::{LineReport, Rebalance, Report},
     service::Service,
-    watch::{Usage, Watched},
+    watch::Watched,
 };
 use crate::{broker::Broker, kafka::cluster::Cluster, stage::Stage};
 
-/// The route's attempts: a failure of this number is the last.
+/// The faults that can be built into a sidecar (`MESH_MUTATION`).
+pub const MUTATIONS: [&str; 5] = ["commit_early", "drop_reply", "swap_two", "forget_epoch", "ack_before_fsync"];
+
+/// A route's attempts: a failure of this number is the last.
 const ATTEMPTS: u32 = 10;
-
-/// What a route promises.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-#[value(rename_all = "snake_case")]
-pub enum Guarantee {
-    /// Nothing is lost; what was in flight at a crash comes twice.
-    #[default]
-    AtLeastOnce,
-    /// A `read_committed` reader sees each reply once.
-    ExactlyOnce,
-}
-
-impl Guarantee {
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::AtLeastOnce => "at_least_once",
-            Self::ExactlyOnce => "exactly_once",
-        }
-    }
-}
 
 /// What is run.
 #[derive(Clone, Debug)]
@@ -59,17 +45,17 @@ pub struct Options {
     pub cluster: Option<Arc<Cluster>>,
     /// A fault that is built into the sidecars (`MESH_MUTATION`).
     pub mutation: Option<String>,
-    /// The route's guarantee.
-    pub guarantee: Guarantee,
+    /// What runs beside each other.
+    pub lines: Vec<Line>,
     /// The faults.
     pub faults: Vec<Fault>,
     /// Sidecars; one on the embedded broker.
     pub sidecars: usize,
     /// How many sidecars [`Fault::Scale`] goes up to.
     pub scale_to: usize,
-    /// Records a second.
+    /// Records a second, over all lines.
     pub rate: f64,
-    /// Keys.
+    /// Keys, over all lines.
     pub keys: u32,
     /// The longest wait for the work to end after the load.
     pub drain: Duration,
@@ -90,15 +76,15 @@ impl Options {
             broker,
             cluster: None,
             mutation: None,
-            guarantee: Guarantee::default(),
+            lines: Line::ALL.to_vec(),
             faults,
             sidecars: if kafka { 3 } else { 1 },
             scale_to: 8,
             rate: 400.0,
-            keys: 96,
+            keys: 120,
             drain: Duration::from_secs(180),
             // A build without optimisation takes more.
-            bounds: Bounds { stall: Duration::from_secs(60), memory: if cfg!(debug_assertions) { 160 << 20 } else { 80 << 20 } },
+            bounds: Bounds { stall: Duration::from_secs(60), memory: if cfg!(debug_assertions) { 160_000_000 } else { 80_000_000 } },
             loud: false,
         }
     }
@@ -118,35 +104,12 @@ impl Options {
     }
 }
 
-/// The tables: the one that is in force mostly, and others for swaps. All of them treat the records of A alike.
-fn tables(options: &Options, partitions: i32) -> Vec<String> {
-    let guarantee = options.guarantee.as_str();
-    let table = |fields: &str, more: &str| {
-        format!(
-            "topics: {{ %a: {{ partitions: {partitions} }}, %b: {{ partitions: {partitions} }}, %dlq: {{ partitions: {partitions} }}, %idle: {{ partitions: 1 }} }}
-routes:
-- name: work
-  service: work
-  from: [%a]
-  handler: /work
-  to: [%b]
-  timeout: 4s
-  guarantee: {guarantee}
-  retry: {{ attempts: {ATTEMPTS}, initial: 50ms, max: 1s }}
-  breaker: {{ failures: 20, open: 1s }}
-  {fields}
-{more}"
-        )
-    };
-    vec![
-        table("concurrency: 64", ""),
-        // Taken in place.
-        table("concurrency: 16", ""),
-        // A route more.
-        table("concurrency: 64", "- { name: idle, service: work, from: [%idle], handler: /idle, to: void }"),
-        // Drained, and started anew.
-        table("order: partition", ""),
-    ]
+/// A line as it runs.
+#[derive(Clone, Debug)]
+struct Course {
+    line: Line,
+    names: Names,
+    ledger: Arc<Ledger>,
 }
 
 /// Runs, and tells what was found.
@@ -164,19 +127,25 @@ pub async fn run(options: Options) -> Result<Report> {
 
 async fn run_on(options: &Options, stage: Stage) -> Result<Report> {
     let kafka = options.broker.bootstrap();
-    let names = Names {
-        a: stage.topic("a"),
-        b: stage.topic("b"),
-        dead: stage.topic("dlq"),
-        group: format!("{}.work", stage.mesh()),
-        partitions: if kafka.is_some() { 8 } else { 4 },
+    let partitions = if kafka.is_some() { 8 } else { 4 };
+    let course = |line: &Line| Course {
+        line: *line,
+        names: Names {
+            a: stage.topic(&format!("{}.a", line.name)),
+            b: stage.topic(&format!("{}.b", line.name)),
+            dead: stage.topic(&format!("{}.dlq", line.name)),
+            group: format!("{}.{}", stage.mesh(), line.name),
+            partitions,
+        },
+        ledger: Arc::new(Ledger::new(ATTEMPTS)),
     };
+    let courses: Vec<Course> = options.lines.iter().map(course).collect();
+    let clock = courses.first().context("a run needs a line")?.ledger.clone();
     let ground = match kafka {
         Some(bootstrap) => Ground::Kafka(options.cluster.as_ref().map_or_else(|| bootstrap.to_owned(), |cluster| cluster.direct())),
         None => Ground::Embedded(stage.folder().join("data").join("mesh.db")),
     };
-    let ledger = Arc::new(Ledger::new(ATTEMPTS));
-    let service = Service::new(stage.mesh(), ledger.clone())?;
+    let service = Service::new(stage.mesh(), courses.iter().map(|course| (course.line, course.ledger.clone())).collect())?;
     service.up().await?;
 
     let mut environment = Vec::new();
@@ -192,88 +161,113 @@ async fn run_on(options: &Options, stage: Stage) -> Result<Report> {
     let watched = Watched::default();
     let count = if kafka.is_some() { options.sidecars.max(1) } else { 1 };
     let fleet = Fleet::start(stage.clone(), recipe, count, watched.clone()).await?;
-    let tables = tables(options, names.partitions);
+    let tables = tables(&options.lines, partitions, ATTEMPTS);
     fleet.apply(&tables[0]).await?;
-    fleet.take(0).await.1.wait_running(&["work"]).await?;
+    let routes: Vec<&str> = options.lines.iter().map(|line| line.name).collect();
+    fleet.take(0).await.1.wait_running(&routes).await?;
 
     let plan = plan(options.seed, &options.faults, options.length, options.session());
-    let load = Load {
+    let count = u32::try_from(courses.len())?;
+    let keys = (options.keys / count).max(1);
+    let load = |course: &Course| Load {
         run: stage.mesh().to_owned(),
-        topic: names.a.clone(),
-        keys: options.keys,
-        producers: 8.min(options.keys),
-        rate: options.rate,
+        topic: course.names.a.clone(),
+        keys,
+        producers: 8.min(keys),
+        rate: options.rate / f64::from(count),
         apis: fleet.apis().to_vec(),
     };
+    let loads: Vec<(Load, Arc<Ledger>)> = courses.iter().map(|course| (load(course), course.ledger.clone())).collect();
     let hand = Arc::new(Stagehand {
         fleet,
         service,
         cluster: options.cluster.clone(),
         disk,
-        ledger: ledger.clone(),
+        clock: clock.clone(),
         scale_to: options.scale_to,
         tables,
         timeline: Mutex::default(),
+        swaps: Mutex::default(),
+        turns: Default::default(),
         loud: options.loud,
     });
 
-    ledger.begin();
+    courses.iter().for_each(|course| course.ledger.begin());
     let (stop_load, stop_all) = (CancellationToken::new(), CancellationToken::new());
-    let samples = ground.watch(&names, &ledger, stop_all.clone());
+    let samples: Vec<_> = courses.iter().map(|course| ground.watch(&course.names, &course.ledger, stop_all.clone())).collect();
     let watching = tokio::spawn(watched.clone().run(stop_all.clone()));
-    let mut loading = tokio::spawn(load.run(ledger.clone(), stop_load.clone()));
+    let mut loading = JoinSet::new();
+    for (load, ledger) in loads {
+        loading.spawn(load.run(ledger, stop_load.clone()));
+    }
     let mut faults = tokio::spawn(hand.clone().play(plan.clone(), stop_load.clone()));
-    let mut failed = None;
     tokio::select! {
         () = tokio::time::sleep(options.length) => {}
-        done = &mut loading => failed = Some(done),
+        // None ends before it is told to, unless something is refused for good.
+        Some(done) = loading.join_next() => done??,
         Ok(Err(error)) = &mut faults => return Err(error),
     }
-    let loaded = ledger.now();
+    let loaded = clock.now();
     stop_load.cancel();
-    match failed {
-        Some(done) => done??,
-        None => loading.await??,
+    while let Some(done) = loading.join_next().await {
+        done??;
     }
     if !faults.is_finished() {
         faults.await??;
     }
     let mut violations = Vec::new();
-    let drained = match drained(&ground, &names, &ledger, options.drain).await {
-        Ok(()) => ledger.now().saturating_sub(loaded),
-        Err(error) => {
-            let (what, offenders) = (format!("not done {:?} after the load", options.drain), vec![format!("{error:#}")]);
-            violations.push(Violation { check: 2, what, count: 1, offenders });
-            options.drain
+    let deadline = tokio::time::Instant::now() + options.drain;
+    for course in &courses {
+        if let Err(error) = drained(&ground, &course.names, &course.ledger, deadline).await {
+            let offenders = vec![format!("{}: {error:#}", course.line.name)];
+            violations.push(Violation { check: 2, what: format!("not done {:?} after the load", options.drain), count: 1, offenders });
         }
-    };
+    }
+    let drained = clock.now().saturating_sub(loaded);
     stop_all.cancel();
     watching.await?;
-    let mut samples = samples.await?;
-    samples.push(ground.now(&names, &ledger).await?);
 
     let hand = Arc::into_inner(hand).context("a fault is still under way")?;
+    violations.extend(hand.fleet.is_at_one(Duration::from_secs(60)).await.map(|offender| Violation {
+        check: 9,
+        what: "the sidecars do not run the table that was applied last".to_owned(),
+        count: 1,
+        offenders: vec![offender],
+    }));
     hand.fleet.finish().await?;
     drop(hand.service);
-    let [a, b, dead] = ground.read(&names, [&names.a, &names.b, &names.dead]).await?;
     let timeline = hand.timeline.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let swaps = hand.swaps.into_inner().unwrap_or_else(PoisonError::into_inner);
 
-    let books = ledger.books();
-    let mut verdict = check(&Evidence {
-        run: stage.mesh(),
-        route: "work",
-        books: &books,
-        a: &a,
-        b: &b,
-        dead: &dead,
-        samples: &samples,
-        exactly_once: options.guarantee == Guarantee::ExactlyOnce,
-        faults: !plan.is_empty(),
-    });
-    verdict.violations.extend(violations);
-    let longest = books.longest_gap(Duration::ZERO, loaded);
+    let mut lines = Vec::with_capacity(courses.len());
+    let mut gaps = Vec::new();
+    for (course, samples) in courses.iter().zip(samples) {
+        let mut samples = samples.await?;
+        samples.extend(ground.last(&course.names, &course.ledger).await?);
+        let [a, b, dead] = ground.read(&course.names).await.with_context(|| format!("reading what {} left", course.line.name))?;
+        let books = course.ledger.books();
+        let verdict = check(&Evidence {
+            run: stage.mesh(),
+            line: course.line,
+            books: &books,
+            a: &a,
+            b: &b,
+            dead: &dead,
+            samples: &samples,
+            swaps: &swaps,
+            faults: !plan.is_empty(),
+        });
+        gaps.extend(books.gaps.iter().filter(|gap| gap.from < loaded).copied());
+        lines.push(LineReport {
+            line: course.line,
+            verdict,
+            unsure: books.unsure,
+            longest_stall: books.longest_gap(Duration::ZERO, loaded).map(|gap| (gap.length(), gap.from)),
+        });
+    }
     let usage = watched.usage();
-    verdict.violations.extend(over_bounds(&options.bounds, longest.map(super::ledger::Gap::length), &usage));
+    let longest = gaps.iter().map(|gap| gap.length()).max();
+    violations.extend(bounds::broken(&options.bounds, longest, &usage));
     Ok(Report {
         seed: options.seed,
         broker: match (&options.cluster, kafka) {
@@ -281,22 +275,19 @@ async fn run_on(options: &Options, stage: Stage) -> Result<Report> {
             (None, Some(_)) => "kafka".to_owned(),
             (None, None) => "embedded".to_owned(),
         },
-        guarantee: options.guarantee.as_str(),
         length: options.length,
-        rebalances: rebalances(&timeline, &books, loaded),
+        rebalances: rebalances(&timeline, &gaps, loaded),
         plan,
         timeline,
-        unsure: books.unsure,
-        longest_stall: longest.map(|gap| (gap.length(), gap.from)),
         drained,
         usage,
-        verdict,
+        lines,
+        violations,
     })
 }
 
 /// Waits until everything in A is committed.
-async fn drained(ground: &Ground, names: &Names, ledger: &Arc<Ledger>, deadline: Duration) -> Result<()> {
-    let end = tokio::time::Instant::now() + deadline;
+async fn drained(ground: &Ground, names: &Names, ledger: &Arc<Ledger>, end: tokio::time::Instant) -> Result<()> {
     loop {
         let left = async {
             let ends = ground.ends(names).await?;
@@ -314,35 +305,13 @@ async fn drained(ground: &Ground, names: &Names, ledger: &Arc<Ledger>, deadline:
     }
 }
 
-fn rebalances(timeline: &[Moment], books: &Books, end: Duration) -> Vec<Rebalance> {
+/// The stall of each rebalance: from it to the next one.
+fn rebalances(timeline: &[Moment], gaps: &[Gap], end: Duration) -> Vec<Rebalance> {
     let moments: Vec<&Moment> = timeline.iter().filter(|moment| moment.rebalances).collect();
     let until = |index: usize| moments.get(index + 1).map_or(end, |next: &&Moment| next.at);
     let stall = |(index, moment): (usize, &&Moment)| {
-        let gap = books.longest_gap(moment.at, until(index).max(moment.at));
-        Rebalance { at: moment.at, what: moment.what.clone(), stall: gap.map_or(Duration::ZERO, super::ledger::Gap::length) }
+        let within = gaps.iter().filter(|gap| gap.to > moment.at && gap.from < until(index).max(moment.at));
+        Rebalance { at: moment.at, what: moment.what.clone(), stall: within.map(|gap| gap.length()).max().unwrap_or_default() }
     };
     moments.iter().enumerate().map(stall).collect()
-}
-
-/// Check 8.
-fn over_bounds(bounds: &Bounds, stall: Option<Duration>, usage: &std::collections::BTreeMap<String, Usage>) -> Vec<Violation> {
-    let mut violations = Vec::new();
-    let mut add = |what: &str, offenders: Vec<String>| {
-        if !offenders.is_empty() {
-            violations.push(Violation { check: 8, what: what.to_owned(), count: offenders.len(), offenders });
-        }
-    };
-    let stood = stall.filter(|stall| *stall > bounds.stall).map(|stall| format!("{stall:.1?} where {:?} are allowed", bounds.stall));
-    add("a partition with work stood still", stood.into_iter().collect());
-    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-    let heavy = usage.iter().filter(|(_, usage)| usage.peak_bytes > bounds.memory);
-    add(
-        "a sidecar took too much memory",
-        heavy
-            .map(|(name, usage)| format!("{name}: {:.1} MiB where {:.0} are allowed", mib(usage.peak_bytes), mib(bounds.memory)))
-            .collect(),
-    );
-    let leaking = usage.iter().filter(|(_, usage)| usage.halves.1 > usage.halves.0 + usage.halves.0 / 2 + 32);
-    add("descriptors grow", leaking.map(|(name, usage)| format!("{name}: from {} to {}", usage.halves.0, usage.halves.1)).collect());
-    violations
 }

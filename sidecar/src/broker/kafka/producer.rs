@@ -146,6 +146,9 @@ pub(super) struct Ticket {
     index: usize,
 }
 
+/// The offset of a record that is stored, when the broker does not tell where.
+const UNKNOWN_OFFSET: i64 = -1;
+
 /// The context of a producer: delivery reports and errors.
 struct Context {
     health: Arc<Health>,
@@ -179,7 +182,8 @@ impl ProducerContext for Context {
         let answer = match result {
             Ok(message) => Ok(Position {
                 partition: TopicPartition { topic: topic.clone(), partition: message.partition() },
-                offset: message.offset(),
+                // A request that was sent again since its answer was lost, and had been stored, is acknowledged as such: where, nobody says.
+                offset: message.offset().max(UNKNOWN_OFFSET),
             }),
             Err((error, _)) => {
                 let error = produce_error(topic, self.health.bootstrap(), error);

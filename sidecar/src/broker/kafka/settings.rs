@@ -30,6 +30,8 @@ const CLASSIC_ONLY: [&str; 4] = ["session.timeout.ms", "heartbeat.interval.ms", 
 
 /// How long the broker lets a transaction be open, in milliseconds.
 const TRANSACTION_MS: u64 = 10_000;
+/// After how long an idle connection of a producer of transactions is closed.
+const IDLE_MS: &str = "3000";
 
 /// The operator's settings, checked.
 #[derive(Clone, Debug)]
@@ -137,6 +139,10 @@ impl Settings {
         // Also where the operator set another for the shared producer: librdkafka refuses one that is longer than the transaction.
         config.set("message.timeout.ms", message.to_string());
         config.remove("delivery.timeout.ms");
+        // librdkafka (2.12) gives up looking for a group's coordinator after three answers that there is none, knows no timeout there, and looks
+        // again when some connection comes or goes: with brokers that are well again, `send_offsets_to_transaction` would never return. So
+        // connections go when they are idle.
+        config.set("connections.max.idle.ms", IDLE_MS);
         config
     }
 
@@ -237,6 +243,13 @@ mod tests {
             (Some("9000"), Some("cooperative-sticky"))
         );
         assert!(of(&[("bootstrap.servers", "a:1"), ("group.protocol", "newest")]).unwrap_err().detail.contains("`classic` or `consumer`"));
+    }
+
+    #[test]
+    fn a_search_for_a_coordinator_that_librdkafka_gave_up_goes_on() {
+        for keys in [&[("bootstrap.servers", "a:1")][..], &[("bootstrap.servers", "a:1"), ("connections.max.idle.ms", "0")]] {
+            assert_eq!(of(keys).unwrap().transactional("t").get("connections.max.idle.ms"), Some(IDLE_MS));
+        }
     }
 
     #[test]

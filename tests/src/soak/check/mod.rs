@@ -20,7 +20,8 @@ use uuid::Uuid;
 
 use super::{
     ground::Sample,
-    ledger::{Answer, Books, Place, What},
+    ledger::{Ack, Answer, Books, Place, What},
+    lines::{Guarantee, Line, Order},
     load::traced,
     payload::{Name, Payload, Treatment},
 };
@@ -34,8 +35,8 @@ const SHOWN: usize = 10;
 pub struct Evidence<'a> {
     /// The run's name.
     pub run: &'a str,
-    /// The route's name.
-    pub route: &'a str,
+    /// The route, and what it promises.
+    pub line: Line,
     /// What happened outside of the sidecars.
     pub books: &'a Books,
     /// The records of A.
@@ -46,8 +47,8 @@ pub struct Evidence<'a> {
     pub dead: &'a [Found],
     /// What was committed, over time.
     pub samples: &'a [Sample],
-    /// Whether the route is `exactly_once`.
-    pub exactly_once: bool,
+    /// From when to when tables were swapped.
+    pub swaps: &'a [(Duration, Duration)],
     /// Whether anything went wrong on purpose.
     pub faults: bool,
 }
@@ -120,6 +121,13 @@ struct Source {
     uuid: Uuid,
 }
 
+/// What goes one after the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Lane {
+    Key(u32),
+    Partition(i32),
+}
+
 /// A record that left the route.
 struct Left {
     /// Where the first one is.
@@ -136,6 +144,8 @@ struct Facts<'a> {
     dead: HashMap<Place, (Left, String)>,
     finals: HashMap<Place, Vec<(usize, Answer)>>,
     faults: Faults,
+    /// Records of which a promise was broken, for check 9.
+    broken: Vec<Place>,
 }
 
 fn place_of(found: &Found) -> Place {
@@ -151,6 +161,7 @@ pub fn check(evidence: &Evidence<'_>) -> Verdict {
         dead: HashMap::new(),
         finals: HashMap::new(),
         faults: Faults::default(),
+        broken: Vec::new(),
     };
     facts.enter_events();
     facts.enter_a(evidence);
@@ -158,10 +169,11 @@ pub fn check(evidence: &Evidence<'_>) -> Verdict {
     facts.enter_dead(evidence);
     let mut verdict = facts.dispositions(evidence);
     facts.acknowledged(evidence);
-    facts.order_at_the_service();
+    facts.order_at_the_service(evidence.line.order);
     facts.order_in_b(evidence);
     facts.commits(evidence);
     facts.duplicates(evidence, &verdict);
+    facts.swaps(evidence);
     verdict.lost = facts.faults.count(&[LOST, NOT_IN_A, GAP_IN_A]);
     verdict.reordered = facts.faults.count(&[STARTED_EARLY, REPLIES_DISORDERED]);
     let violation = |((check, what), (count, offenders)): ((u8, &'static str), _)| Violation { check, what: what.into(), count, offenders };
@@ -225,13 +237,19 @@ impl Facts<'_> {
 
     fn acknowledged(&mut self, evidence: &Evidence<'_>) {
         let values: HashMap<Place, &Found> = evidence.a.iter().map(|found| (place_of(found), found)).collect();
+        let by_uuid: HashMap<Uuid, Place> = self.a.iter().map(|(place, source)| (source.uuid, *place)).collect();
         for ack in &evidence.books.acks {
+            let said = ack.place;
+            // Without an offset it may be anywhere in its partition.
+            let found = by_uuid.get(&ack.uuid).filter(|place| said.offset < 0 && place.partition == said.partition);
+            let ack = Ack { place: found.copied().unwrap_or(said), ..*ack };
             let made = Payload::new(evidence.run, ack.producer, ack.name, ack.uuid).bytes();
             let equal = values.get(&ack.place).is_some_and(|found| found.value.as_deref() == Some(&*made));
             if !equal {
                 let there =
                     values.get(&ack.place).map_or_else(|| "nothing is there".to_owned(), |found| format!("there is {}", found.text()));
                 let (name, place, at) = (ack.name, ack.place, ack.at.as_secs_f64());
+                self.broken.push(place);
                 self.faults.add(1, NOT_IN_A, || format!("{name} {} acknowledged at {at:.3} s at {place}: {there}", ack.uuid));
             }
         }
@@ -250,7 +268,7 @@ impl Facts<'_> {
     fn enter_b(&mut self, evidence: &Evidence<'_>) {
         for found in evidence.b {
             let at = place_of(found);
-            let source = Self::cause(found, evidence.route);
+            let source = Self::cause(found, evidence.line.name);
             let Some((place, known)) = source.and_then(|place| Some((place, self.a.get(&place)?))) else {
                 let cause = found.header("mesh-cause");
                 self.faults.add(6, "a record of B has no cause in A", || format!("{at}: mesh-cause {cause:?}: {}", found.text()));
@@ -360,6 +378,7 @@ impl Facts<'_> {
             }
         }
         for place in lost {
+            self.broken.push(place);
             let history = self.history(place);
             self.faults.add(2, LOST, || history);
         }
@@ -373,31 +392,37 @@ impl Facts<'_> {
         verdict
     }
 
-    fn order_at_the_service(&mut self) {
-        let mut keys: HashMap<u32, Vec<Place>> = HashMap::new();
+    fn order_at_the_service(&mut self, order: Order) {
+        let mut homes: HashMap<u32, Place> = HashMap::new();
+        let mut lanes: HashMap<Lane, Vec<Place>> = HashMap::new();
+        let mut at: HashMap<Place, (Lane, usize)> = HashMap::new();
         for (place, source) in &self.a {
-            keys.entry(source.name.key).or_default().push(*place);
-        }
-        let mut at: HashMap<Place, (u32, usize)> = HashMap::new();
-        for (key, places) in &keys {
-            if let Some(other) = places.iter().find(|place| place.partition != places[0].partition) {
-                let first = places[0];
-                self.faults.add(3, "a key is in two partitions", || format!("k{key}: {first} and {other}"));
+            let key = source.name.key;
+            let first = *homes.entry(key).or_insert(*place);
+            if first.partition != place.partition {
+                self.faults.add(3, "a key is in two partitions", || format!("k{key}: {first} and {place}"));
             }
-            at.extend(places.iter().enumerate().map(|(index, place)| (*place, (*key, index))));
+            let lane = match order {
+                Order::Key => Lane::Key(key),
+                Order::Partition => Lane::Partition(place.partition),
+                Order::None => continue,
+            };
+            let places = lanes.entry(lane).or_default();
+            at.insert(*place, (lane, places.len()));
+            places.push(*place);
         }
-        let mut done: HashMap<u32, usize> = HashMap::new();
+        let mut done: HashMap<Lane, usize> = HashMap::new();
         let (mut started, mut ended): (HashSet<Place>, HashSet<Place>) = Default::default();
         let exhausted: HashSet<Place> = self.dead.iter().filter(|(_, (_, reason))| reason == "attempts").map(|(place, _)| *place).collect();
         let mut early = Vec::new();
         for event in &self.books.events {
-            let Some((key, index)) = at.get(&event.place).copied() else { continue };
+            let Some((lane, index)) = at.get(&event.place).copied() else { continue };
             match event.what {
                 What::End(answer) if answer.is_final() => drop(ended.insert(event.place)),
                 What::End(_) => {}
                 What::Start(_) if started.insert(event.place) => {
-                    let prefix = done.entry(key).or_default();
-                    let places = &keys[&key];
+                    let prefix = done.entry(lane).or_default();
+                    let places = &lanes[&lane];
                     while *prefix < index
                         && (ended.contains(&places[*prefix])
                             || (exhausted.contains(&places[*prefix]) && started.contains(&places[*prefix])))
@@ -412,20 +437,25 @@ impl Facts<'_> {
             }
         }
         for (place, when, before) in early {
+            self.broken.push(place);
             let (history, when) = (self.history(before), when.as_secs_f64());
             self.faults.add(3, STARTED_EARLY, || format!("{place} at {when:.3} s, before {history}"));
         }
-        let unknown: BTreeSet<Place> = self.books.events.iter().map(|event| event.place).filter(|place| !at.contains_key(place)).collect();
+        let unknown: BTreeSet<Place> =
+            self.books.events.iter().map(|event| event.place).filter(|place| !self.a.contains_key(place)).collect();
         for place in unknown {
             self.faults.add(6, "the service was given a record that is not in A", || self_history(self.books, place));
         }
     }
 
     fn order_in_b(&mut self, evidence: &Evidence<'_>) {
+        if evidence.line.order == Order::None {
+            return;
+        }
         // By key, the last source whose first reply was seen.
         let mut last: HashMap<u32, Place> = HashMap::new();
         for found in evidence.b {
-            let Some(place) = Self::cause(found, evidence.route) else { continue };
+            let Some(place) = Self::cause(found, evidence.line.name) else { continue };
             let Some(source) = self.a.get(&place) else { continue };
             if self.b.get(&place).is_some_and(|left| left.first != place_of(found)) {
                 continue;
@@ -433,6 +463,7 @@ impl Facts<'_> {
             let before = last.insert(source.name.key, place);
             if let Some(before) = before.filter(|before| *before > place) {
                 let (name, at) = (source.name, place_of(found));
+                self.broken.push(place);
                 self.faults.add(3, REPLIES_DISORDERED, || format!("{name} of {place} is at {at}, behind that of {before}"));
             }
         }
@@ -484,7 +515,7 @@ impl Facts<'_> {
                 |place: &Place| facts.b.get(place).map_or(0, |left| left.count) + facts.dead.get(place).map_or(0, |(left, _)| left.count);
             places.filter(|place| count(place) > 1).map(|place| facts.history(place)).collect::<Vec<_>>()
         };
-        if evidence.exactly_once && verdict.duplicates > 0 {
+        if evidence.line.guarantee == Guarantee::ExactlyOnce && verdict.duplicates > 0 {
             for history in of(self) {
                 self.faults.add(5, "a read_committed reader sees a reply twice", || history);
             }
@@ -496,19 +527,24 @@ impl Facts<'_> {
     }
 }
 
+impl Facts<'_> {
+    /// Check 9: of what was published while tables were swapped, nothing is lost or out of order.
+    fn swaps(&mut self, evidence: &Evidence<'_>) {
+        let published: HashMap<Place, Duration> = self.books.acks.iter().map(|ack| (ack.place, ack.at)).collect();
+        for place in std::mem::take(&mut self.broken) {
+            let Some(at) = published.get(&place) else { continue };
+            if evidence.swaps.iter().any(|(from, to)| (*from..=*to).contains(at)) {
+                let history = self.history(place);
+                self.faults.add(9, "a promise was broken while tables were swapped", || history);
+            }
+        }
+    }
+}
+
 fn self_history(books: &Books, place: Place) -> String {
     let events: Vec<String> =
         books.events.iter().filter(|event| event.place == place).take(4).map(|event| format!("{} {:?}", event.name, event.what)).collect();
     format!("{place}: {}", events.join(", "))
-}
-
-/// What check 8 allows.
-#[derive(Clone, Copy, Debug)]
-pub struct Bounds {
-    /// The longest time in which a partition with work may stand still.
-    pub stall: Duration,
-    /// The most memory of a sidecar, in bytes.
-    pub memory: u64,
 }
 
 #[cfg(test)]

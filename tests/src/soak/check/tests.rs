@@ -1,7 +1,7 @@
 //! Each check fails where it must.
 
 use super::*;
-use crate::soak::ledger::{Ack, Event};
+use crate::soak::ledger::Event;
 
 /// A run of three keys in one partition, in which all is well, as it can be taken apart.
 struct Run {
@@ -10,7 +10,8 @@ struct Run {
     b: Vec<Found>,
     dead: Vec<Found>,
     samples: Vec<Sample>,
-    exactly_once: bool,
+    line: Line,
+    swaps: Vec<(Duration, Duration)>,
     faults: bool,
 }
 
@@ -59,7 +60,8 @@ fn well() -> Run {
         b: Vec::new(),
         dead: Vec::new(),
         samples: Vec::new(),
-        exactly_once: false,
+        line: Line::ALL[0],
+        swaps: Vec::new(),
         faults: false,
     };
     for offset in 0..600 {
@@ -104,13 +106,13 @@ impl Run {
     fn check(&self) -> Verdict {
         check(&Evidence {
             run: "run",
-            route: "work",
+            line: self.line,
             books: &self.books,
             a: &self.a,
             b: &self.b,
             dead: &self.dead,
             samples: &self.samples,
-            exactly_once: self.exactly_once,
+            swaps: &self.swaps,
             faults: self.faults,
         })
     }
@@ -145,6 +147,19 @@ fn check_1_an_acknowledged_record_that_is_not_in_a() {
     let verdict = run.check();
     assert!(verdict.violations.iter().any(|violation| violation.check == 1 && violation.what == NOT_IN_A), "{verdict:?}");
     assert_eq!(verdict.lost, 1);
+}
+
+#[test]
+fn check_1_without_an_offset_a_record_may_be_anywhere_in_its_partition() {
+    let mut run = well();
+    run.books.acks[7].place.offset = -1;
+    assert_eq!(run.check().violations, []);
+    run.books.acks[7].place.partition = 1;
+    assert_eq!(run.fails(), [1]);
+    let mut run = well();
+    run.books.acks[599].place.offset = -1;
+    run.a.pop();
+    assert!(run.check().violations.iter().any(|violation| violation.what == NOT_IN_A));
 }
 
 #[test]
@@ -233,7 +248,7 @@ fn check_5_a_duplicate_without_a_fault_or_with_exactly_once() {
     assert_eq!(run.check().duplicates, 1);
     run.faults = true;
     assert!(run.fails().is_empty(), "at least once: it is counted");
-    run.exactly_once = true;
+    run.line.guarantee = Guarantee::ExactlyOnce;
     assert_eq!(run.fails(), [5]);
 }
 
@@ -271,4 +286,34 @@ fn check_7_what_was_refused_for_good_appears() {
     let name = run.books.acks[5].name;
     run.books.refused.insert(uuid(name));
     assert_eq!(run.fails(), [7]);
+}
+
+#[test]
+fn check_3_with_order_partition_a_record_waits_for_those_of_other_keys() {
+    let mut run = well();
+    run.line.order = Order::Partition;
+    assert_eq!(run.check().violations, []);
+    let index = run.books.events.iter().position(|event| event.place == place(10) && event.what == What::Start(1)).unwrap();
+    let event = run.books.events.remove(index);
+    let before = run.books.events.iter().position(|event| event.place == place(9) && event.what == What::Start(1)).unwrap();
+    run.books.events.insert(before, event);
+    run.samples.clear();
+    assert_eq!(run.fails(), [3]);
+    run.line.order = Order::Key;
+    assert_eq!(run.check().violations, [], "they are of different keys");
+    run.line.order = Order::None;
+    assert_eq!(run.check().violations, []);
+}
+
+#[test]
+fn check_9_a_record_that_is_lost_while_tables_are_swapped() {
+    let mut run = well();
+    run.samples.clear();
+    let (index, place) = run.forwarded();
+    run.b.remove(index);
+    let at = run.books.acks[usize::try_from(place.offset).unwrap()].at;
+    run.swaps = vec![(at + Duration::from_millis(1), at + Duration::from_secs(1))];
+    assert_eq!(run.fails(), [2], "it was published before");
+    run.swaps.push((at, at));
+    assert_eq!(run.fails(), [2, 9]);
 }
