@@ -32,7 +32,7 @@ pub const VERSION: &str = "4.1.1";
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
 /// How long a broker may take until it answers.
-const START: Duration = Duration::from_secs(90);
+const START: Duration = Duration::from_secs(180);
 
 /// Runs the broker given as `$2…` until its input ends. `keep` on the input keeps the data folder `$1`.
 const WATCHDOG: &str = r#"
@@ -262,7 +262,7 @@ impl Node {
             .create()?;
         let until = Instant::now() + START;
         while Instant::now() < until {
-            if client.fetch_metadata(None, Duration::from_millis(500)).is_ok_and(|metadata| !metadata.brokers().is_empty()) {
+            if client.fetch_metadata(None, Duration::from_secs(2)).is_ok_and(|metadata| !metadata.brokers().is_empty()) {
                 return Ok(());
             }
             if let Some(process) = self.process().as_ref()
