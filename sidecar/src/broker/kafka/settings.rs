@@ -30,8 +30,8 @@ const CLASSIC_ONLY: [&str; 4] = ["session.timeout.ms", "heartbeat.interval.ms", 
 
 /// How long the broker lets a transaction be open, in milliseconds.
 const TRANSACTION_MS: u64 = 10_000;
-/// After how long an idle connection of a producer of transactions is closed.
-const IDLE_MS: &str = "3000";
+/// After how long an idle connection of a producer of transactions is closed. No less: one that waits for an answer counts as idle, too.
+const IDLE_MS: &str = "10000";
 
 /// The operator's settings, checked.
 #[derive(Clone, Debug)]

@@ -7,6 +7,8 @@
 //! partition's offset from any member that shows current metadata, also from one to which it does not belong.
 //! Invariant: once `commit_transaction` was called, the job ends only when the broker's decision is known, or as `Lost`.
 //! Invariant: an aborted transaction is aborted at the broker before the job ends, so that the next one can begin.
+//! Invariant: after an abort the next transaction is that of a new producer epoch, records that the broker refused aside: a request of the aborted one that is
+//! still on its way then counts nowhere, and no number of the sequence is used twice, which the broker would take for a repeat and not store.
 
 use std::{
     sync::{
@@ -23,6 +25,7 @@ use rdkafka::{
     config::{FromClientConfigAndContext, RDKafkaLogLevel},
     consumer::ConsumerGroupMetadata,
     error::{KafkaError, RDKafkaError},
+    message::Message as _,
     producer::{BaseProducer, DeliveryResult, Producer as _, ProducerContext},
     topic_partition_list::TopicPartitionList,
     types::RDKafkaErrorCode as Code,
@@ -183,10 +186,25 @@ impl ProducerContext for Context {
     type DeliveryOpaque = usize;
 
     fn delivery(&self, result: &DeliveryResult<'_>, index: usize) {
-        if let Err((error, _)) = result {
-            lock(&self.failed).push((index, error.clone()));
+        match result {
+            Err((error, _)) => lock(&self.failed).push((index, error.clone())),
+            // The broker took it for a repeat of something. Whether that is this transaction's, nobody knows.
+            Ok(message) if message.offset() < 0 => {
+                lock(&self.failed).push((index, KafkaError::MessageProduction(Code::MessageTimedOut)));
+            }
+            Ok(_) => {}
         }
     }
+}
+
+/// Why a producer is of no use any more.
+enum Served {
+    /// The consumer is closed.
+    Closed,
+    /// A transaction was aborted.
+    Aborted,
+    /// It failed for good.
+    Failed(BrokerError),
 }
 
 /// How a transaction went wrong.
@@ -230,7 +248,12 @@ impl Shared {
                 continue;
             }
             self.enter(Stage::Ready);
-            let Some(error) = self.serve(&client, jobs) else { return };
+            let error = match self.serve(&client, jobs) {
+                Served::Closed => return,
+                // The stage stays: a job that comes meanwhile waits.
+                Served::Aborted => continue,
+                Served::Failed(error) => error,
+            };
             tracing::warn!(id = self.id, %error, "kafka: the producer of transactions failed for good and begins anew");
             drop(client);
             self.wait_to_begin(jobs, if error.kind == BrokerErrorKind::Fenced { FENCED } else { Duration::ZERO });
@@ -266,18 +289,18 @@ impl Shared {
         false
     }
 
-    /// Does jobs until the consumer is closed (`None`) or the producer fails for good.
-    fn serve(&self, client: &Client, jobs: &Receiver<Job>) -> Option<BrokerError> {
+    /// Does jobs until the producer must be made anew, or the consumer is closed.
+    fn serve(&self, client: &Client, jobs: &Receiver<Job>) -> Served {
         loop {
             let job = match jobs.recv_timeout(STEP) {
                 Ok(job) => job,
-                Err(RecvTimeoutError::Disconnected) => return None,
+                Err(RecvTimeoutError::Disconnected) => return Served::Closed,
                 Err(RecvTimeoutError::Timeout) => {
                     client.poll(Duration::ZERO);
                     let Some((code, text)) = client.client().fatal_error() else { continue };
                     let error = fatal(&self.id, code, &text);
                     self.enter(Stage::Failed(error.clone()));
-                    return Some(error);
+                    return Served::Failed(error);
                 }
             };
             let Job { records, offsets, metadata, guard, reply } = job;
@@ -294,10 +317,13 @@ impl Shared {
                 self.enter(Stage::Failed(error.clone()));
             }
             drop(guard);
+            let aborted = matches!(answer, Err(TransactionError::Aborted(_)));
             // The caller may have gone.
             drop(reply.send(answer));
-            if failed.is_some() {
-                return failed;
+            match failed {
+                Some(error) => return Served::Failed(error),
+                None if aborted => return Served::Aborted,
+                None => {}
             }
         }
     }
