@@ -172,8 +172,8 @@ impl Cluster {
                 Some(partitions.all(|partition| partition.isr().len() == partition.replicas().len()))
             };
             while in_sync() != Some(true) && Instant::now() < end {
-                // Nothing tells from outside when a replica has caught up.
-                std::thread::sleep(Duration::from_millis(200));
+                // Nothing tells from outside when a replica has caught up. Serves the client's events, and lets a moment pass.
+                drop(client.poll(Duration::from_millis(200)));
             }
             anyhow::Ok(())
         };

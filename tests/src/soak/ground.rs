@@ -303,7 +303,7 @@ fn read_kafka(bootstrap: &str, topic: &str, partitions: i32) -> Result<Vec<Found
     // records ends early.
     while every.ends(topic, partitions)? != committed.ends(topic, partitions)? {
         ensure!(Instant::now() < deadline, "a transaction on {topic} does not end");
-        std::thread::sleep(Duration::from_millis(100));
+        drop(committed.0.poll(Duration::from_millis(100)));
     }
     let Client(consumer) = committed;
     let mut all = TopicPartitionList::new();
