@@ -107,7 +107,7 @@ pub(super) fn produce_error(topic: &str, bootstrap: &str, error: &KafkaError) ->
 }
 
 /// The kind of a record's failure.
-fn produce_kind(code: Code) -> ProduceErrorKind {
+pub(super) fn produce_kind(code: Code) -> ProduceErrorKind {
     match code {
         Code::UnknownTopic | Code::UnknownTopicOrPartition | Code::UnknownTopicId | Code::InvalidTopic => ProduceErrorKind::UnknownTopic,
         Code::UnknownPartition => ProduceErrorKind::UnknownPartition,

@@ -7,8 +7,10 @@
 //! partition's offset from any member that shows current metadata, also from one to which it does not belong.
 //! Invariant: once `commit_transaction` was called, the job ends only when the broker's decision is known, or as `Lost`.
 //! Invariant: an aborted transaction is aborted at the broker before the job ends, so that the next one can begin.
-//! Invariant: after an abort the next transaction is that of a new producer epoch, records that the broker refused aside: a request of the aborted one that is
-//! still on its way then counts nowhere, and no number of the sequence is used twice, which the broker would take for a repeat and not store.
+//! Invariant: no request of an aborted transaction can become part of the next one. One whose answer did not come may still be on its way, and
+//! the broker takes it for the next transaction's while the producer's epoch is the same: its offsets would be committed without their records, or
+//! its sequence numbers be taken for a repeat of other records. So the next transaction is that of a new producer, which has a new epoch; but for
+//! one that was aborted at once for records that the broker refused.
 
 use std::{
     sync::{
@@ -33,7 +35,7 @@ use rdkafka::{
 use tokio::sync::oneshot;
 
 use super::{
-    error::{broker_error, code_error, produce_error},
+    error::{broker_error, code_error, produce_error, produce_kind},
     health::Health,
     producer::base_record,
     settings::Settings,
@@ -70,8 +72,10 @@ pub(super) struct Job {
     pub(super) metadata: Arc<ConsumerGroupMetadata>,
     /// Keeps the partitions from being given away; dropped when the transaction is over.
     pub(super) guard: Box<dyn Send>,
-    pub(super) reply: oneshot::Sender<Result<(), TransactionError>>,
+    pub(super) reply: Reply,
 }
+
+type Reply = oneshot::Sender<Result<(), TransactionError>>;
 
 struct Shared {
     id: String,
@@ -164,7 +168,7 @@ impl Drop for Transactor {
 /// Takes the delivery reports of a transaction.
 struct Context {
     health: Arc<Health>,
-    /// The records that failed, by index.
+    /// The records that failed, or of which it is not certain, by index.
     failed: Mutex<Vec<(usize, KafkaError)>>,
 }
 
@@ -188,30 +192,26 @@ impl ProducerContext for Context {
     fn delivery(&self, result: &DeliveryResult<'_>, index: usize) {
         match result {
             Err((error, _)) => lock(&self.failed).push((index, error.clone())),
-            // The broker took it for a repeat of something. Whether that is this transaction's, nobody knows.
+            // Called stored, without a place: the broker knew the sequence number. Mostly it is this record's, sent again since the first answer
+            // was lost; to be sure that it is not another's the transaction is done again.
             Ok(message) if message.offset() < 0 => {
-                lock(&self.failed).push((index, KafkaError::MessageProduction(Code::MessageTimedOut)));
+                lock(&self.failed).push((index, KafkaError::MessageProduction(Code::DuplicateSequenceNumber)));
             }
             Ok(_) => {}
         }
     }
 }
 
-/// Why a producer is of no use any more.
-enum Served {
-    /// The consumer is closed.
-    Closed,
-    /// A transaction was aborted.
-    Aborted,
-    /// It failed for good.
-    Failed(BrokerError),
-}
+/// A transaction is stored, or aborted. `false`: the broker took long to say so, and a repeat of the question may still be on its way.
+struct Prompt(bool);
 
 /// How a transaction went wrong.
 enum Failure {
-    /// It must be aborted; then this is the answer.
+    /// It must be aborted; then this is the answer. Every request of it was answered.
     Abort(TransactionError),
-    /// The producer is of no use any more.
+    /// The same, and something of it may still be on its way: the producer goes with it.
+    Renew(TransactionError),
+    /// Its end is not known, or the producer is of no use any more.
     Fatal(BrokerError),
 }
 
@@ -248,14 +248,8 @@ impl Shared {
                 continue;
             }
             self.enter(Stage::Ready);
-            let error = match self.serve(&client, jobs) {
-                Served::Closed => return,
-                // The stage stays: a job that comes meanwhile waits.
-                Served::Aborted => continue,
-                Served::Failed(error) => error,
-            };
+            let Some(error) = self.serve(client, jobs) else { return };
             tracing::warn!(id = self.id, %error, "kafka: the producer of transactions failed for good and begins anew");
-            drop(client);
             self.wait_to_begin(jobs, if error.kind == BrokerErrorKind::Fenced { FENCED } else { Duration::ZERO });
         }
     }
@@ -289,43 +283,70 @@ impl Shared {
         false
     }
 
-    /// Does jobs until the producer must be made anew, or the consumer is closed.
-    fn serve(&self, client: &Client, jobs: &Receiver<Job>) -> Served {
+    /// Does jobs until the consumer is closed (`None`) or the producer fails for good.
+    fn serve(&self, mut client: Client, jobs: &Receiver<Job>) -> Option<BrokerError> {
         loop {
             let job = match jobs.recv_timeout(STEP) {
                 Ok(job) => job,
-                Err(RecvTimeoutError::Disconnected) => return Served::Closed,
+                Err(RecvTimeoutError::Disconnected) => return None,
                 Err(RecvTimeoutError::Timeout) => {
                     client.poll(Duration::ZERO);
                     let Some((code, text)) = client.client().fatal_error() else { continue };
                     let error = fatal(&self.id, code, &text);
                     self.enter(Stage::Failed(error.clone()));
-                    return Served::Failed(error);
+                    return Some(error);
                 }
             };
             let Job { records, offsets, metadata, guard, reply } = job;
-            let (answer, failed) = match self.transact(client, &records, &offsets, &metadata) {
-                Ok(()) => (Ok(()), None),
-                Err(Failure::Abort(error)) => match self.abort(client) {
-                    Ok(()) => (Err(error), None),
-                    Err(fatal) => (Err(TransactionError::Lost(fatal.clone())), Some(fatal)),
-                },
-                Err(Failure::Fatal(error)) => (Err(TransactionError::Lost(error.clone())), Some(error)),
+            let (answer, next) = match self.transact(&client, &records, &offsets, &metadata) {
+                Ok(Prompt(true)) => (Ok(()), Ok(client)),
+                Ok(Prompt(false)) => (Ok(()), self.renew(client)),
+                Err(Failure::Abort(error)) => {
+                    let refused = matches!(error, TransactionError::Refused(_) | TransactionError::Split(_));
+                    let next = match self.abort(&client) {
+                        Ok(Prompt(true)) if refused => Ok(client),
+                        Ok(_) => self.renew(client),
+                        Err(fatal) => Err(fatal),
+                    };
+                    (Err(error), next)
+                }
+                Err(Failure::Renew(error)) => (Err(error), self.renew(client)),
+                Err(Failure::Fatal(error)) => (Err(TransactionError::Lost(error.clone())), Err(error)),
             };
-            if let Some(error) = &failed {
-                // Before the answer: who asks again hears of it.
-                self.enter(Stage::Failed(error.clone()));
-            }
-            drop(guard);
-            let aborted = matches!(answer, Err(TransactionError::Aborted(_)));
-            // The caller may have gone.
-            drop(reply.send(answer));
-            match failed {
-                Some(error) => return Served::Failed(error),
-                None if aborted => return Served::Aborted,
-                None => {}
+            let answer = match (answer, &next) {
+                (Err(_), Err(fatal)) => Err(TransactionError::Lost(fatal.clone())),
+                (answer, _) => answer,
+            };
+            self.finish(guard, reply, answer, next.as_ref().err());
+            client = match next {
+                Ok(client) => client,
+                Err(error) => return Some(error),
+            };
+        }
+    }
+
+    /// Ends a job.
+    fn finish(&self, guard: Box<dyn Send>, reply: Reply, answer: Result<(), TransactionError>, failed: Option<&BrokerError>) {
+        if let Some(error) = failed {
+            // Before the answer: who asks again hears of it.
+            self.enter(Stage::Failed(error.clone()));
+        }
+        drop(guard);
+        // The caller may have gone.
+        drop(reply.send(answer));
+    }
+
+    /// A new producer in the place of one of which something may still be on its way. It aborts what that one left.
+    fn renew(&self, old: Client) -> Result<Client, BrokerError> {
+        drop(old);
+        while !self.stopping() {
+            let client = self.create()?;
+            if self.initialise(&client) {
+                self.enter(Stage::Ready);
+                return Ok(client);
             }
         }
+        Err(BrokerError::new(BrokerErrorKind::Other, format!("transactions of `{}`: closed before the one under way was aborted", self.id)))
     }
 
     /// Waits until the session lets the producer begin again, and refuses transactions meanwhile.
@@ -351,7 +372,25 @@ impl Shared {
         records: &[Outgoing],
         offsets: &TopicPartitionList,
         metadata: &ConsumerGroupMetadata,
-    ) -> Result<(), Failure> {
+    ) -> Result<Prompt, Failure> {
+        match self.attempt(client, records, offsets, metadata) {
+            Err(Failure::Abort(error)) => {
+                self.drain(client);
+                let certain = |code: Option<Code>| code.is_some_and(|code| is_certain(produce_kind(code)));
+                let unknown = lock(&client.context().failed).iter().any(|(_, error)| !certain(error.rdkafka_error_code()));
+                Err(if unknown || client.in_flight_count() > 0 { Failure::Renew(error) } else { Failure::Abort(error) })
+            }
+            other => other,
+        }
+    }
+
+    fn attempt(
+        &self,
+        client: &Client,
+        records: &[Outgoing],
+        offsets: &TopicPartitionList,
+        metadata: &ConsumerGroupMetadata,
+    ) -> Result<Prompt, Failure> {
         let limit = Instant::now() + LIMIT;
         self.drain(client);
         lock(&client.context().failed).clear();
@@ -363,8 +402,11 @@ impl Shared {
         {
             // A record that was refused meanwhile fails this too: then that is the reason.
             self.drain(client);
-            self.check_reports(client, records)?;
-            return Err(failure);
+            return Err(match (self.check_reports(client, records), failure) {
+                (Ok(()), failure) => failure,
+                (Err(Failure::Abort(answer)), Failure::Renew(_)) => Failure::Renew(answer),
+                (Err(reported), _) => reported,
+            });
         }
         // `commit_transaction` would wait in steps of 100 ms for reports that nobody takes.
         while client.in_flight_count() > 0 {
@@ -413,42 +455,42 @@ impl Shared {
             (index, produce_error(topic, self.health.bootstrap(), &error))
         });
         let named: Vec<(usize, ProduceError)> = named.collect();
+        let unknown = named.iter().any(|(_, error)| !is_certain(error.kind));
         let mut refused: Vec<_> = named.iter().filter(|(_, error)| is_refusal(error.kind)).cloned().collect();
-        Err(Failure::Abort(match (refused.len(), named.into_iter().next()) {
+        let answer = match (refused.len(), named.into_iter().next()) {
             // The broker refuses a batch as a whole: of several that it held, it is not said which is at fault.
             (2.., _) => TransactionError::Split(refused.swap_remove(0).1),
             (1, _) => TransactionError::Refused(refused),
             (_, Some((_, error))) => aborted(error),
             (_, None) => return Ok(()),
-        }))
+        };
+        Err(if unknown { Failure::Renew(answer) } else { Failure::Abort(answer) })
     }
 
-    fn commit(&self, client: &Client) -> Result<(), Failure> {
-        let mut closing = None;
+    fn commit(&self, client: &Client) -> Result<Prompt, Failure> {
+        let (mut closing, begun) = (None, Instant::now());
         loop {
-            let Err(error) = client.commit_transaction(STEP) else { return Ok(()) };
+            let Err(error) = client.commit_transaction(STEP) else { return Ok(Prompt(begun.elapsed() < STEP)) };
             client.poll(Duration::ZERO);
             let inner = transaction_error(&error);
-            if inner.is_some_and(RDKafkaError::txn_requires_abort) {
-                return Err(Failure::Abort(TransactionError::Aborted(self.named("commit", &error))));
-            }
+            // Also what asks to be aborted: the broker may have heard of the commit, and then there is nothing to abort.
             let patient = !self.stopping() || Instant::now() < *closing.get_or_insert_with(|| Instant::now() + CLOSING);
-            if !patient || inner.is_some_and(|inner| inner.is_fatal() || !inner.is_retriable()) {
+            if !patient || inner.is_some_and(|inner| inner.is_fatal() || inner.txn_requires_abort() || !inner.is_retriable()) {
                 return Err(Failure::Fatal(self.named("commit", &error)));
             }
         }
     }
 
     /// Aborts at the broker.
-    fn abort(&self, client: &Client) -> Result<(), BrokerError> {
-        let mut closing = None;
+    fn abort(&self, client: &Client) -> Result<Prompt, BrokerError> {
+        let (mut closing, begun) = (None, Instant::now());
         // The first call takes back what was not sent yet, and ends early so that the reports of that can be taken here. (To take it back by
         // `purge` would leave a gap in the sequence, which makes the next transaction fail.)
         let mut step = Duration::from_millis(10);
         loop {
             let Err(error) = client.abort_transaction(step) else {
                 self.drain(client);
-                return Ok(());
+                return Ok(Prompt(begun.elapsed() < STEP));
             };
             step = STEP;
             self.drain(client);
@@ -469,11 +511,20 @@ impl Shared {
 
     /// Calls again what may be called again.
     fn retrying(&self, limit: Instant, what: &str, mut call: impl FnMut() -> Result<(), KafkaError>) -> Result<(), Failure> {
+        let mut again = false;
         loop {
             let Err(error) = call() else { return Ok(()) };
             let retriable = transaction_error(&error).is_some_and(|inner| inner.is_retriable() && !inner.txn_requires_abort());
-            if !retriable || Instant::now() > limit || self.stopping() {
-                return Err(self.failure(what, &error));
+            if !retriable {
+                return Err(match self.failure(what, &error) {
+                    // What was asked before was not answered.
+                    Failure::Abort(error) if again => Failure::Renew(error),
+                    failure => failure,
+                });
+            }
+            again = true;
+            if Instant::now() > limit || self.stopping() {
+                return Err(Failure::Renew(TransactionError::Aborted(self.named(what, &error))));
             }
         }
     }
@@ -519,6 +570,11 @@ fn aborted(error: ProduceError) -> TransactionError {
 /// Whether the broker will never take the record.
 fn is_refusal(kind: ProduceErrorKind) -> bool {
     matches!(kind, ProduceErrorKind::TooLarge | ProduceErrorKind::Refused | ProduceErrorKind::UnknownPartition)
+}
+
+/// Whether a record that failed so is known not to be stored, and not to be on its way.
+fn is_certain(kind: ProduceErrorKind) -> bool {
+    is_refusal(kind) || matches!(kind, ProduceErrorKind::UnknownTopic | ProduceErrorKind::Unauthorized | ProduceErrorKind::QueueFull)
 }
 
 fn transaction_error(error: &KafkaError) -> Option<&RDKafkaError> {

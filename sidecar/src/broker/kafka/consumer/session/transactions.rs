@@ -51,8 +51,8 @@ impl Session {
         let Some(transactor) = &self.shared.transactor else { return };
         match transactor.stage() {
             Stage::Ready => {
+                self.trouble(Cause::Transactions, None);
                 if std::mem::take(&mut self.starting_over) {
-                    self.trouble(Cause::Transactions, None);
                     self.abandoned = false;
                     self.adopt(client);
                 } else if self.shared.stale_metadata.swap(false, Ordering::AcqRel)
