@@ -374,6 +374,11 @@ impl Shared {
         metadata: &ConsumerGroupMetadata,
     ) -> Result<Prompt, Failure> {
         match self.attempt(client, records, offsets, metadata) {
+            Err(Failure::Abort(error) | Failure::Renew(error)) if client.client().fatal_error().is_some() => {
+                // Somebody else may hold its identity: a new producer would take it back at once.
+                let failed = client.client().fatal_error().map(|(code, text)| fatal(&self.id, code, &text));
+                Err(Failure::Fatal(failed.unwrap_or_else(|| BrokerError::new(BrokerErrorKind::Other, error.to_string()))))
+            }
             Err(Failure::Abort(error)) => {
                 self.drain(client);
                 let certain = |code: Option<Code>| code.is_some_and(|code| is_certain(produce_kind(code)));
@@ -403,7 +408,7 @@ impl Shared {
             // A record that was refused meanwhile fails this too: then that is the reason.
             self.drain(client);
             return Err(match (self.check_reports(client, records), failure) {
-                (Ok(()), failure) => failure,
+                (Ok(()), failure) | (_, failure @ Failure::Fatal(_)) => failure,
                 (Err(Failure::Abort(answer)), Failure::Renew(_)) => Failure::Renew(answer),
                 (Err(reported), _) => reported,
             });

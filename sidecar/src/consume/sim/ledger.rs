@@ -75,8 +75,6 @@ struct Holding {
     /// Complete above the position, as the commit said.
     complete: BTreeSet<i64>,
     failed: BTreeMap<i64, u32>,
-    /// When it failed first, as the loop counts.
-    first: BTreeMap<i64, Option<u64>>,
     ended: BTreeSet<i64>,
     assignment: u64,
 }
@@ -91,6 +89,8 @@ struct Owner {
     deliveries: u64,
     assignments: u64,
     trust: Option<Trust>,
+    /// When a record of an assignment failed first, as the loop counts: also after the partition went, while the record is at the service.
+    first: BTreeMap<(u64, i64), Option<u64>>,
 }
 
 /// What a loop thinks of its service: which failures count.
@@ -421,12 +421,10 @@ impl Ledger {
             return Err(format!("{life} is answered {partition}/{offset}, which is not at the service"));
         };
         let trust = owner.trust.get_or_insert(trust);
-        let mut holding = owner.has.get_mut(partition).filter(|holding| holding.assignment == assignment);
+        let holding = owner.has.get_mut(partition).filter(|holding| holding.assignment == assignment);
         let exhausted = end == Some(End::Dead("attempts"));
         let spends = exhausted && (holding.is_some() || owner.leaving.contains(partition));
-        let mut unknown = None;
-        let first = holding.as_mut().map_or(&mut unknown, |holding| holding.first.entry(offset).or_default());
-        let counts = trust.counts(said, first, spends);
+        let counts = trust.counts(said, owner.first.entry((assignment, offset)).or_default(), spends);
         let unsure = trust.unsure;
         if !counts && !unsure && exhausted {
             end = None;
