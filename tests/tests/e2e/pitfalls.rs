@@ -69,6 +69,8 @@ async fn metadata_that_another_program_committed_is_ignored() -> Result<()> {
         let service = Service::native(Scenario::new()).await?;
         let mut sidecar = stage.sidecar("sidecar").service("work", &service).start().await?;
         sidecar.apply(TABLE).await?;
+        // One that ends while it joins leaves a member behind, and only a group without members takes a stranger's commit.
+        sidecar.wait_running(&["work"]).await?;
         let topic = stage.topic("in");
         for metadata in ["bMTA5Mw==", "NoMetadata", "mesh1:", "\u{1f600} {\"offset\": 3}"] {
             sidecar.sigterm(MINUTE).await?;
