@@ -59,6 +59,13 @@ fn nothing_is_unfinished() {
     assert!(faults.is_empty(), "\n{}", faults.join("\n"));
 }
 
+/// `cargo run -- demo`, the README's first command, names no binary: of several, cargo must know which one.
+#[test]
+fn cargo_run_knows_which_binary() {
+    let manifest = fs::read_to_string(root().join("sidecar/Cargo.toml")).unwrap();
+    assert_eq!(default_run(&manifest), Some("mesh-sidecar"));
+}
+
 #[test]
 fn public_modules_say_what_they_are_for() {
     let mut faults = Vec::new();
@@ -412,8 +419,19 @@ fn end_of_string(chars: &[char], mut at: usize) -> usize {
     at + 1
 }
 
+/// The binary that a manifest chooses.
+fn default_run(manifest: &str) -> Option<&str> {
+    manifest.lines().find_map(|line| line.strip_prefix("default-run = \"")?.strip_suffix('"'))
+}
+
 mod can_fail {
     use super::*;
+
+    #[test]
+    fn sees_that_no_binary_is_chosen() {
+        assert_eq!(default_run("[package]\nname = \"a\"\n[[bin]]\nname = \"b\"\n"), None);
+        assert_eq!(default_run("[package]\ndefault-run = \"b\"\n"), Some("b"));
+    }
 
     fn climbs_of(file: &str, source: &str) -> Vec<String> {
         climbs(Path::new(file), source)
