@@ -38,6 +38,8 @@ pub(crate) struct State {
     pub(crate) unlearned: Vec<String>,
     /// What `learn_topic` answers for others.
     pub(crate) learn: ProduceErrorKind,
+    /// The end of every partition.
+    pub(crate) high: i64,
     /// Whether there is a record at any offset, or later.
     pub(crate) readable: bool,
     /// The consumers that were made.
@@ -68,6 +70,7 @@ impl Fake {
             topics: topics.iter().map(|name| ((*name).to_owned(), Vec::new())).collect(),
             unlearned: Vec::new(),
             learn: ProduceErrorKind::UnknownTopic,
+            high: 0,
             readable: true,
             consumers: Vec::new(),
         })))
@@ -259,7 +262,7 @@ impl Admin for Fake {
     }
 
     fn watermarks(&self, _partition: &TopicPartition) -> BoxFuture<'_, Result<(i64, i64), BrokerError>> {
-        Box::pin(async { Ok((0, 0)) })
+        Box::pin(async { Ok((0, self.0.lock().unwrap().high)) })
     }
 
     fn readable(&self, _partition: &TopicPartition, _from: i64) -> BoxFuture<'_, Result<bool, BrokerError>> {

@@ -302,7 +302,7 @@ impl RouteLoop {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::sync::Arc;
 
     use mesh_routing::Route;
@@ -320,7 +320,7 @@ mod tests {
     };
 
     /// A route's loop on a fake consumer, with partitions 0 to 2 assigned.
-    struct Fixture {
+    pub(in crate::consume) struct Fixture {
         board: Board,
         events: tokio::sync::mpsc::Sender<Event>,
         running: tokio::task::JoinHandle<()>,
@@ -333,7 +333,7 @@ mod tests {
         }
     }
 
-    fn partition(number: i32) -> TopicPartition {
+    pub(in crate::consume) fn partition(number: i32) -> TopicPartition {
         TopicPartition::new("in", number)
     }
 
@@ -347,8 +347,12 @@ mod tests {
     }
 
     async fn fixture() -> Fixture {
-        let fake = Fake::new(&["in"]);
-        let route: Arc<Route> = test_delivery("", 0).route;
+        fixture_on(&Fake::new(&["in"]), "").await
+    }
+
+    /// The same, of a route with these further fields.
+    pub(in crate::consume) async fn fixture_on(fake: &Fake, fields: &str) -> Fixture {
+        let route: Arc<Route> = test_delivery(fields, 0).route;
         let (change, changes) = watch::channel(route.clone());
         let (leaf, answers) = Leaf::played(|_| {});
         let board = Board::default();

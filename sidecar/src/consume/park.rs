@@ -36,8 +36,8 @@ pub(super) const TRACKED: usize = 100_000;
 pub(super) const LONGEST: Duration = Duration::from_secs(31 * 86_400);
 /// The pause before retry topics are looked for again.
 pub(super) const AGAIN: Duration = Duration::from_millis(500);
-/// A partition's end may be no record, but a mark of a transaction: one that brought nothing for so long was read to its end.
-const QUIET: Duration = Duration::from_secs(2);
+/// A partition's end may be no record, but a mark of a transaction: of one that brought nothing for so long it is asked whether there is more.
+const QUIET: Duration = Duration::from_secs(1);
 
 /// What a slot is for its route.
 pub(super) enum Role {
@@ -115,12 +115,14 @@ pub(super) struct Sides {
 }
 
 /// What was found of retry and park topics.
-pub(super) struct Looked {
-    asked: Vec<(u32, u64)>,
-    result: Result<Vec<FoundSide>, BrokerError>,
+pub(super) enum Looked {
+    /// Which there are, for sources and their epochs.
+    Sides { asked: Vec<(u32, u64)>, result: Result<Vec<FoundSide>, BrokerError> },
+    /// Whether there are records from the cursor on, for the slots of some and their epochs.
+    Ends(Vec<(u32, u64, i64, Result<bool, BrokerError>)>),
 }
 
-struct FoundSide {
+pub(super) struct FoundSide {
     of: u32,
     kind: Kind,
     partition: TopicPartition,
@@ -273,7 +275,7 @@ impl RouteLoop {
             let asked = live.iter().map(|(of, slot)| (*of, slot.watermark.epoch())).collect();
             let partitions = live.into_iter().map(|(of, slot)| (of, slot.partition.clone())).collect();
             let looking = look(self.parts.broker.admin(), self.route.clone(), partitions);
-            self.sides.looking = Some(looking.map(|result| Looked { asked, result }).boxed());
+            self.sides.looking = Some(looking.map(|result| Looked::Sides { asked, result }).boxed());
         }
         while let Some(entry) = self.sides.delayed.first_entry()
             && entry.key().0 <= now
@@ -295,13 +297,16 @@ impl RouteLoop {
             return;
         }
         let now = Instant::now();
-        let asked: Vec<u32> = looked
-            .asked
+        let (asked, result) = match looked {
+            Looked::Sides { asked, result } => (asked, result),
+            Looked::Ends(ends) => return self.on_ends(ends, now),
+        };
+        let asked: Vec<u32> = asked
             .into_iter()
             .filter(|(of, epoch)| self.slots.get(*of as usize).is_some_and(|s| s.owned && !s.revoking && s.watermark.epoch() == *epoch))
             .map(|(of, _)| of)
             .collect();
-        let found = match looked.result {
+        let found = match result {
             Ok(found) => found,
             Err(error) => {
                 tracing::warn!(route = %self.route.name, %error, "looking for retry topics failed: trying again");
@@ -371,15 +376,14 @@ impl RouteLoop {
         if source.stage != Stage::Scanning {
             return;
         }
-        let now = Instant::now();
         let sides = source.sides.clone();
-        let reading = sides.iter().filter_map(|side| self.slots.get(*side as usize)?.side()).filter(|side| side.reading);
-        // A trouble of the broker is no quiet.
-        let quiet_ends = |side: &Side| if self.sides.trouble.is_some() { now + QUIET } else { side.quiet + QUIET };
-        let left = reading.filter(|side| side.cursor < side.until && quiet_ends(side) > now).map(quiet_ends).min();
-        if let Some(left) = left {
-            self.sides.again = Some(self.sides.again.map_or(left, |again| again.min(left)));
-            return;
+        let unfinished = |index: &u32| {
+            let side = self.slots.get(*index as usize).and_then(Slot::side);
+            side.is_some_and(|side| side.reading && side.cursor < side.until)
+        };
+        let left: Vec<u32> = sides.iter().copied().filter(unfinished).collect();
+        if !left.is_empty() {
+            return self.ask_for_ends(&left, Instant::now());
         }
         let ordered = self.ordered();
         for index in sides {
@@ -402,6 +406,51 @@ impl RouteLoop {
         self.pass_gate(of);
         self.hold_or_release(of);
         self.post_now();
+    }
+
+    /// Asks whether there is anything left of sides that brought nothing for a while; until that is known they are waited for.
+    fn ask_for_ends(&mut self, left: &[u32], now: Instant) {
+        let side_of = |index: &u32| self.slots.get(*index as usize).and_then(|slot| Some((slot, slot.side()?)));
+        let quiet: Vec<(u32, u64, i64, TopicPartition)> = left
+            .iter()
+            .filter_map(|index| Some((*index, side_of(index)?)))
+            .filter(|(_, (_, side))| side.quiet + QUIET <= now)
+            .map(|(index, (slot, side))| (index, slot.watermark.epoch(), side.cursor, slot.partition.clone()))
+            .collect();
+        let again = left.iter().filter_map(side_of).map(|(_, side)| (side.quiet + QUIET).max(now + AGAIN)).min();
+        self.sides.again = self.sides.again.into_iter().chain(again).min();
+        // A broker in trouble tells when that is over, by what it sends.
+        if quiet.is_empty() || self.sides.looking.is_some() || self.sides.trouble.is_some() {
+            return;
+        }
+        let admin = self.parts.broker.admin();
+        let looking = async move {
+            let mut ends = Vec::with_capacity(quiet.len());
+            for (index, epoch, cursor, partition) in quiet {
+                ends.push((index, epoch, cursor, admin.readable(&partition, cursor).await));
+            }
+            Looked::Ends(ends)
+        };
+        self.sides.looking = Some(looking.boxed());
+    }
+
+    fn on_ends(&mut self, ends: Vec<(u32, u64, i64, Result<bool, BrokerError>)>, now: Instant) {
+        let mut sources = BTreeSet::new();
+        for (index, epoch, cursor, readable) in ends {
+            let Some(slot) = self.slots.get_mut(index as usize).filter(|slot| slot.watermark.epoch() == epoch) else { continue };
+            let Some(side) = slot.side_mut().filter(|side| side.cursor == cursor) else { continue };
+            match readable {
+                Ok(false) => side.until = cursor,
+                // It comes.
+                Ok(true) => side.quiet = now,
+                Err(error) => {
+                    side.quiet = now;
+                    tracing::debug!(route = %self.route.name, %error, "not known whether a retry topic has more");
+                }
+            }
+            sources.insert(side.of);
+        }
+        sources.into_iter().for_each(|of| self.scanned(of));
     }
 
     /// Lets parked records run once the source was read as far as it was before.
@@ -432,14 +481,7 @@ impl RouteLoop {
         side.reading = true;
         side.quiet = Instant::now();
         if self.sides.reader.is_none() {
-            let config = ConsumerConfig {
-                group: None,
-                topics: Vec::new(),
-                instance: None,
-                transactional_id: None,
-                start: StartOffset::Earliest,
-                buffer_bytes: self.parts.buffer_bytes,
-            };
+            let config = ConsumerConfig::reader(Vec::new(), StartOffset::Earliest, self.parts.buffer_bytes);
             match self.parts.broker.consumer(config) {
                 Ok(reader) => self.sides.reader = Some(reader),
                 Err(error) => {
@@ -486,5 +528,29 @@ impl RouteLoop {
             (self.sides.looking, self.sides.again) = (None, None);
             self.sides.wanted.clear();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        broker::fake::Fake,
+        consume::commit::tests::{fixture_on, partition},
+    };
+
+    /// What comes late from a park topic is to run first: silence is no end.
+    #[tokio::test(start_paused = true)]
+    async fn a_broker_that_is_slow_does_not_let_a_key_overtake_what_is_parked() {
+        let fake = Fake::new(&["in", "work.in.retry-1", "work.in.park"]);
+        fake.0.lock().unwrap().high = 1;
+        let _running = fixture_on(&fake, "retry: { topics: [10m] }").await;
+        let held = fake.0.lock().unwrap().consumers[0].held.clone();
+        let is_held = || held.borrow().contains(&partition(0));
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert!(is_held(), "there is a record, and it did not come yet");
+        fake.0.lock().unwrap().readable = false;
+        tokio::time::sleep(QUIET * 3).await;
+        assert!(!is_held(), "only marks are left");
     }
 }

@@ -373,20 +373,19 @@ impl Shared {
         offsets: &TopicPartitionList,
         metadata: &ConsumerGroupMetadata,
     ) -> Result<Prompt, Failure> {
-        match self.attempt(client, records, offsets, metadata) {
-            Err(Failure::Abort(error) | Failure::Renew(error)) if client.client().fatal_error().is_some() => {
-                // Somebody else may hold its identity: a new producer would take it back at once.
-                let failed = client.client().fatal_error().map(|(code, text)| fatal(&self.id, code, &text));
-                Err(Failure::Fatal(failed.unwrap_or_else(|| BrokerError::new(BrokerErrorKind::Other, error.to_string()))))
-            }
-            Err(Failure::Abort(error)) => {
-                self.drain(client);
-                let certain = |code: Option<Code>| code.is_some_and(|code| is_certain(produce_kind(code)));
-                let unknown = lock(&client.context().failed).iter().any(|(_, error)| !certain(error.rdkafka_error_code()));
-                Err(if unknown || client.in_flight_count() > 0 { Failure::Renew(error) } else { Failure::Abort(error) })
-            }
-            other => other,
+        let failure = match self.attempt(client, records, offsets, metadata) {
+            Err(failure @ (Failure::Abort(_) | Failure::Renew(_))) => failure,
+            other => return other,
+        };
+        if let Some((code, text)) = client.client().fatal_error() {
+            // Somebody else may hold its identity: a new producer would take it back at once.
+            return Err(Failure::Fatal(fatal(&self.id, code, &text)));
         }
+        let Failure::Abort(error) = failure else { return Err(failure) };
+        self.drain(client);
+        let certain = |code: Option<Code>| code.is_some_and(|code| is_certain(produce_kind(code)));
+        let unknown = lock(&client.context().failed).iter().any(|(_, error)| !certain(error.rdkafka_error_code()));
+        Err(if unknown || client.in_flight_count() > 0 { Failure::Renew(error) } else { Failure::Abort(error) })
     }
 
     fn attempt(
