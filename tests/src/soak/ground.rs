@@ -41,6 +41,8 @@ pub struct Names {
     pub b: String,
     /// The dead letters.
     pub dead: String,
+    /// Retry topics in their order, then the park topic ([`super::lines::Line::sides`]).
+    pub sides: Vec<String>,
     /// The route's group.
     pub group: String,
     /// How many partitions each topic has.
@@ -58,8 +60,32 @@ pub struct Sample {
     pub b: BTreeMap<i32, i64>,
     /// The ends of the dead letters' partitions, afterwards.
     pub dead: BTreeMap<i32, i64>,
+    /// Retry and park topics, as [`Names::sides`] has them.
+    pub sides: Vec<Side>,
     /// How many events the ledger had, afterwards.
     pub events: usize,
+}
+
+/// How far the route is in a topic beside its source.
+#[derive(Clone, Debug, Default)]
+pub struct Side {
+    /// The committed offset of each partition.
+    pub committed: BTreeMap<i32, i64>,
+    /// The ends of its partitions, afterwards.
+    pub ends: BTreeMap<i32, i64>,
+}
+
+/// What the topics of a line hold, in the order of offsets within a partition.
+#[derive(Clone, Debug, Default)]
+pub struct Contents {
+    /// The records of A.
+    pub a: Vec<Found>,
+    /// The records of B.
+    pub b: Vec<Found>,
+    /// The dead letters.
+    pub dead: Vec<Found>,
+    /// The records of retry and park topics, as [`Names::sides`] has them.
+    pub sides: Vec<Vec<Found>>,
 }
 
 /// Where the truth is read.
@@ -112,9 +138,12 @@ impl Ground {
                     *client = Some(Client::new(bootstrap, &names.group)?);
                 }
                 let client = client.as_ref().context("a client")?;
-                let committed = client.committed(&names.a, names.partitions)?;
-                let (b, dead) = (client.ends(&names.b, names.partitions)?, client.ends(&names.dead, names.partitions)?);
-                Ok(Sample { at: ledger.now(), committed, b, dead, events: ledger.books().events.len() })
+                let (committed, sides) = client.committed(names)?;
+                let ends = |topic: &String| client.ends(topic, names.partitions);
+                let (b, dead) = (ends(&names.b)?, ends(&names.dead)?);
+                let side = |(committed, topic): (_, &String)| anyhow::Ok(Side { committed, ends: ends(topic)? });
+                let sides = sides.into_iter().zip(&names.sides).map(side).collect::<Result<_>>()?;
+                Ok(Sample { at: ledger.now(), committed, b, dead, sides, events: ledger.books().events.len() })
             }
             Self::Embedded(file) => {
                 let mut store = Connection::open_with_flags(file, OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
@@ -122,7 +151,11 @@ impl Ground {
                 let moment = store.transaction()?;
                 let committed = stored_offsets(&moment, &names.group, &names.a)?;
                 let (b, dead) = (stored_ends(&moment, &names.b)?, stored_ends(&moment, &names.dead)?);
-                Ok(Sample { at: ledger.now(), committed, b, dead, events: ledger.books().events.len() })
+                let side = |topic: &String| {
+                    anyhow::Ok(Side { committed: stored_offsets(&moment, &names.group, topic)?, ends: stored_ends(&moment, topic)? })
+                };
+                let sides = names.sides.iter().map(side).collect::<Result<_>>()?;
+                Ok(Sample { at: ledger.now(), committed, b, dead, sides, events: ledger.books().events.len() })
             }
         }
     }
@@ -140,6 +173,29 @@ impl Ground {
         .await?
     }
 
+    /// How many records a moment's commits leave in retry and park topics.
+    ///
+    /// # Errors
+    /// If the broker does not answer.
+    pub async fn waiting(&self, names: &Names, sample: &Sample) -> Result<usize> {
+        let mut waiting = 0;
+        for (topic, side) in names.sides.iter().zip(&sample.sides) {
+            let committed = |partition: &i32| side.committed.get(partition).copied().unwrap_or(0);
+            let left = side.ends.iter().filter(|(partition, end)| committed(partition) < **end);
+            let from: BTreeMap<i32, i64> = left.clone().map(|(partition, _)| (*partition, committed(partition))).collect();
+            waiting += match self {
+                _ if from.is_empty() => 0,
+                Self::Embedded(_) => left.count(),
+                // The marks of transactions are no records.
+                Self::Kafka(bootstrap) => {
+                    let (bootstrap, topic, partitions) = (bootstrap.clone(), topic.clone(), names.partitions);
+                    tokio::task::spawn_blocking(move || read_kafka(&bootstrap, &topic, partitions, &from)).await??.len()
+                }
+            };
+        }
+        Ok(waiting)
+    }
+
     /// The last sample of a run: the first one that the broker answers.
     ///
     /// # Errors
@@ -155,23 +211,25 @@ impl Ground {
         self.now(names, ledger).await.map(Some)
     }
 
-    /// All records of A, B and the dead letters, in the order of offsets within a partition. No sidecar may run on the embedded broker's folder any more.
+    /// All records of the line's topics. No sidecar may run on the embedded broker's folder any more.
     ///
     /// # Errors
     /// If they cannot be read to their ends.
-    pub async fn read(&self, names: &Names) -> Result<[Vec<Found>; 3]> {
-        let topics = [&names.a, &names.b, &names.dead];
-        let mut all = [const { Vec::new() }; 3];
+    pub async fn read(&self, names: &Names) -> Result<Contents> {
+        let mut all = Contents { sides: vec![Vec::new(); names.sides.len()], ..Contents::default() };
+        let own = [(&names.a, &mut all.a), (&names.b, &mut all.b), (&names.dead, &mut all.dead)];
+        let topics = own.into_iter().chain(names.sides.iter().zip(&mut all.sides));
         match self {
             Self::Kafka(bootstrap) => {
-                for (topic, found) in topics.into_iter().zip(&mut all) {
+                for (topic, found) in topics {
                     let (bootstrap, topic, partitions) = (bootstrap.clone(), topic.clone(), names.partitions);
-                    *found = tokio::task::spawn_blocking(move || read_kafka(&bootstrap, &topic, partitions)).await??;
+                    *found = tokio::task::spawn_blocking(move || read_kafka(&bootstrap, &topic, partitions, &from_the_start(partitions)))
+                        .await??;
                 }
             }
             Self::Embedded(file) => {
                 let broker = EmbeddedBroker::open(EmbeddedConfig::new(file.parent().context("the broker's folder")?))?;
-                for (topic, found) in topics.into_iter().zip(&mut all) {
+                for (topic, found) in topics {
                     *found = read_embedded(&broker, topic, names.partitions).await.with_context(|| format!("reading {topic}"))?;
                 }
                 broker.close(TIMEOUT).await?;
@@ -263,20 +321,26 @@ impl Client {
         Ok(Self(config.create()?))
     }
 
-    fn committed(&self, topic: &str, partitions: i32) -> Result<BTreeMap<i32, i64>> {
+    /// What is committed of A, and of the topics beside it: by one request, so that all are of one moment.
+    fn committed(&self, names: &Names) -> Result<(BTreeMap<i32, i64>, Vec<BTreeMap<i32, i64>>)> {
         let mut wanted = TopicPartitionList::new();
-        for partition in 0..partitions {
-            wanted.add_partition(topic, partition);
-        }
-        let found = self.0.committed_offsets(wanted, TIMEOUT)?;
-        let mut committed = BTreeMap::new();
-        for element in found.elements() {
-            element.error()?;
-            if let Offset::Offset(offset) = element.offset() {
-                committed.insert(element.partition(), offset);
+        for topic in std::iter::once(&names.a).chain(&names.sides) {
+            for partition in 0..names.partitions {
+                wanted.add_partition(topic, partition);
             }
         }
-        Ok(committed)
+        let found = self.0.committed_offsets(wanted, TIMEOUT)?;
+        let of = |topic: &String| {
+            let mut committed = BTreeMap::new();
+            for element in found.elements_for_topic(topic) {
+                element.error()?;
+                if let Offset::Offset(offset) = element.offset() {
+                    committed.insert(element.partition(), offset);
+                }
+            }
+            anyhow::Ok(committed)
+        };
+        Ok((of(&names.a)?, names.sides.iter().map(of).collect::<Result<_>>()?))
     }
 
     fn ends(&self, topic: &str, partitions: i32) -> Result<BTreeMap<i32, i64>> {
@@ -284,8 +348,12 @@ impl Client {
     }
 }
 
-/// What a `read_committed` reader sees of a topic.
-fn read_kafka(bootstrap: &str, topic: &str, partitions: i32) -> Result<Vec<Found>> {
+fn from_the_start(partitions: i32) -> BTreeMap<i32, i64> {
+    (0..partitions).map(|partition| (partition, 0)).collect()
+}
+
+/// What a `read_committed` reader sees of a topic's partitions, from these offsets on.
+fn read_kafka(bootstrap: &str, topic: &str, partitions: i32, from: &BTreeMap<i32, i64>) -> Result<Vec<Found>> {
     let every = Client::new(bootstrap, "soak-checker")?;
     let mut config = ClientConfig::new();
     config
@@ -307,11 +375,11 @@ fn read_kafka(bootstrap: &str, topic: &str, partitions: i32) -> Result<Vec<Found
     }
     let Client(consumer) = committed;
     let mut all = TopicPartitionList::new();
-    for partition in 0..partitions {
-        all.add_partition_offset(topic, partition, Offset::Beginning)?;
+    for (partition, offset) in from {
+        all.add_partition_offset(topic, *partition, Offset::Offset(*offset))?;
     }
     consumer.assign(&all)?;
-    let mut left: BTreeSet<i32> = (0..partitions).collect();
+    let mut left: BTreeSet<i32> = from.keys().copied().collect();
     let mut records = Vec::new();
     while !left.is_empty() {
         ensure!(Instant::now() < deadline, "{topic} could not be read to its end");

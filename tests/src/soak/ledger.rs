@@ -6,7 +6,7 @@
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
     sync::{Mutex, MutexGuard, OnceLock, PoisonError},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use uuid::Uuid;
@@ -140,14 +140,14 @@ const GAP: Duration = Duration::from_millis(100);
 /// The books, shared by producers, service and checker.
 #[derive(Debug)]
 pub struct Ledger {
-    begin: OnceLock<Instant>,
+    begin: OnceLock<(Instant, SystemTime)>,
     /// An attempt of this number is the last.
     attempts: u32,
     books: Mutex<Books>,
 }
 
 impl Ledger {
-    /// Empty books. `attempts` is the route's: a failure of that number ends a record, too.
+    /// Empty books. `attempts` is the number of the route's last attempt: a failure of it ends a record, too.
     pub fn new(attempts: u32) -> Self {
         Self { begin: OnceLock::new(), attempts, books: Mutex::default() }
     }
@@ -159,12 +159,17 @@ impl Ledger {
 
     /// The load begins: times count from here.
     pub fn begin(&self) {
-        self.begin.get_or_init(Instant::now);
+        self.begin.get_or_init(|| (Instant::now(), SystemTime::now()));
+    }
+
+    /// When the load began; the epoch before it did.
+    pub fn began(&self) -> SystemTime {
+        self.begin.get().map_or(SystemTime::UNIX_EPOCH, |begin| begin.1)
     }
 
     /// The time since the begin.
     pub fn now(&self) -> Duration {
-        self.begin.get().map_or(Duration::ZERO, Instant::elapsed)
+        self.begin.get().map_or(Duration::ZERO, |begin| begin.0.elapsed())
     }
 
     /// A publish was acknowledged.

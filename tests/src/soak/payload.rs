@@ -30,8 +30,10 @@ impl fmt::Display for Name {
 pub enum Treatment {
     /// Answered with a record for B.
     Reply,
-    /// The first attempt fails (500); then as `Reply`.
-    Flaky,
+    /// The first so many attempts fail (500); then as `Reply`.
+    Fails(u32),
+    /// As `Reply`, but where records fail more often.
+    Slips,
     /// Answered with 204: nothing is forwarded.
     Ignore,
     /// Answered with 400: a dead letter.
@@ -39,12 +41,13 @@ pub enum Treatment {
 }
 
 impl Name {
-    /// How the service treats the record.
+    /// How the service treats the record, if its line makes nothing else of it.
     pub fn treatment(self) -> Treatment {
         match (u64::from(self.key) << 32 | u64::from(self.seq)).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56 {
             0..=4 => Treatment::Poison,
             5..=12 => Treatment::Ignore,
-            13..=20 => Treatment::Flaky,
+            13..=20 => Treatment::Fails(1),
+            21..=28 => Treatment::Slips,
             _ => Treatment::Reply,
         }
     }
@@ -179,7 +182,7 @@ mod tests {
     #[test]
     fn every_treatment_occurs() {
         let of = |treatment| (0..2_000).filter(|seq| Name { key: 1, seq: *seq }.treatment() == treatment).count();
-        for treatment in [Treatment::Flaky, Treatment::Ignore, Treatment::Poison] {
+        for treatment in [Treatment::Fails(1), Treatment::Slips, Treatment::Ignore, Treatment::Poison] {
             assert!((10..200).contains(&of(treatment)), "{treatment:?}: {}", of(treatment));
         }
     }

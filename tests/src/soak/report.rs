@@ -112,6 +112,8 @@ impl Report {
         count(text, "ignored", &|one| one.verdict.ignored)?;
         count(text, "dead-lettered", &|one| one.verdict.dead_lettered)?;
         count(text, "of these out of attempts", &|one| one.verdict.exhausted)?;
+        count(text, "put into retry topics", &|one| one.verdict.retried)?;
+        count(text, "put into park topics", &|one| one.verdict.parked)?;
         count(text, "delivered again", &|one| one.verdict.delivered_again)?;
         count(text, "duplicates in B and dead letters", &|one| one.verdict.duplicates)?;
         count(text, "lost", &|one| one.verdict.lost)?;

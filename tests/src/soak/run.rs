@@ -29,9 +29,6 @@ use crate::{broker::Broker, kafka::cluster::Cluster, stage::Stage};
 /// The faults that can be built into a sidecar (`MESH_MUTATION`).
 pub const MUTATIONS: [&str; 5] = ["commit_early", "drop_reply", "swap_two", "forget_epoch", "ack_before_fsync"];
 
-/// A route's attempts: a failure of this number is the last.
-const ATTEMPTS: u32 = 10;
-
 /// What is run.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -134,10 +131,11 @@ async fn run_on(options: &Options, stage: Stage) -> Result<Report> {
             a: stage.topic(&format!("{}.a", line.name)),
             b: stage.topic(&format!("{}.b", line.name)),
             dead: stage.topic(&format!("{}.dlq", line.name)),
+            sides: line.sides(&stage.topic(&format!("{}.a", line.name))),
             group: format!("{}.{}", stage.mesh(), line.name),
             partitions,
         },
-        ledger: Arc::new(Ledger::new(ATTEMPTS)),
+        ledger: Arc::new(Ledger::new(line.last_attempt())),
     };
     let courses: Vec<Course> = options.lines.iter().map(course).collect();
     let clock = courses.first().context("a run needs a line")?.ledger.clone();
@@ -161,7 +159,7 @@ async fn run_on(options: &Options, stage: Stage) -> Result<Report> {
     let watched = Watched::default();
     let count = if kafka.is_some() { options.sidecars.max(1) } else { 1 };
     let fleet = Fleet::start(stage.clone(), recipe, count, watched.clone()).await?;
-    let tables = tables(&options.lines, partitions, ATTEMPTS);
+    let tables = tables(&options.lines, partitions);
     fleet.apply(&tables[0]).await?;
     let routes: Vec<&str> = options.lines.iter().map(|line| line.name).collect();
     fleet.take(0).await.1.wait_running(&routes).await?;
@@ -244,15 +242,14 @@ async fn run_on(options: &Options, stage: Stage) -> Result<Report> {
     for (course, samples) in courses.iter().zip(samples) {
         let mut samples = samples.await?;
         samples.extend(ground.last(&course.names, &course.ledger).await?);
-        let [a, b, dead] = ground.read(&course.names).await.with_context(|| format!("reading what {} left", course.line.name))?;
+        let contents = ground.read(&course.names).await.with_context(|| format!("reading what {} left", course.line.name))?;
         let books = course.ledger.books();
         let verdict = check(&Evidence {
             run: stage.mesh(),
             line: course.line,
             books: &books,
-            a: &a,
-            b: &b,
-            dead: &dead,
+            began: course.ledger.began(),
+            contents: &contents,
             samples: &samples,
             swaps: &swaps,
             faults: !plan.is_empty(),
@@ -286,18 +283,21 @@ async fn run_on(options: &Options, stage: Stage) -> Result<Report> {
     })
 }
 
-/// Waits until everything in A is committed.
+/// Waits until everything in A is committed, and nothing waits in retry or park topics.
 async fn drained(ground: &Ground, names: &Names, ledger: &Arc<Ledger>, end: tokio::time::Instant) -> Result<()> {
     loop {
         let left = async {
             let ends = ground.ends(names).await?;
-            let committed = ground.now(names, ledger).await?.committed;
-            let behind = |(partition, end): (&i32, &i64)| (*partition, *end - committed.get(partition).copied().unwrap_or(0));
-            anyhow::Ok(ends.iter().map(behind).filter(|(_, left)| *left > 0).collect::<Vec<_>>())
+            let now = ground.now(names, ledger).await?;
+            let behind = |(partition, end): (&i32, &i64)| (*partition, *end - now.committed.get(partition).copied().unwrap_or(0));
+            let left: Vec<_> = ends.iter().map(behind).filter(|(_, left)| *left > 0).collect();
+            let waiting = if left.is_empty() { ground.waiting(names, &now).await? } else { 0 };
+            anyhow::Ok((left, waiting))
         };
         match left.await {
-            Ok(left) if left.is_empty() => return Ok(()),
-            Ok(left) if tokio::time::Instant::now() > end => anyhow::bail!("records left by partition: {left:?}"),
+            Ok((left, 0)) if left.is_empty() => return Ok(()),
+            Ok((left, 0)) if tokio::time::Instant::now() > end => anyhow::bail!("records left by partition: {left:?}"),
+            Ok((_, waiting)) if tokio::time::Instant::now() > end => anyhow::bail!("{waiting} records are left in retry and park topics"),
             Err(error) if tokio::time::Instant::now() > end => return Err(error),
             // Nothing tells from outside when a group has caught up.
             _ => tokio::time::sleep(Duration::from_millis(100)).await,

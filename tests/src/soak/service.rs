@@ -180,8 +180,8 @@ async fn answer(inside: Arc<Inside>, request: Request<Incoming>) -> Result<Respo
     let line = inside.lines.iter().find(|(line, _)| head.uri.path().strip_prefix('/') == Some(line.name));
     let Some((line, ledger)) = line else { return Ok(status(StatusCode::NOT_FOUND, "no such handler")) };
     Ok(match line.batch {
-        Some(_) => inside.batch(line.order, ledger, &body).await,
-        None => inside.single(ledger, &head.headers, body).await,
+        Some(_) => inside.batch(line, ledger, &body).await,
+        None => inside.single(line, ledger, &head.headers, body).await,
     })
 }
 
@@ -223,7 +223,7 @@ impl Inside {
         Ok((payload.name()?, payload.uuid))
     }
 
-    async fn single(&self, ledger: &Arc<Ledger>, headers: &HeaderMap, body: Bytes) -> Response<Full<Bytes>> {
+    async fn single(&self, line: &Line, ledger: &Arc<Ledger>, headers: &HeaderMap, body: Bytes) -> Response<Full<Bytes>> {
         let place = header(headers, "mesh-partition").zip(header(headers, "mesh-offset"));
         let read = || {
             let (name, uuid) = self.read(&body, &header::<String>(headers, "mesh-key").context("no mesh-key")?)?;
@@ -240,7 +240,7 @@ impl Inside {
         let attempt = header(headers, "mesh-attempt").unwrap_or(1);
         let entered = Entered::begin(ledger, place, name, uuid, attempt);
         self.dwell().await;
-        match self.work(entered).await {
+        match self.work(line, entered).await {
             StatusCode::OK => {
                 let mut response = status(StatusCode::OK, body);
                 response.headers_mut().insert("content-type", http::HeaderValue::from_static("application/json"));
@@ -251,7 +251,7 @@ impl Inside {
         }
     }
 
-    async fn batch(&self, order: Order, ledger: &Arc<Ledger>, body: &Bytes) -> Response<Full<Bytes>> {
+    async fn batch(&self, line: &Line, ledger: &Arc<Ledger>, body: &Bytes) -> Response<Full<Bytes>> {
         let batch: Batch<'_> = match serde_json::from_slice(body) {
             Ok(batch) => batch,
             Err(error) => {
@@ -262,16 +262,16 @@ impl Inside {
         self.dwell().await;
         let mut lanes: BTreeMap<&str, Vec<&Item<'_>>> = BTreeMap::new();
         for item in &batch.records {
-            lanes.entry(if order == Order::None { &item.id } else { &item.key.text }).or_default().push(item);
+            lanes.entry(if line.order == Order::None { &item.id } else { &item.key.text }).or_default().push(item);
         }
-        let outcomes = join_all(lanes.values().map(|items| self.of_lane(ledger, items))).await.concat();
+        let outcomes = join_all(lanes.values().map(|items| self.of_lane(line, ledger, items))).await.concat();
         let mut response = status(StatusCode::MULTI_STATUS, format!("{{\"outcomes\":[{}]}}", outcomes.join(",")));
         response.headers_mut().insert("content-type", http::HeaderValue::from_static("application/json"));
         response
     }
 
     /// The outcomes of a batch's records that go one after the other.
-    async fn of_lane(&self, ledger: &Arc<Ledger>, items: &[&Item<'_>]) -> Vec<String> {
+    async fn of_lane(&self, line: &Line, ledger: &Arc<Ledger>, items: &[&Item<'_>]) -> Vec<String> {
         let mut outcomes = Vec::with_capacity(items.len());
         for item in items {
             let (id, value) = (&item.id, item.value.json.get());
@@ -284,7 +284,7 @@ impl Inside {
                     continue;
                 }
             };
-            match self.work(Entered::begin(ledger, place, name, uuid, item.attempt)).await {
+            match self.work(line, Entered::begin(ledger, place, name, uuid, item.attempt)).await {
                 StatusCode::OK => outcomes.push(format!("{{\"id\":\"{id}\",\"value\":{{\"json\":{value}}}}}")),
                 code => {
                     outcomes.push(format!("{{\"id\":\"{id}\",\"status\":{}}}", code.as_u16()));
@@ -305,9 +305,9 @@ impl Inside {
     }
 
     /// Works on a record, enters its end, and says which status it has.
-    async fn work(&self, entered: Entered) -> StatusCode {
+    async fn work(&self, line: &Line, entered: Entered) -> StatusCode {
         let Entered { name, uuid, attempt, .. } = entered;
-        let mood = self.mood.load(Ordering::Relaxed);
+        let (mood, treatment) = (self.mood.load(Ordering::Relaxed), line.treatment(name));
         let delay = Duration::from_millis(name.delay_ms());
         if !delay.is_zero() {
             tokio::time::sleep(delay).await;
@@ -317,14 +317,14 @@ impl Inside {
             std::future::pending::<()>().await;
         }
         let storm = mood == Mood::Storms as u8 && uuid.as_u128().wrapping_add(u128::from(attempt)) % 8 != 0;
-        if storm || (name.treatment() == Treatment::Flaky && attempt == 1) {
+        if storm || matches!(treatment, Treatment::Fails(first) if attempt <= first) {
             entered.end(Answer::Fail);
             // 503 means that no service is there, and counts no attempt.
             let codes =
                 [StatusCode::INTERNAL_SERVER_ERROR, StatusCode::BAD_GATEWAY, StatusCode::SERVICE_UNAVAILABLE, StatusCode::GATEWAY_TIMEOUT];
             return codes[if storm { name.seq as usize % codes.len() } else { 0 }];
         }
-        match name.treatment() {
+        match treatment {
             Treatment::Poison => {
                 entered.end(Answer::Reject);
                 StatusCode::BAD_REQUEST
@@ -333,7 +333,7 @@ impl Inside {
                 entered.end(Answer::Ignore);
                 StatusCode::NO_CONTENT
             }
-            Treatment::Reply | Treatment::Flaky => {
+            Treatment::Reply | Treatment::Fails(_) | Treatment::Slips => {
                 entered.end(Answer::Reply);
                 StatusCode::OK
             }

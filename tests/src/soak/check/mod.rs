@@ -9,23 +9,28 @@
 //! 7. What was refused for good never appears.
 //! 8. The work goes on during and after a fault; memory and descriptors stay flat.
 //! 9. Table swaps lose nothing: all of the above holds over them.
+//!
+//! What retry topics add to them is in [`aside`].
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use serde::Serialize;
 use uuid::Uuid;
 
 use super::{
-    ground::Sample,
+    ground::{Contents, Sample},
     ledger::{Ack, Answer, Books, Place, What},
     lines::{Guarantee, Line, Order},
     load::traced,
     payload::{Name, Payload, Treatment},
 };
 use crate::mesh::Found;
+use aside::Aside;
+
+mod aside;
 
 /// How many offenders of a check are shown.
 const SHOWN: usize = 10;
@@ -39,12 +44,10 @@ pub struct Evidence<'a> {
     pub line: Line,
     /// What happened outside of the sidecars.
     pub books: &'a Books,
-    /// The records of A.
-    pub a: &'a [Found],
-    /// The records of B, as a `read_committed` reader sees them.
-    pub b: &'a [Found],
-    /// The dead letters, likewise.
-    pub dead: &'a [Found],
+    /// When the books' times begin.
+    pub began: SystemTime,
+    /// The records of all topics, as a `read_committed` reader sees them.
+    pub contents: &'a Contents,
     /// What was committed, over time.
     pub samples: &'a [Sample],
     /// From when to when tables were swapped.
@@ -83,6 +86,10 @@ pub struct Verdict {
     pub dead_lettered: usize,
     /// Of these, those whose attempts failed.
     pub exhausted: usize,
+    /// Records in retry topics: each time that one was put there.
+    pub retried: usize,
+    /// Records in the park topic, likewise.
+    pub parked: usize,
     /// Replies and dead letters beyond the first of their record.
     pub duplicates: usize,
     /// Deliveries that were answered for good after another was.
@@ -142,6 +149,7 @@ struct Facts<'a> {
     a: BTreeMap<Place, Source>,
     b: HashMap<Place, Left>,
     dead: HashMap<Place, (Left, String)>,
+    aside: Aside,
     finals: HashMap<Place, Vec<(usize, Answer)>>,
     faults: Faults,
     /// Records of which a promise was broken, for check 9.
@@ -159,6 +167,7 @@ pub fn check(evidence: &Evidence<'_>) -> Verdict {
         a: BTreeMap::new(),
         b: HashMap::new(),
         dead: HashMap::new(),
+        aside: Aside::default(),
         finals: HashMap::new(),
         faults: Faults::default(),
         broken: Vec::new(),
@@ -167,9 +176,12 @@ pub fn check(evidence: &Evidence<'_>) -> Verdict {
     facts.enter_a(evidence);
     facts.enter_b(evidence);
     facts.enter_dead(evidence);
+    facts.enter_aside(evidence);
     let mut verdict = facts.dispositions(evidence);
     facts.acknowledged(evidence);
-    facts.order_at_the_service(evidence.line.order);
+    facts.attempts(evidence);
+    facts.nothing_waits(evidence);
+    facts.order_at_the_service(evidence);
     facts.order_in_b(evidence);
     facts.commits(evidence);
     facts.duplicates(evidence, &verdict);
@@ -205,7 +217,7 @@ impl Facts<'_> {
         let mut seen: HashMap<Uuid, Place> = HashMap::new();
         // The numbers of each key's first sightings.
         let mut next: HashMap<u32, u32> = HashMap::new();
-        for found in evidence.a {
+        for found in &evidence.contents.a {
             let place = place_of(found);
             let parsed = Payload::parse(found.value.as_deref().unwrap_or_default()).and_then(|payload| Ok((payload.name()?, payload)));
             let (name, payload) = match parsed {
@@ -236,7 +248,7 @@ impl Facts<'_> {
     }
 
     fn acknowledged(&mut self, evidence: &Evidence<'_>) {
-        let values: HashMap<Place, &Found> = evidence.a.iter().map(|found| (place_of(found), found)).collect();
+        let values: HashMap<Place, &Found> = evidence.contents.a.iter().map(|found| (place_of(found), found)).collect();
         let by_uuid: HashMap<Uuid, Place> = self.a.iter().map(|(place, source)| (source.uuid, *place)).collect();
         for ack in &evidence.books.acks {
             let said = ack.place;
@@ -266,7 +278,7 @@ impl Facts<'_> {
     }
 
     fn enter_b(&mut self, evidence: &Evidence<'_>) {
-        for found in evidence.b {
+        for found in &evidence.contents.b {
             let at = place_of(found);
             let source = Self::cause(found, evidence.line.name);
             let Some((place, known)) = source.and_then(|place| Some((place, self.a.get(&place)?))) else {
@@ -297,7 +309,7 @@ impl Facts<'_> {
     }
 
     fn enter_dead(&mut self, evidence: &Evidence<'_>) {
-        for found in evidence.dead {
+        for found in &evidence.contents.dead {
             let at = place_of(found);
             let number = |name: &str| found.header(name).and_then(|value| value.parse::<i64>().ok());
             let place = number("mesh-dlq-partition")
@@ -329,6 +341,7 @@ impl Facts<'_> {
         for event in self.books.events.iter().filter(|event| event.place == place).take(12) {
             text += &format!("; {:?} at {:.3} s", event.what, event.at.as_secs_f64());
         }
+        text += &self.aside.history(place);
         if let Some(left) = self.b.get(&place) {
             text += &format!("; in B at {} ({} times)", left.first, left.count);
         }
@@ -341,25 +354,29 @@ impl Facts<'_> {
     fn dispositions(&mut self, evidence: &Evidence<'_>) -> Verdict {
         let mut verdict = Verdict { acknowledged: self.books.acks.len(), stored: self.a.len(), ..Verdict::default() };
         verdict.samples = evidence.samples.len();
+        (verdict.retried, verdict.parked) = self.aside.counts(evidence.line);
         verdict.processed = self.a.keys().filter(|place| self.finals.contains_key(place)).count();
         verdict.delivered_again = self.finals.values().map(|ends| ends.len() - 1).sum();
         let mut lost = Vec::new();
         let mut odd = Vec::new();
         for (place, source) in &self.a {
             let ended = |answer| self.finals.get(place).is_some_and(|ends| ends.iter().any(|end| end.1 == answer));
+            let treatment = evidence.line.treatment(source.name);
+            let hopeless = matches!(treatment, Treatment::Fails(first) if first >= evidence.line.last_attempt());
             let dead = self.dead.get(place).map(|(_, reason)| reason.as_str());
             if dead.is_some() {
                 verdict.dead_lettered += 1;
             }
             if dead == Some("attempts") {
                 verdict.exhausted += 1;
-                if !evidence.faults {
+                if !evidence.faults && !hopeless {
                     odd.push((*place, "a record ran out of attempts though nothing was wrong"));
                 }
                 continue;
             }
-            let fine = match source.name.treatment() {
-                Treatment::Reply | Treatment::Flaky => {
+            let fine = match treatment {
+                Treatment::Fails(_) if hopeless => false,
+                Treatment::Reply | Treatment::Fails(_) | Treatment::Slips => {
                     let fine = self.b.contains_key(place);
                     verdict.forwarded += usize::from(fine);
                     fine
@@ -373,7 +390,7 @@ impl Facts<'_> {
             };
             if !fine {
                 lost.push(*place);
-            } else if dead.is_some_and(|_| source.name.treatment() != Treatment::Poison) {
+            } else if dead.is_some_and(|_| treatment != Treatment::Poison) {
                 odd.push((*place, "a dead letter that should have been forwarded or ignored"));
             }
         }
@@ -392,7 +409,7 @@ impl Facts<'_> {
         verdict
     }
 
-    fn order_at_the_service(&mut self, order: Order) {
+    fn order_at_the_service(&mut self, evidence: &Evidence<'_>) {
         let mut homes: HashMap<u32, Place> = HashMap::new();
         let mut lanes: HashMap<Lane, Vec<Place>> = HashMap::new();
         let mut at: HashMap<Place, (Lane, usize)> = HashMap::new();
@@ -402,7 +419,7 @@ impl Facts<'_> {
             if first.partition != place.partition {
                 self.faults.add(3, "a key is in two partitions", || format!("k{key}: {first} and {place}"));
             }
-            let lane = match order {
+            let lane = match evidence.line.order {
                 Order::Key => Lane::Key(key),
                 Order::Partition => Lane::Partition(place.partition),
                 Order::None => continue,
@@ -413,27 +430,29 @@ impl Facts<'_> {
         }
         let mut done: HashMap<Lane, usize> = HashMap::new();
         let (mut started, mut ended): (HashSet<Place>, HashSet<Place>) = Default::default();
-        let exhausted: HashSet<Place> = self.dead.iter().filter(|(_, (_, reason))| reason == "attempts").map(|(place, _)| *place).collect();
+        let enough = self.enough(evidence);
         let mut early = Vec::new();
         for event in &self.books.events {
             let Some((lane, index)) = at.get(&event.place).copied() else { continue };
             match event.what {
                 What::End(answer) if answer.is_final() => drop(ended.insert(event.place)),
                 What::End(_) => {}
-                What::Start(_) if started.insert(event.place) => {
+                What::Start(attempt) => {
+                    if enough.get(&event.place).is_some_and(|enough| attempt >= *enough) {
+                        ended.insert(event.place);
+                    }
+                    if !started.insert(event.place) {
+                        continue;
+                    }
                     let prefix = done.entry(lane).or_default();
                     let places = &lanes[&lane];
-                    while *prefix < index
-                        && (ended.contains(&places[*prefix])
-                            || (exhausted.contains(&places[*prefix]) && started.contains(&places[*prefix])))
-                    {
+                    while *prefix < index && ended.contains(&places[*prefix]) {
                         *prefix += 1;
                     }
                     if *prefix < index {
                         early.push((event.place, event.at, places[*prefix]));
                     }
                 }
-                What::Start(_) => {}
             }
         }
         for (place, when, before) in early {
@@ -454,7 +473,7 @@ impl Facts<'_> {
         }
         // By key, the last source whose first reply was seen.
         let mut last: HashMap<u32, Place> = HashMap::new();
-        for found in evidence.b {
+        for found in &evidence.contents.b {
             let Some(place) = Self::cause(found, evidence.line.name) else { continue };
             let Some(source) = self.a.get(&place) else { continue };
             if self.b.get(&place).is_some_and(|left| left.first != place_of(found)) {
@@ -470,35 +489,51 @@ impl Facts<'_> {
     }
 
     fn commits(&mut self, evidence: &Evidence<'_>) {
-        let mut checked: BTreeMap<i32, i64> = BTreeMap::new();
         let mut early = Vec::new();
-        for sample in evidence.samples {
-            for (partition, committed) in &sample.committed {
-                let from = checked.insert(*partition, *committed).unwrap_or(0);
-                if *committed < from {
-                    let (at, committed) = (sample.at.as_secs_f64(), *committed);
-                    self.faults.add(4, "a commit went back", || format!("partition {partition}: from {from} to {committed} at {at:.3} s"));
-                    // What it passed was checked already.
-                    checked.insert(*partition, from);
-                    continue;
-                }
-                for offset in from..*committed {
-                    let place = Place { partition: *partition, offset };
-                    // Offsets without a record are the broker's own: markers of transactions.
-                    if self.a.contains_key(&place) && !self.was_complete(place, sample) {
-                        early.push((place, *committed, sample.at));
-                    }
-                }
-            }
+        let passed = self.passed(evidence.samples, |sample| &sample.committed, "A");
+        // Offsets without a record are the broker's own: markers of transactions.
+        early.extend(passed.into_iter().filter(|(place, ..)| self.a.contains_key(place)));
+        for side in 0..self.aside.len() {
+            let passed = self.passed(evidence.samples, |sample| &sample.sides[side].committed, "a retry or park topic");
+            early.extend(passed.into_iter().filter_map(|(at, committed, sample)| Some((self.aside.origin(side, at)?, committed, sample))));
         }
-        for (place, committed, at) in early {
-            let (history, at) = (self.history(place), at.as_secs_f64());
+        early.retain(|(place, _, sample)| !self.was_safe(*place, sample));
+        for (place, committed, sample) in early {
+            let (history, at) = (self.history(place), sample.at.as_secs_f64());
             self.faults
                 .add(4, "an offset was committed that was not complete", || format!("committed {committed} at {at:.3} s: {history}"));
         }
     }
 
-    fn was_complete(&self, place: Place, sample: &Sample) -> bool {
+    /// The offsets that the commits of a topic passed; which commit, and when that was seen first.
+    fn passed<'s>(
+        &mut self,
+        samples: &'s [Sample],
+        committed: impl Fn(&Sample) -> &BTreeMap<i32, i64>,
+        topic: &str,
+    ) -> Vec<(Place, i64, &'s Sample)> {
+        let mut checked: BTreeMap<i32, i64> = BTreeMap::new();
+        let mut passed = Vec::new();
+        for sample in samples {
+            for (partition, committed) in committed(sample) {
+                let from = checked.insert(*partition, *committed).unwrap_or(0);
+                if *committed < from {
+                    let (at, committed) = (sample.at.as_secs_f64(), *committed);
+                    self.faults.add(4, "a commit went back", || {
+                        format!("partition {partition} of {topic}: from {from} to {committed} at {at:.3} s")
+                    });
+                    // What it passed was checked already.
+                    checked.insert(*partition, from);
+                    continue;
+                }
+                passed.extend((from..*committed).map(|offset| (Place { partition: *partition, offset }, *committed, sample)));
+            }
+        }
+        passed
+    }
+
+    /// Whether a record whose offset is committed was complete, or lay in a retry or park topic where it was not.
+    fn was_safe(&self, place: Place, sample: &Sample) -> bool {
         let below = |left: &Left, ends: &BTreeMap<i32, i64>| ends.get(&left.first.partition).is_some_and(|end| left.first.offset < *end);
         self.b.get(&place).is_some_and(|left| below(left, &sample.b))
             || self.dead.get(&place).is_some_and(|(left, _)| below(left, &sample.dead))
@@ -506,6 +541,7 @@ impl Facts<'_> {
                 .finals
                 .get(&place)
                 .is_some_and(|ends| ends.iter().any(|(index, answer)| *answer == Answer::Ignore && *index < sample.events))
+            || self.aside.waits(place, sample)
     }
 
     fn duplicates(&mut self, evidence: &Evidence<'_>, verdict: &Verdict) {

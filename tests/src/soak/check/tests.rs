@@ -1,21 +1,21 @@
 //! Each check fails where it must.
 
+use std::time::UNIX_EPOCH;
+
 use super::*;
-use crate::soak::ledger::Event;
+use crate::soak::{ground::Side, ledger::Event};
 
 /// A run of three keys in one partition, in which all is well, as it can be taken apart.
-struct Run {
-    books: Books,
-    a: Vec<Found>,
-    b: Vec<Found>,
-    dead: Vec<Found>,
-    samples: Vec<Sample>,
-    line: Line,
-    swaps: Vec<(Duration, Duration)>,
-    faults: bool,
+pub(super) struct Run {
+    pub(super) books: Books,
+    pub(super) contents: Contents,
+    pub(super) samples: Vec<Sample>,
+    pub(super) line: Line,
+    pub(super) swaps: Vec<(Duration, Duration)>,
+    pub(super) faults: bool,
 }
 
-fn place(offset: i64) -> Place {
+pub(super) fn place(offset: i64) -> Place {
     Place { partition: 0, offset }
 }
 
@@ -34,9 +34,9 @@ fn found(offset: i64, name: Name, headers: &[(&str, String)]) -> Found {
     }
 }
 
-fn reply(offset: i64, source: i64, name: Name) -> Found {
+fn reply(line: Line, offset: i64, source: i64, name: Name) -> Found {
     let headers = [
-        ("mesh-cause", format!("work m.a/0/{source} 0")),
+        ("mesh-cause", format!("{} m.a/0/{source} 0", line.name)),
         ("mesh-id", format!("id-{source}")),
         ("traceparent", format!("00-{}-0000000000000001-01", uuid(name).simple())),
     ];
@@ -53,64 +53,102 @@ fn letter(offset: i64, source: i64, name: Name, reason: &str) -> Found {
     found(offset, name, &headers)
 }
 
+/// A copy in a retry or park topic, after so many attempts.
+fn copy(offset: i64, source: i64, name: Name, attempts: u32, due_ms: Option<u128>) -> Found {
+    let mut headers = vec![
+        ("mesh-id", uuid(name).to_string()),
+        ("traceparent", format!("00-{}-0000000000000001-01", uuid(name).simple())),
+        ("mesh-origin", format!("m.a/0/{source} 1")),
+        ("mesh-attempt", attempts.to_string()),
+    ];
+    headers.extend(due_ms.map(|due| ("mesh-retry-at", due.to_string())));
+    found(offset, name, &headers)
+}
+
 fn well() -> Run {
+    well_of(Line::ALL[0])
+}
+
+pub(super) fn well_of(line: Line) -> Run {
     let mut run = Run {
         books: Books::default(),
-        a: Vec::new(),
-        b: Vec::new(),
-        dead: Vec::new(),
+        contents: Contents { sides: vec![Vec::new(); line.sides("m.a").len()], ..Contents::default() },
         samples: Vec::new(),
-        line: Line::ALL[0],
+        line,
         swaps: Vec::new(),
         faults: false,
     };
     for offset in 0..600 {
         let name = Name { key: (offset % 3) as u32, seq: (offset / 3) as u32 };
         let at = Duration::from_millis(offset as u64);
-        run.a.push(found(offset, name, &[]));
+        run.contents.a.push(found(offset, name, &[]));
         run.books.acks.push(Ack { name, producer: 1, uuid: uuid(name), place: place(offset), at });
-        let mut event = |what| run.books.events.push(Event { at, place: place(offset), name, uuid: uuid(name), what });
-        event(What::Start(1));
-        match name.treatment() {
-            Treatment::Poison => {
-                event(What::End(Answer::Reject));
-                run.dead.push(letter(run.dead.len() as i64, offset, name, "status"));
+        let treatment = line.treatment(name);
+        let failures = if let Treatment::Fails(first) = treatment { first.min(line.last_attempt()) } else { 0 };
+        for attempt in 1..=line.last_attempt().min(failures + 1) {
+            if attempt > line.attempts {
+                run.puts_aside(offset, name, attempt, at);
             }
-            Treatment::Ignore => event(What::End(Answer::Ignore)),
-            Treatment::Reply | Treatment::Flaky => {
-                if name.treatment() == Treatment::Flaky {
-                    event(What::End(Answer::Fail));
-                    event(What::Start(2));
-                }
-                event(What::End(Answer::Reply));
-                run.b.push(reply(run.b.len() as i64, offset, name));
-            }
+            let mut event = |what| run.books.events.push(Event { at, place: place(offset), name, uuid: uuid(name), what });
+            event(What::Start(attempt));
+            event(What::End(match treatment {
+                _ if attempt <= failures => Answer::Fail,
+                Treatment::Poison => Answer::Reject,
+                Treatment::Ignore => Answer::Ignore,
+                Treatment::Reply | Treatment::Slips | Treatment::Fails(_) => Answer::Reply,
+            }));
         }
-        run.sample(offset + 1);
+        let reason = if failures == line.last_attempt() { Some("attempts") } else { (treatment == Treatment::Poison).then_some("status") };
+        match reason {
+            Some(reason) => run.contents.dead.push(letter(run.contents.dead.len() as i64, offset, name, reason)),
+            None if treatment == Treatment::Ignore => {}
+            None => run.contents.b.push(reply(line, run.contents.b.len() as i64, offset, name)),
+        }
+        run.sample(offset + 1, None);
     }
     run
 }
 
 impl Run {
-    fn sample(&mut self, committed: i64) {
+    /// A record goes to the retry topic before this attempt, the next of its key to the park topic; then the source's commit passes it.
+    fn puts_aside(&mut self, offset: i64, name: Name, attempt: u32, at: Duration) {
+        let (tier, park) = ((attempt - self.line.attempts - 1) as usize, self.line.pauses.len());
+        let [retries, parked] = [tier, park].map(|side| self.contents.sides[side].len() as i64);
+        self.contents.sides[tier].push(copy(retries, offset, name, attempt - 1, Some(at.as_millis())));
+        if tier == 0 && offset + 3 < 600 {
+            let next = Name { seq: name.seq + 1, ..name };
+            self.contents.sides[park].push(copy(parked, offset + 3, next, 0, None));
+        }
+        self.sample(offset + 1, Some(tier));
+    }
+
+    /// `waiting`: in this topic the last record waits.
+    fn sample(&mut self, committed: i64, waiting: Option<usize>) {
         let one = |end: usize| BTreeMap::from([(0, end as i64)]);
+        // Of the park topic, what is done in the source's order; of a retry topic, all but what waits there now.
+        let origin = |found: &Found| found.header("mesh-origin")?.split(['/', ' ']).nth(2)?.parse().ok();
+        let done = |found: &&Found| origin(found).is_some_and(|origin: i64| origin < committed);
+        let sides = (0..).zip(&self.contents.sides).map(|(side, found)| Side {
+            committed: one(found.iter().take_while(done).count() - usize::from(waiting == Some(side))),
+            ends: one(found.len()),
+        });
         self.samples.push(Sample {
             at: Duration::ZERO,
             committed: BTreeMap::from([(0, committed)]),
-            b: one(self.b.len()),
-            dead: one(self.dead.len()),
+            b: one(self.contents.b.len()),
+            dead: one(self.contents.dead.len()),
+            sides: sides.collect(),
             events: self.books.events.len(),
         });
     }
 
-    fn check(&self) -> Verdict {
+    pub(super) fn check(&self) -> Verdict {
         check(&Evidence {
             run: "run",
             line: self.line,
             books: &self.books,
-            a: &self.a,
-            b: &self.b,
-            dead: &self.dead,
+            began: UNIX_EPOCH,
+            contents: &self.contents,
             samples: &self.samples,
             swaps: &self.swaps,
             faults: self.faults,
@@ -118,7 +156,7 @@ impl Run {
     }
 
     /// The numbers of the checks that fail.
-    fn fails(&self) -> Vec<u8> {
+    pub(super) fn fails(&self) -> Vec<u8> {
         let mut checks: Vec<u8> = self.check().violations.iter().map(|violation| violation.check).collect();
         checks.dedup();
         checks
@@ -126,7 +164,7 @@ impl Run {
 
     /// The index in B, and the source, of a record that was forwarded and whose next in B is of another key.
     fn forwarded(&self) -> (usize, Place) {
-        let place = Facts::cause(&self.b[10], "work").unwrap();
+        let place = Facts::cause(&self.contents.b[10], "work").unwrap();
         (10, place)
     }
 }
@@ -143,7 +181,7 @@ fn a_run_in_which_all_is_well_passes() {
 #[test]
 fn check_1_an_acknowledged_record_that_is_not_in_a() {
     let mut run = well();
-    run.a.pop();
+    run.contents.a.pop();
     let verdict = run.check();
     assert!(verdict.violations.iter().any(|violation| violation.check == 1 && violation.what == NOT_IN_A), "{verdict:?}");
     assert_eq!(verdict.lost, 1);
@@ -158,14 +196,14 @@ fn check_1_without_an_offset_a_record_may_be_anywhere_in_its_partition() {
     assert_eq!(run.fails(), [1]);
     let mut run = well();
     run.books.acks[599].place.offset = -1;
-    run.a.pop();
+    run.contents.a.pop();
     assert!(run.check().violations.iter().any(|violation| violation.what == NOT_IN_A));
 }
 
 #[test]
 fn check_1_a_record_that_is_changed_in_a() {
     let mut run = well();
-    let value = run.a[7].value.as_mut().unwrap();
+    let value = run.contents.a[7].value.as_mut().unwrap();
     let end = value.len() - 3;
     value[end] ^= 1;
     assert!(run.fails().contains(&1));
@@ -177,8 +215,8 @@ fn check_1_a_gap_in_a_key() {
     // Nobody saw it acknowledged, yet its producer went on to the next.
     run.books.acks.remove(0);
     run.books.events.retain(|event| event.place != place(0));
-    run.a.remove(0);
-    run.b.retain(|found| Facts::cause(found, "work") != Some(place(0)));
+    run.contents.a.remove(0);
+    run.contents.b.retain(|found| Facts::cause(found, "work") != Some(place(0)));
     assert!(run.check().violations.iter().any(|violation| violation.what == GAP_IN_A));
 }
 
@@ -187,7 +225,7 @@ fn check_2_a_record_without_a_disposition() {
     let mut run = well();
     run.samples.clear();
     let (index, place) = run.forwarded();
-    run.b.remove(index);
+    run.contents.b.remove(index);
     assert_eq!((run.fails(), run.check().lost), (vec![2], 1));
     assert!(run.check().violations[0].offenders[0].contains(&place.to_string()));
 }
@@ -196,7 +234,7 @@ fn check_2_a_record_without_a_disposition() {
 fn check_2_a_rejected_record_that_is_no_dead_letter() {
     let mut run = well();
     run.samples.clear();
-    run.dead.pop();
+    run.contents.dead.pop();
     assert_eq!(run.fails(), [2]);
 }
 
@@ -216,11 +254,11 @@ fn check_3_a_record_that_starts_before_the_one_before_is_done() {
 fn check_3_replies_of_a_key_in_another_order() {
     let mut run = well();
     run.samples.clear();
-    let of_key: Vec<usize> = (0..run.b.len()).filter(|index| run.b[*index].key_text() == "k0").collect();
+    let of_key: Vec<usize> = (0..run.contents.b.len()).filter(|index| run.contents.b[*index].key_text() == "k0").collect();
     let (one, other) = (of_key[3], of_key[4]);
-    run.b.swap(one, other);
-    let (first, second) = (run.b[one].offset, run.b[other].offset);
-    (run.b[one].offset, run.b[other].offset) = (second, first);
+    run.contents.b.swap(one, other);
+    let (first, second) = (run.contents.b[one].offset, run.contents.b[other].offset);
+    (run.contents.b[one].offset, run.contents.b[other].offset) = (second, first);
     assert_eq!(run.fails(), [3]);
 }
 
@@ -243,7 +281,7 @@ fn check_5_a_duplicate_without_a_fault_or_with_exactly_once() {
     let mut run = well();
     let (_, place) = run.forwarded();
     let name = run.books.acks[usize::try_from(place.offset).unwrap()].name;
-    run.b.push(reply(run.b.len() as i64, place.offset, name));
+    run.contents.b.push(reply(run.line, run.contents.b.len() as i64, place.offset, name));
     assert_eq!(run.fails(), [5]);
     assert_eq!(run.check().duplicates, 1);
     run.faults = true;
@@ -258,10 +296,13 @@ fn check_5_a_duplicate_that_nobody_could_recognise() {
     run.faults = true;
     let (index, place) = run.forwarded();
     let name = run.books.acks[usize::try_from(place.offset).unwrap()].name;
-    run.b.push(Found { headers: run.b[index + 1].headers.clone(), ..reply(run.b.len() as i64, place.offset, name) });
-    let last = run.b.len() - 1;
-    run.b[last].headers[0].1 = format!("work m.a/0/{} 0", place.offset).into_bytes();
-    run.b[last].headers[2] = run.b[index].headers[2].clone();
+    run.contents.b.push(Found {
+        headers: run.contents.b[index + 1].headers.clone(),
+        ..reply(run.line, run.contents.b.len() as i64, place.offset, name)
+    });
+    let last = run.contents.b.len() - 1;
+    run.contents.b[last].headers[0].1 = format!("work m.a/0/{} 0", place.offset).into_bytes();
+    run.contents.b[last].headers[2] = run.contents.b[index].headers[2].clone();
     assert_eq!(run.fails(), [5]);
 }
 
@@ -270,12 +311,12 @@ fn check_6_a_reply_with_another_cause_or_trace_or_that_nobody_gave() {
     let mut run = well();
     run.samples.clear();
     let (index, place) = run.forwarded();
-    let clean = run.b[index].clone();
-    run.b[index].headers[2].1 = b"00-00000000000000000000000000000001-0000000000000001-01".to_vec();
+    let clean = run.contents.b[index].clone();
+    run.contents.b[index].headers[2].1 = b"00-00000000000000000000000000000001-0000000000000001-01".to_vec();
     assert_eq!(run.fails(), [6]);
-    run.b[index].headers[0].1 = b"other m.a/0/1 0".to_vec();
+    run.contents.b[index].headers[0].1 = b"other m.a/0/1 0".to_vec();
     assert_eq!(run.fails(), [2, 6]);
-    run.b[index] = clean;
+    run.contents.b[index] = clean;
     run.books.events.retain(|event| event.place != place);
     assert!(run.fails().contains(&6));
 }
@@ -310,7 +351,7 @@ fn check_9_a_record_that_is_lost_while_tables_are_swapped() {
     let mut run = well();
     run.samples.clear();
     let (index, place) = run.forwarded();
-    run.b.remove(index);
+    run.contents.b.remove(index);
     let at = run.books.acks[usize::try_from(place.offset).unwrap()].at;
     run.swaps = vec![(at + Duration::from_millis(1), at + Duration::from_secs(1))];
     assert_eq!(run.fails(), [2], "it was published before");
