@@ -29,9 +29,9 @@ fn clean(report: &Report) -> Result<()> {
 async fn a_minute_of_faults_on_three_brokers_breaks_no_promise() -> Result<()> {
     let Some(cluster) = kafka::cluster(3).await else { return Ok(()) };
     let mut options = Options { rate: 200.0, ..Options::on(cluster, 1, length()) };
-    // Eight sidecars without optimisation are too much beside three brokers and the other tests; so are five routes.
+    // Eight sidecars without optimisation are too much beside three brokers and the other tests; so are seven routes.
     options.faults.retain(|fault| full() || *fault != Fault::Scale);
-    options.lines.retain(|line| full() || ["work", "exact", "batch"].contains(&line.name));
+    options.lines.retain(|line| full() || ["work", "exact", "batch", "later"].contains(&line.name));
     clean(&run(options).await?)
 }
 

@@ -32,6 +32,9 @@ use tokio_util::sync::CancellationToken;
 use super::ledger::Ledger;
 use crate::mesh::Found;
 
+/// An offset of each partition.
+pub type Offsets = BTreeMap<i32, i64>;
+
 /// The topics and the group of a run.
 #[derive(Clone, Debug)]
 pub struct Names {
@@ -55,11 +58,11 @@ pub struct Sample {
     /// When, since the begin.
     pub at: Duration,
     /// The committed offset of each partition of A.
-    pub committed: BTreeMap<i32, i64>,
+    pub committed: Offsets,
     /// The ends of B's partitions, afterwards.
-    pub b: BTreeMap<i32, i64>,
+    pub b: Offsets,
     /// The ends of the dead letters' partitions, afterwards.
-    pub dead: BTreeMap<i32, i64>,
+    pub dead: Offsets,
     /// Retry and park topics, as [`Names::sides`] has them.
     pub sides: Vec<Side>,
     /// How many events the ledger had, afterwards.
@@ -70,9 +73,9 @@ pub struct Sample {
 #[derive(Clone, Debug, Default)]
 pub struct Side {
     /// The committed offset of each partition.
-    pub committed: BTreeMap<i32, i64>,
+    pub committed: Offsets,
     /// The ends of its partitions, afterwards.
-    pub ends: BTreeMap<i32, i64>,
+    pub ends: Offsets,
 }
 
 /// What the topics of a line hold, in the order of offsets within a partition.
@@ -164,7 +167,7 @@ impl Ground {
     ///
     /// # Errors
     /// If the broker does not answer.
-    pub async fn ends(&self, names: &Names) -> Result<BTreeMap<i32, i64>> {
+    pub async fn ends(&self, names: &Names) -> Result<Offsets> {
         let (ground, names) = (self.clone(), names.clone());
         tokio::task::spawn_blocking(move || match &ground {
             Self::Kafka(bootstrap) => Client::new(bootstrap, &names.group)?.ends(&names.a, names.partitions),
@@ -182,7 +185,7 @@ impl Ground {
         for (topic, side) in names.sides.iter().zip(&sample.sides) {
             let committed = |partition: &i32| side.committed.get(partition).copied().unwrap_or(0);
             let left = side.ends.iter().filter(|(partition, end)| committed(partition) < **end);
-            let from: BTreeMap<i32, i64> = left.clone().map(|(partition, _)| (*partition, committed(partition))).collect();
+            let from: Offsets = left.clone().map(|(partition, _)| (*partition, committed(partition))).collect();
             waiting += match self {
                 _ if from.is_empty() => 0,
                 Self::Embedded(_) => left.count(),
@@ -278,7 +281,7 @@ async fn read_embedded(broker: &EmbeddedBroker, topic: &str, partitions: i32) ->
     Ok(all)
 }
 
-fn stored_offsets(store: &Connection, group: &str, topic: &str) -> Result<BTreeMap<i32, i64>> {
+fn stored_offsets(store: &Connection, group: &str, topic: &str) -> Result<Offsets> {
     let mut statement = store.prepare(
         "SELECT partitions.number, offsets.next_offset FROM offsets JOIN partitions ON partitions.id = offsets.partition
          JOIN topics ON topics.id = partitions.topic WHERE offsets.consumer_group = ? AND topics.name = ?",
@@ -288,7 +291,7 @@ fn stored_offsets(store: &Connection, group: &str, topic: &str) -> Result<BTreeM
 }
 
 /// The ends of a topic's partitions: a row of `batches` has the key `partition × 2^40 + offset of its first record`, and says how many it holds.
-fn stored_ends(store: &Connection, topic: &str) -> Result<BTreeMap<i32, i64>> {
+fn stored_ends(store: &Connection, topic: &str) -> Result<Offsets> {
     let mut partitions =
         store.prepare("SELECT partitions.id, number, high FROM partitions JOIN topics ON topics.id = partitions.topic WHERE name = ?")?;
     let mut last = store.prepare("SELECT id, span FROM batches WHERE id BETWEEN ? AND ? ORDER BY id DESC LIMIT 1")?;
@@ -322,7 +325,7 @@ impl Client {
     }
 
     /// What is committed of A, and of the topics beside it: by one request, so that all are of one moment.
-    fn committed(&self, names: &Names) -> Result<(BTreeMap<i32, i64>, Vec<BTreeMap<i32, i64>>)> {
+    fn committed(&self, names: &Names) -> Result<(Offsets, Vec<Offsets>)> {
         let mut wanted = TopicPartitionList::new();
         for topic in std::iter::once(&names.a).chain(&names.sides) {
             for partition in 0..names.partitions {
@@ -343,17 +346,17 @@ impl Client {
         Ok((of(&names.a)?, names.sides.iter().map(of).collect::<Result<_>>()?))
     }
 
-    fn ends(&self, topic: &str, partitions: i32) -> Result<BTreeMap<i32, i64>> {
+    fn ends(&self, topic: &str, partitions: i32) -> Result<Offsets> {
         (0..partitions).map(|partition| Ok((partition, self.0.fetch_watermarks(topic, partition, TIMEOUT)?.1))).collect()
     }
 }
 
-fn from_the_start(partitions: i32) -> BTreeMap<i32, i64> {
+fn from_the_start(partitions: i32) -> Offsets {
     (0..partitions).map(|partition| (partition, 0)).collect()
 }
 
 /// What a `read_committed` reader sees of a topic's partitions, from these offsets on.
-fn read_kafka(bootstrap: &str, topic: &str, partitions: i32, from: &BTreeMap<i32, i64>) -> Result<Vec<Found>> {
+fn read_kafka(bootstrap: &str, topic: &str, partitions: i32, from: &Offsets) -> Result<Vec<Found>> {
     let every = Client::new(bootstrap, "soak-checker")?;
     let mut config = ClientConfig::new();
     config

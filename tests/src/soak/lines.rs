@@ -50,13 +50,14 @@ pub struct Line {
 
 impl Line {
     /// All lines: both guarantees, each order, with batches and without, with retry topics and without.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self { name: "work", ..Self::PLAIN },
         Self { name: "exact", guarantee: Guarantee::ExactlyOnce, ..Self::PLAIN },
         Self { name: "batch", batch: Some(20), ..Self::PLAIN },
         Self { name: "free", guarantee: Guarantee::ExactlyOnce, order: Order::None, batch: Some(10), ..Self::PLAIN },
         Self { name: "even", order: Order::Partition, ..Self::PLAIN },
         Self { name: "later", attempts: 2, pauses: &[300, 2_000], ..Self::PLAIN },
+        Self { name: "later-exact", guarantee: Guarantee::ExactlyOnce, attempts: 2, pauses: &[300, 2_000], ..Self::PLAIN },
     ];
 
     const PLAIN: Self = Self { name: "", guarantee: Guarantee::AtLeastOnce, order: Order::Key, batch: None, attempts: 10, pauses: &[] };

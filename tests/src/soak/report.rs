@@ -98,11 +98,11 @@ impl Report {
         }
         let count = |text: &mut String, name: &str, of: &dyn Fn(&LineReport) -> usize| {
             write!(text, "{name:<34}")?;
-            self.lines.iter().try_for_each(|one| write!(text, " {:>8}", of(one)))?;
+            self.lines.iter().try_for_each(|one| write!(text, " {:>11}", of(one)))?;
             writeln!(text, " {:>9}", self.lines.iter().map(of).sum::<usize>())
         };
         write!(text, "\n{:<34}", "")?;
-        self.lines.iter().try_for_each(|one| write!(text, " {:>8}", one.line.name))?;
+        self.lines.iter().try_for_each(|one| write!(text, " {:>11}", one.line.name))?;
         writeln!(text, " {:>9}", "all")?;
         count(text, "acknowledged", &|one| one.verdict.acknowledged)?;
         count(text, "stored in A", &|one| one.verdict.stored)?;
@@ -121,7 +121,7 @@ impl Report {
         count(text, "commits compared", &|one| one.verdict.samples)?;
         write!(text, "{:<34}", "longest stall of a partition, s")?;
         for one in &self.lines {
-            write!(text, " {:>8.1}", one.longest_stall.map_or(0.0, |(length, _)| length.as_secs_f64()))?;
+            write!(text, " {:>11.1}", one.longest_stall.map_or(0.0, |(length, _)| length.as_secs_f64()))?;
         }
         let longest = self.lines.iter().filter_map(|one| one.longest_stall).max();
         writeln!(text, " {:>9.1}", longest.map_or(0.0, |(length, _)| length.as_secs_f64()))?;

@@ -1,6 +1,6 @@
 //! The service that is called: HTTP/1.1, in this process so that its ledger outlives its death, which is that of its sockets. It has a handler for each line.
 //!
-//! Invariant: what it does with a record follows from the record's name and the fault that holds; the ledger has both its start and its end.
+//! Invariant: what it does with a record follows from its line, its name and the fault that holds; the ledger has both its start and its end.
 //! Invariant: of a batch, records of one key are worked on one after the other, up to the first that fails; those behind it are not begun. Without an
 //! order all are worked on at once.
 
