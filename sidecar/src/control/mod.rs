@@ -21,6 +21,7 @@ mod cache;
 mod commands;
 mod letters;
 mod log;
+mod owners;
 mod range;
 mod read;
 mod redrive;

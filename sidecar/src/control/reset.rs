@@ -5,29 +5,22 @@
 //! Invariant: a partition is committed past its owner only while the group has no members, and the broker itself refuses it otherwise.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
     sync::Arc,
     time::Duration,
 };
 
-use futures_util::{StreamExt as _, TryStreamExt as _, stream, stream::FuturesUnordered};
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use mesh_proto::v1::{self, reset_request::To};
 use mesh_routing::Route;
-use tokio::time::{Instant, sleep_until};
 
-use super::{Control, commands::reset_at, report, state::Shared};
+use super::{Control, commands::reset_at, owners::Owners, state::Shared};
 use crate::{
     broker::{Admin, BrokerError, BrokerErrorKind, Commit},
     command::Reset,
     record::TopicPartition,
 };
 
-/// How long owners may take where the request does not say.
-const WAIT: Duration = Duration::from_secs(30);
-/// The longest that they may take.
-const LONGEST: Duration = Duration::from_secs(10 * 60);
-/// How often it is looked who may own a partition.
-const LOOK: Duration = Duration::from_millis(250);
 /// How many questions to the broker are asked at once.
 const QUESTIONS: usize = 16;
 
@@ -72,8 +65,7 @@ impl Control {
         let refused = partitions.iter().any(|partition| !partition.refused.is_empty());
         let mut response = v1::ResetResponse { route: route.name.to_string(), group: route.group.to_string(), partitions, executed: false };
         if request.execute && !refused {
-            let wait = if request.wait_ms == 0 { WAIT } else { Duration::from_millis(request.wait_ms).min(LONGEST) };
-            execute(&self.0, &route, &mut response.partitions, wait).await;
+            execute(&self.0, &route, &mut response.partitions, request.wait_ms).await;
             response.executed = true;
         }
         Ok(response)
@@ -92,8 +84,7 @@ impl Control {
     /// A route of the table in force here.
     pub(super) fn route(&self, name: &str) -> Result<Arc<Route>, OperationError> {
         let table = self.0.table.borrow().clone();
-        let table = table
-            .ok_or_else(|| OperationError::NoTable(self.waiting().unwrap_or_else(|| "`mesh-ctl apply -f FILE` gives it one".into())))?;
+        let table = table.ok_or_else(|| self.no_table())?;
         table.compiled.route(name).cloned().ok_or_else(|| {
             let known: Vec<&str> = table.compiled.routes.iter().map(|route| &*route.name).collect();
             OperationError::NoRoute { route: name.to_owned(), known: known.join(", ") }
@@ -230,80 +221,56 @@ async fn facts(admin: &dyn Admin, route: &Route, request: &v1::ResetRequest, to:
 }
 
 /// Has the planned partitions reset, and notes what became of each.
-async fn execute(shared: &Arc<Shared>, route: &Arc<Route>, plan: &mut [v1::PartitionReset], wait: Duration) {
-    let deadline = Instant::now() + wait;
+async fn execute(shared: &Arc<Shared>, route: &Arc<Route>, plan: &mut [v1::PartitionReset], wait_ms: u64) {
     let mut left: BTreeMap<TopicPartition, i64> =
         plan.iter().map(|reset| (TopicPartition::new(reset.topic.as_str(), reset.partition), reset.to)).collect();
     let mut done: HashMap<TopicPartition, (String, Reset)> = HashMap::new();
-    let mut asked = FuturesUnordered::new();
-    // Who was asked and has not answered; and who answered that it owns nothing of it, just now.
-    let (mut silent, mut idle) = (BTreeSet::new(), BTreeSet::new());
     let mut trouble = String::new();
-    let mut look = Instant::now();
-    while !left.is_empty() && Instant::now() < deadline {
-        if Instant::now() >= look {
-            look = Instant::now() + LOOK;
-            idle.clear();
-        }
-        let owners = report::instances_of(shared, &route.name);
-        for owner in owners.iter().filter(|owner| !silent.contains(*owner) && !idle.contains(*owner)).cloned().collect::<Vec<_>>() {
-            let partitions = left.iter().map(|(partition, offset)| (partition.clone(), *offset)).collect();
-            asked.push(reset_at(shared, &owner, &route.name, partitions, deadline));
-            silent.insert(owner);
-        }
-        if owners.is_empty() && silent.is_empty() {
+    let mut owners = Owners::new(shared, &route.name, wait_ms);
+    while !left.is_empty() && owners.in_time() {
+        let partitions = || left.iter().map(|(partition, offset)| (partition.clone(), *offset)).collect();
+        if !owners.ask(|owner, until| reset_at(shared, owner, &route.name, partitions(), until)) {
             match commit_for(shared, route, &left).await {
                 Ok(()) => {
                     let from = |partition: &TopicPartition| (shared.instance.clone(), Reset::Done { from: left[partition] });
                     done.extend(left.keys().map(|partition| (partition.clone(), from(partition))));
-                    left.clear();
                     break;
                 }
                 // Whoever is a member may be about to report, or about to leave.
                 Err(error) => trouble = error.to_string(),
             }
         }
-        tokio::select! {
-            Some((owner, answered)) = asked.next(), if !asked.is_empty() => {
-                silent.remove(&owner);
-                idle.insert(owner.clone());
-                match answered {
-                    Ok(resets) => for (partition, reset) in resets {
-                        if reset != Reset::NotOwner && left.remove(&partition).is_some() {
-                            done.insert(partition, (owner.clone(), reset));
-                        }
-                    },
-                    Err(error) => trouble = error,
+        match owners.next().await {
+            Some((owner, Ok(resets))) => {
+                for (partition, reset) in resets {
+                    if reset != Reset::NotOwner && left.remove(&partition).is_some() {
+                        done.insert(partition, (owner.clone(), reset));
+                    }
                 }
             }
-            () = sleep_until(look.min(deadline)) => {}
+            Some((_, Err(error))) => trouble = error,
+            None => {}
         }
     }
+    let silence = owners.silence(&trouble);
     for reset in plan {
         let partition = TopicPartition::new(reset.topic.as_str(), reset.partition);
         match done.remove(&partition) {
             Some((owner, Reset::Done { .. })) => reset.done_by = owner,
             Some((owner, Reset::Failed(reason))) => reset.failed = format!("instance {owner}: {reason}; nothing was changed"),
             Some((_, Reset::NotOwner)) | None => {
-                reset.unclear = !silent.is_empty();
-                reset.failed = unowned(route, &silent, wait, &trouble);
+                reset.unclear = silence.is_some();
+                reset.failed = silence.clone().unwrap_or_else(|| unowned(route, owners.wait(), &trouble));
             }
         }
     }
 }
 
-/// Why a partition found nobody who reset it.
-fn unowned(route: &Route, silent: &BTreeSet<String>, wait: Duration, trouble: &str) -> String {
-    let wait = wait.as_secs_f64();
+/// Why a partition found nobody who reset it, though all who were asked have answered.
+fn unowned(route: &Route, wait: Duration, trouble: &str) -> String {
     let trouble = if trouble.is_empty() { String::new() } else { format!(" ({trouble})") };
-    if silent.is_empty() {
-        return format!(
-            "no instance owned it within {wait} s{trouble}: is group {} rebalancing, or read by a client outside of the mesh?",
-            route.group
-        );
-    }
-    let names: Vec<&str> = silent.iter().map(String::as_str).collect();
-    format!("no answer within {wait} s from instance {}{trouble}: is it alive? See `mesh-ctl status`", names.join(", "))
+    let (wait, group) = (wait.as_secs_f64(), &route.group);
+    format!("no instance owned it within {wait} s{trouble}: is group {group} rebalancing, or read by a client outside of the mesh?")
 }
 
 async fn commit_for(shared: &Shared, route: &Route, left: &BTreeMap<TopicPartition, i64>) -> Result<(), BrokerError> {
