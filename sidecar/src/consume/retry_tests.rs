@@ -10,8 +10,10 @@ use super::{
 };
 use crate::{
     broker::{NewTopic, embedded::EmbeddedBroker},
+    command::Reset,
     outcome::{Answer, Delivery, Disposition, Outcome},
     parking::Release,
+    record::TopicPartition,
 };
 
 /// Creates what the routes need, with so many partitions.
@@ -315,6 +317,35 @@ async fn a_partition_stops_at_an_exhausted_record_until_somebody_or_the_table_le
     settled(&mesh, "work").await;
     let ends = status(&mesh).dispositions;
     assert_eq!(ends, BTreeMap::from([(Disposition::Forwarded, 5), (Disposition::DeadLettered, 1)]));
+    mesh.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reset_delivers_again_all_but_what_is_parked_and_what_is_parked_still_waits() {
+    let (mesh, _) = one("retry: { attempts: 1, topics: [5s] }, on_exhausted: park").await;
+    mesh.publish("in", records(8, 2)).await;
+    serve(&mesh, only(2)).await;
+    assert_eq!(status(&mesh).parked_records, 3, "2, and 4 and 6 behind it");
+    let reset = mesh.ask.reset("work", vec![(TopicPartition::new("in", 0), 0)], Duration::from_secs(5)).await;
+    assert!(matches!(reset[..], [(_, Reset::Done { from: 8 })]), "{reset:?}");
+    let seen = serve(&mesh, only(2)).await;
+    assert_eq!(seen.iter().copied().collect::<BTreeSet<_>>(), BTreeSet::from([(0, 1), (1, 1), (3, 1), (5, 1), (7, 1)]));
+    assert_eq!((seen.len(), status(&mesh).parked_records), (5, 3), "{seen:?}");
+    assert_eq!(mesh.ask.release("work", None, Release::Retry).await.records, 1);
+    assert_eq!(serve(&mesh, only(99)).await, [(2, 1), (4, 1), (6, 1)]);
+    settled(&mesh, "work").await;
+    // The same while records are in a retry topic, and their key waits behind them.
+    mesh.publish("in", records(4, 1)).await;
+    let desk = mesh.desk("work").await;
+    let first = desk.take(1, Duration::from_secs(60)).await.unwrap().remove(0);
+    desk.answer(vec![Answer { id: first.id, outcome: failed() }]);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!((status(&mesh).parked_records, status(&mesh).waiting_keys), (3, 1));
+    let reset = mesh.ask.reset("work", vec![(TopicPartition::new("in", 0), 8)], Duration::from_secs(5)).await;
+    assert!(matches!(reset[..], [(_, Reset::Done { from: 12 })]), "{reset:?}");
+    drop(desk);
+    assert_eq!(serve(&mesh, only(99)).await, [(0, 2), (1, 1), (2, 1), (3, 1)]);
+    settled(&mesh, "work").await;
     mesh.end().await;
 }
 

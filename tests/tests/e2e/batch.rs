@@ -175,6 +175,61 @@ async fn order(stage: Stage, fields: &str, h2c: bool) -> Result<()> {
     sidecar.finish().await
 }
 
+on_both!(records_of_a_batch_that_fail_wait_in_retry_topics_and_their_keys_with_them, retry_topics);
+
+/// Some records need one attempt in place and both retry topics; one never succeeds.
+async fn retry_topics(stage: Stage) -> Result<()> {
+    const POISON: i64 = 100_000;
+    let service = BatchService::start(|call| {
+        let said = call.records.iter().map(|entry| match (number(entry), number(entry) % 7, entry["attempt"].as_u64()) {
+            (POISON, ..) | (_, 0, Some(1)) | (_, 1, Some(1..=2)) => json!({ "id": entry["id"], "status": 500 }),
+            _ => json!({ "id": entry["id"], "value": entry["value"] }),
+        });
+        BatchAnswer::outcomes(said)
+    })
+    .await?;
+    let sidecar = stage.sidecar("sidecar").app("work", &service.url()).start().await?;
+    sidecar
+        .apply(
+            "
+            topics: { %in: { partitions: 2 }, %out: { partitions: 2 } }
+            routes:
+            - { name: work, service: work, from: [%in], handler: /work, to: [%out], batch: { max: 20, wait: 5ms },
+                retry: { attempts: 1, topics: [100ms, 200ms] }, breaker: { failures: 1000 } }
+            ",
+        )
+        .await?;
+    sidecar.wait_running(&["work"]).await?;
+    let oracle = Load::new(stage.topic("in"), 300, 20).grpc(sidecar.mesh().await?).await?;
+    sidecar.wait_status("all are forwarded", 2 * MINUTE, |status| disposition(status, "work", "forwarded") == 300).await?;
+    let found = stage.read(&sidecar, None, &stage.topic("out"), oracle.len()).await?;
+    oracle.judge(&sightings(&found)?).exactly_once()?;
+    let poisoned = [POISON, POISON + 6].map(|n| ("poison".to_owned(), json!({ "n": n })));
+    publish(&sidecar, &stage.topic("in"), poisoned.into_iter()).await?;
+    sidecar.wait_status("the poison's key goes on", MINUTE, |status| disposition(status, "work", "forwarded") == 301).await?;
+    let status = sidecar.status().await?;
+    ensure!(disposition(&status, "work", "dead_lettered") == 1, "{status:?}");
+    let mut attempts: HashMap<(String, i64), Vec<u64>> = HashMap::new();
+    for entry in service.calls().iter().flat_map(|call| &call.records) {
+        let key = entry["key"]["text"].as_str().unwrap_or_default().to_owned();
+        attempts.entry((key, number(entry))).or_default().extend(entry["attempt"].as_u64());
+    }
+    for ((key, n), attempts) in &attempts {
+        // What went behind one that failed in its own batch is delivered again, as the same attempt.
+        let mut counted = attempts.clone();
+        counted.dedup();
+        let wanted = match (*n, n % 7) {
+            (POISON, _) | (_, 1) => 3,
+            (_, 0) => 2,
+            _ => 1,
+        };
+        ensure!(counted.into_iter().eq(1..=wanted), "{key}/{n}: {attempts:?}");
+    }
+    let calls = service.calls();
+    ensure!(calls.iter().any(|call| call.records.len() > 5), "{} calls are no batches", calls.len());
+    sidecar.finish().await
+}
+
 on_both!(an_answer_to_the_whole_batch_is_said_to_each_record, whole);
 
 async fn whole(stage: Stage) -> Result<()> {
