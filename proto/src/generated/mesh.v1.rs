@@ -62,6 +62,9 @@ pub struct Problem {
     /// Whether the record may be stored in spite of the failure.
     #[prost(enumeration = "Persisted", tag = "5")]
     pub persisted: i32,
+    /// Where in the value the fault is, if the value is what is wrong: a JSON pointer. Empty: the whole value, or not the value.
+    #[prost(string, tag = "6")]
+    pub path: ::prost::alloc::string::String,
 }
 /// One record on its way to a handler.
 #[derive(Clone, PartialEq, ::prost::Message)]

@@ -490,8 +490,8 @@ impl ApiError {
         if !row.hint.is_empty() {
             problem["hint"] = row.hint.into();
         }
-        if let Self::Publish(PublishError::Schema { mismatch, .. }) = self {
-            problem["path"] = mismatch.path.as_str().into();
+        if let Some(path) = self.path() {
+            problem["path"] = path.into();
         }
         // A request outside of any trace gets an id of its own, which the log tells too.
         let trace_id = match traceparent.and_then(|text| TraceContext::parse(text, None)) {
@@ -512,6 +512,15 @@ impl ApiError {
             hint: row.hint.to_owned(),
             retryable: row.retryable,
             persisted: row.persisted.into(),
+            path: self.path().unwrap_or_default().to_owned(),
+        }
+    }
+
+    /// Where in the value the fault is, as a JSON pointer; `None` if the value is not what is wrong.
+    fn path(&self) -> Option<&str> {
+        match self {
+            Self::Publish(PublishError::Schema { mismatch, .. }) => Some(mismatch.path.as_str()),
+            _ => None,
         }
     }
 

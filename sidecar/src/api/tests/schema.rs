@@ -54,12 +54,18 @@ async fn a_value_that_does_not_match_is_refused_with_its_place_on_every_way() {
     assert!(status.message().contains("/lines/1/n"), "{}", status.message());
     let results = client.publish(request(vec![record(GOOD), record(BAD)])).await.unwrap().into_inner().results;
     assert!(matches!(results[0].result, Some(Outcome::Position(_))));
-    assert!(matches!(&results[1].result, Some(Outcome::Problem(problem)) if problem.code == "schema-mismatch"), "{results:?}");
+    assert!(
+        matches!(&results[1].result, Some(Outcome::Problem(problem)) if problem.code == "schema-mismatch" && problem.path == "/lines/1/n"),
+        "{results:?}"
+    );
     let stream =
         tokio_stream::once(PublishStreamRequest { sequence: 7, topic: "orders".to_owned(), records: vec![record(BAD), record(GOOD)] });
     let mut answers = client.publish_stream(stream).await.unwrap().into_inner();
     let results = answers.message().await.unwrap().unwrap().results.remove(0).results;
-    assert!(matches!(&results[0].result, Some(Outcome::Problem(problem)) if problem.code == "schema-mismatch"), "{results:?}");
+    assert!(
+        matches!(&results[0].result, Some(Outcome::Problem(problem)) if problem.code == "schema-mismatch" && problem.path == "/lines/1/n"),
+        "{results:?}"
+    );
     assert!(matches!(results[1].result, Some(Outcome::Position(_))));
     assert_eq!(world.fake.records("orders").len(), 7);
     assert!(world.counts("mesh_published_records_total", "schema-mismatch"));
