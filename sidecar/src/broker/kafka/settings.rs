@@ -177,6 +177,12 @@ impl Settings {
             config.set("session.timeout.ms", "10000");
         }
         self.overlay(&mut config);
+        if classic && !self.keys.contains_key("heartbeat.interval.ms") {
+            // A member learns by its heartbeat that others come or go: of librdkafka's 3 s the partitions that move would stand still most.
+            let session = config.get("session.timeout.ms").and_then(|session| session.parse::<u64>().ok());
+            let beat = session.map_or(1_000, |session| session / 10).clamp(100, 3_000);
+            config.set("heartbeat.interval.ms", beat.to_string());
+        }
         config
             .set("allow.auto.create.topics", "false")
             .set("enable.auto.commit", "false")
@@ -243,6 +249,20 @@ mod tests {
             (Some("9000"), Some("cooperative-sticky"))
         );
         assert!(of(&[("bootstrap.servers", "a:1"), ("group.protocol", "newest")]).unwrap_err().detail.contains("`classic` or `consumer`"));
+    }
+
+    #[test]
+    fn the_heartbeat_follows_the_session_unless_it_is_set() {
+        let reader = ConsumerConfig::reader(Vec::new(), crate::broker::StartOffset::Earliest, 1 << 20);
+        let beat = |pairs: &[(&str, &str)]| {
+            let keys = keys(&[&[("bootstrap.servers", "a:1")], pairs].concat());
+            Settings::new(keys, KafkaOptions::default()).unwrap().consumer(&reader).get("heartbeat.interval.ms").map(str::to_owned)
+        };
+        assert_eq!(beat(&[]).as_deref(), Some("1000"));
+        assert_eq!(beat(&[("session.timeout.ms", "45000")]).as_deref(), Some("3000"));
+        assert_eq!(beat(&[("session.timeout.ms", "1500")]).as_deref(), Some("150"));
+        assert_eq!(beat(&[("heartbeat.interval.ms", "2000")]).as_deref(), Some("2000"));
+        assert_eq!(beat(&[("group.protocol", "consumer")]), None);
     }
 
     #[test]
