@@ -491,6 +491,9 @@ async fn an_absent_sidecar_and_wrong_flags_come_with_hints() {
     bench.script.set(|state| state.status = vec![mesh(0, vec![instance("a", v1::InstanceState::Synced, 0)])]);
     let said = bench.run_with(&["status", "--admin", &bench.address.to_string()], "http://127.0.0.1:1", "").await.ends(0);
     assert!(said.out.contains("no table applied yet"), "{}", said.out);
+    bench.script.set(|state| state.status = vec![mesh(0, vec![instance("a", v1::InstanceState::Cached, 3)])]);
+    let said = bench.run(&["status"]).await.ends(0);
+    assert!(said.out.contains("its table is not known there yet"), "{}", said.out);
 
     let said = bench.run(&["--help"]).await.ends(0);
     assert!(said.out.contains("Exit codes:") && said.out.contains("MESH_ADMIN"), "{}", said.out);

@@ -83,7 +83,7 @@ fn main() -> ExitCode {
             Command::Run { config } => run(config).await,
             Command::Demo(args) => demo::run(args).await,
             Command::Config { command: ConfigCommand::Check { config } } => match load(config) {
-                Ok(config) => match mesh_sidecar::app::check(&config) {
+                Ok(config) => match mesh_sidecar::app::check(&config).await {
                     Ok(()) => print("the configuration is good\n"),
                     Err(error) => fail(USAGE, &error.to_string()),
                 },
@@ -148,6 +148,9 @@ async fn run(path: Option<PathBuf>) -> ExitCode {
     ExitCode::SUCCESS
 }
 
+/// Signals that come together are one: a supervisor may send it to the process and to its group.
+const TOGETHER: std::time::Duration = std::time::Duration::from_millis(300);
+
 /// SIGTERM and Ctrl-C begin the drain; a second one ends the process at once.
 struct Signals {
     terminate: tokio::signal::unix::Signal,
@@ -163,7 +166,10 @@ impl Signals {
     async fn wait(mut self, shutdown: CancellationToken) {
         self.next().await;
         shutdown.cancel();
-        self.next().await;
+        let first = std::time::Instant::now();
+        while first.elapsed() < TOGETHER {
+            self.next().await;
+        }
         tracing::warn!("second signal: ending without a drain");
         std::process::exit(130);
     }

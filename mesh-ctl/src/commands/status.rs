@@ -43,7 +43,12 @@ fn text(context: &Context, mesh: &view::Mesh) -> String {
     let plain = |text: &str| (text.to_owned(), Style::Plain);
     let mut out = String::new();
     if !context.quiet {
-        let generation = if mesh.generation == 0 { "no table applied yet".to_owned() } else { format!("generation {}", mesh.generation) };
+        let generation = match mesh.generation {
+            // The asked sidecar has not read the mesh's table: it runs a copy, a file, or nothing.
+            0 if mesh.instances.iter().any(|instance| instance.generation > 0) => "its table is not known there yet".to_owned(),
+            0 => "no table applied yet".to_owned(),
+            generation => format!("generation {generation}"),
+        };
         out += &format!("mesh {}, {generation}, as seen from {}\n\n", mesh.mesh, context.admin);
     }
 

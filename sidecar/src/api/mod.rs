@@ -15,7 +15,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 use tower::Service;
 
-use crate::{broker::Broker, deliver::desk::Desks, publish::Publisher, table::TableWatch};
+use crate::{broker::Broker, config::ServiceConfig, deliver::desk::Desks, publish::Publisher, table::TableWatch};
 
 pub mod admin;
 mod auth;
@@ -62,6 +62,14 @@ impl fmt::Debug for Api {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Api").field("publisher", &self.inner.publisher).finish_non_exhaustive()
     }
+}
+
+/// Whether the files with the services' tokens can be used.
+///
+/// # Errors
+/// A token file that cannot be read, or that is empty; names it.
+pub fn check_tokens(services: &[ServiceConfig]) -> io::Result<()> {
+    auth::Callers::new(services).map(drop)
 }
 
 impl Api {

@@ -215,14 +215,16 @@ fn serve(name: &'static str, listener: TcpListener, router: axum::Router, stop: 
     tokio::spawn(listen::serve_router(listener, router, listen::Options::new(name), stop.clone()))
 }
 
-/// What can be known of a configuration without starting: whether the broker's settings can work.
+/// What can be known of a configuration without starting: whether the broker's settings can work, and the files that it names.
 ///
 /// # Errors
-/// If they never can.
-pub fn check(config: &Config) -> Result<(), StartError> {
+/// The first that would keep a sidecar from starting here.
+pub async fn check(config: &Config) -> Result<(), StartError> {
     if let BrokerConfig::Kafka(keys) = &config.broker {
         kafka::KafkaBroker::check(keys.clone(), kafka::KafkaOptions::default())?;
     }
+    crate::api::check_tokens(&config.services)?;
+    crate::control::check_pinned(config).await?;
     Ok(())
 }
 

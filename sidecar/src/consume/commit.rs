@@ -163,8 +163,13 @@ impl RouteLoop {
             Ok(()) => self.note_committed(done.began, done.commits),
             Err(error) => {
                 self.parts.metrics.commit_failures.inc();
-                let fenced = error.kind == BrokerErrorKind::Fenced;
-                tracing::warn!(route = %self.route.name, %error, fenced, "a commit failed: the offsets are committed again with the next one");
+                match error.kind {
+                    // What it was about is another member's, or the group settles anew: no news in a rebalance.
+                    BrokerErrorKind::Fenced => tracing::debug!(route = %self.route.name, %error, "a commit is void: partitions move"),
+                    _ => {
+                        tracing::warn!(route = %self.route.name, %error, "a commit failed: the offsets are committed again with the next one")
+                    }
+                }
                 self.commit_again = Some(Instant::now() + COMMIT_PAUSE);
             }
         }

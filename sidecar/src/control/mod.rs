@@ -98,6 +98,17 @@ pub enum StartError {
     Task(#[from] tokio::task::JoinError),
 }
 
+/// Whether the file that pins the table, if there is one, can be used.
+///
+/// # Errors
+/// What is wrong with it.
+pub async fn check_pinned(config: &Config) -> Result<(), StartError> {
+    match &config.table {
+        Some(path) => Pinned::load(path, &config.mesh).await.map(drop),
+        None => Ok(()),
+    }
+}
+
 /// The control plane of this process. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Control(Arc<Shared>);

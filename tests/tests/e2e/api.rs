@@ -224,6 +224,19 @@ async fn config_check_print_and_healthcheck_tell_by_their_exit_codes() -> Result
             let said = run(command, Vec::new(), MINUTE).await?;
             ensure!(said.status == Some(2) && said.stderr.contains(key), "{key}: {said:?}");
         }
+
+        // So are files that are not there, and brokers that are not named.
+        for (fields, named) in [
+            ("services: [{ name: a, token_file: /no/token }], broker: { embedded: { path: x } }", "/no/token"),
+            ("services: [{ name: a }], broker: { embedded: { path: x } }, table: { file: /no/table.yaml }", "/no/table.yaml"),
+            ("services: [{ name: a }], broker: { kafka: { bootstrap.servers: '' } }", "bootstrap.servers"),
+        ] {
+            let bad = stage.file("files.yaml", &format!("{{ apiVersion: mesh/v1, kind: Sidecar, mesh: m, {fields} }}"))?;
+            let mut command = Command::new(binaries().await?.join("mesh-sidecar"));
+            command.args(["config", "check", "--config"]).arg(&bad);
+            let said = run(command, Vec::new(), MINUTE).await?;
+            ensure!(said.status == Some(2) && said.stderr.contains(named), "{named}: {said:?}");
+        }
         Ok(())
     })
     .await

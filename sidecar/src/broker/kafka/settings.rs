@@ -43,7 +43,7 @@ pub(super) struct Settings {
 impl Settings {
     /// Checks the keys against the reserved ones; their values are checked by librdkafka when a client is made.
     pub(super) fn new(keys: BTreeMap<String, String>, options: KafkaOptions) -> Result<Self, BrokerError> {
-        if !keys.contains_key("bootstrap.servers") && !keys.contains_key("metadata.broker.list") {
+        if ["bootstrap.servers", "metadata.broker.list"].iter().all(|key| keys.get(*key).is_none_or(|list| list.trim().is_empty())) {
             return Err(BrokerError::new(
                 BrokerErrorKind::Config,
                 "kafka: `bootstrap.servers` is missing: name one or more brokers as `host:port,host:port`",
@@ -219,6 +219,8 @@ mod tests {
     #[test]
     fn reserved_and_missing_keys_are_named() {
         let error = Settings::new(keys(&[]), KafkaOptions::default()).unwrap_err();
+        assert!(error.detail.contains("bootstrap.servers"), "{error}");
+        let error = Settings::new(keys(&[("bootstrap.servers", " ")]), KafkaOptions::default()).unwrap_err();
         assert!(error.detail.contains("bootstrap.servers"), "{error}");
         let error = Settings::new(keys(&[("bootstrap.servers", "a:1"), ("acks", "1")]), KafkaOptions::default()).unwrap_err();
         assert_eq!(error.kind, BrokerErrorKind::Config);
