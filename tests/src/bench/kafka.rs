@@ -23,12 +23,13 @@ use rdkafka::{
 };
 
 use super::{
-    load::{KEYS, Span},
-    measure::{Latency, Measured, Watch, histogram},
+    ground::Filling,
+    load::{self, KEYS, Span},
+    measure::{Latency, Measured, histogram},
     service,
 };
 
-/// How many partitions every topic has.
+/// How many partitions a topic has, where nothing else is said.
 pub const PARTITIONS: i32 = 4;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -91,13 +92,13 @@ impl Topics {
     ///
     /// # Errors
     /// If Kafka refuses.
-    pub async fn create(self: &Arc<Self>, topic: &str) -> Result<()> {
-        let new = NewTopic::new(topic, PARTITIONS, TopicReplication::Fixed(1));
+    pub async fn create(self: &Arc<Self>, topic: &str, partitions: i32) -> Result<()> {
+        let new = NewTopic::new(topic, partitions, TopicReplication::Fixed(1));
         for result in self.admin.create_topics([&new], &AdminOptions::new().operation_timeout(Some(TIMEOUT))).await? {
             result.map_err(|(topic, code)| anyhow::anyhow!("topic {topic}: {code}"))?;
         }
         let (topics, topic) = (self.clone(), topic.to_owned());
-        tokio::task::spawn_blocking(move || topics.count(&topic)).await??;
+        tokio::task::spawn_blocking(move || topics.count(&topic, partitions)).await??;
         Ok(())
     }
 
@@ -110,13 +111,13 @@ impl Topics {
         Ok(())
     }
 
-    /// How many records a topic ever got. Blocks.
+    /// How many records a topic of so many partitions ever got. Blocks.
     ///
     /// # Errors
     /// If Kafka does not answer.
-    pub fn count(&self, topic: &str) -> Result<u64> {
+    pub fn count(&self, topic: &str, partitions: i32) -> Result<u64> {
         let mut count = 0;
-        for partition in 0..PARTITIONS {
+        for partition in 0..partitions {
             count += u64::try_from(self.high(topic, partition)?)?;
         }
         Ok(count)
@@ -218,26 +219,20 @@ impl Drop for Sender {
     }
 }
 
-/// The key of a record.
-fn key(number: u64) -> String {
-    format!("k{:03}", number % KEYS)
-}
-
-/// Fills a topic: record i has the key `i mod 1000`, and its number in the first 8 bytes of its value.
+/// Fills a topic: record i has the key `i mod keys`, and its number in the first 8 bytes of its value.
 ///
 /// # Errors
 /// If Kafka refuses a record.
-pub fn fill(bootstrap: &str, topic: &str, records: u64) -> Result<Measured> {
+pub fn fill(bootstrap: &str, topic: &str, filling: Filling) -> Result<()> {
     let sender = Sender::new(bootstrap)?;
-    let mut value = service::value().to_vec();
-    let running = Watch::default().begin(0)?;
-    for number in 0..records {
+    let mut value = vec![b'x'; filling.size];
+    for number in filling.first..filling.first + filling.records {
         value[..8].copy_from_slice(&number.to_be_bytes());
-        sender.send(topic, Some(key(number).as_bytes()), &value)?;
+        sender.send(topic, Some(load::key(number, filling.keys).as_bytes()), &value)?;
     }
-    let measured = running.end(sender.flush()?)?;
-    ensure!(measured.records == records, "{} of {records} records were acknowledged", measured.records);
-    Ok(measured)
+    let stored = sender.flush()?;
+    ensure!(stored == filling.records, "{stored} of {} records were acknowledged", filling.records);
+    Ok(())
 }
 
 /// librdkafka alone, as fast as it goes.
@@ -246,7 +241,7 @@ pub fn fill(bootstrap: &str, topic: &str, records: u64) -> Result<Measured> {
 /// If Kafka refuses a record.
 pub fn produce(bootstrap: &str, topic: &str, span: Span) -> Result<Measured> {
     let sender = Sender::new(bootstrap)?;
-    let keys: Vec<String> = (0..KEYS).map(key).collect();
+    let keys: Vec<String> = (0..KEYS).map(|number| load::key(number, KEYS)).collect();
     let value = service::value();
     let begin = Instant::now();
     let mut running = None;
@@ -300,20 +295,63 @@ pub fn pipe(bootstrap: &str, from: &str, to: &str) -> Result<()> {
     }
 }
 
+/// A consumer of a topic from its present end on.
+fn from_now_on(bootstrap: &str, topic: &str) -> Result<BaseConsumer> {
+    let consumer: BaseConsumer = consumer_config(bootstrap, &format!("{topic}.hop")).create()?;
+    let topics = Topics::new(bootstrap)?;
+    let mut from_end = TopicPartitionList::new();
+    for partition in 0..PARTITIONS {
+        let end = topics.high(topic, partition)?;
+        from_end.add_partition_offset(topic, partition, Offset::Offset(end))?;
+    }
+    consumer.assign(&from_end)?;
+    Ok(consumer)
+}
+
+/// The next number that comes back, if one does within 100 ms.
+fn next_number(consumer: &BaseConsumer) -> Result<Option<u64>> {
+    let Some(message) = consumer.poll(Duration::from_millis(100)) else { return Ok(None) };
+    let message = message?;
+    let number = message.payload().and_then(|value| value.first_chunk::<8>()).context("a value")?;
+    Ok(Some(u64::from_be_bytes(*number)))
+}
+
+/// What can go into `to` and come back from `from` in a second: with so many records under way, as fast as they come back.
+///
+/// # Errors
+/// If the records do not come back.
+pub fn capacity(bootstrap: &str, to: &str, from: &str, window: u64, span: &Span) -> Result<Measured> {
+    let consumer = from_now_on(bootstrap, from)?;
+    let sender = Sender::new(bootstrap)?;
+    let mut value = service::value().to_vec();
+    let (mut sent, mut seen, mut last) = (0, 0, Instant::now());
+    let (begin, mut running) = (Instant::now(), None);
+    loop {
+        while sent < seen + window {
+            value[..8].copy_from_slice(&sent.to_be_bytes());
+            sender.send(to, Some(load::key(sent, KEYS).as_bytes()), &value)?;
+            sent += 1;
+        }
+        match next_number(&consumer)? {
+            Some(_) => (seen, last) = (seen + 1, Instant::now()),
+            None => ensure!(last.elapsed() < Duration::from_secs(15), "{} of {sent} records did not come back", sent - seen),
+        }
+        let passed = begin.elapsed();
+        match running.take() {
+            None if passed >= span.warmup => running = Some(span.watch.clone().begin(seen)?),
+            Some(running) if passed >= span.warmup + span.time => return running.end(seen),
+            other => running = other,
+        }
+    }
+}
+
 /// Latency from a record's intended time of sending into `to` until it is read from `from`, at a fixed rate that waits for nobody. With one
 /// topic for both it is Kafka's own.
 ///
 /// # Errors
 /// If a record does not come back.
 pub fn hop(bootstrap: &str, to: &str, from: &str, rate: f64, span: &Span) -> Result<Measured> {
-    let consumer: BaseConsumer = consumer_config(bootstrap, &format!("{from}.hop")).create()?;
-    let topics = Topics::new(bootstrap)?;
-    let mut from_end = TopicPartitionList::new();
-    for partition in 0..PARTITIONS {
-        let end = topics.high(from, partition)?;
-        from_end.add_partition_offset(from, partition, Offset::Offset(end))?;
-    }
-    consumer.assign(&from_end)?;
+    let consumer = from_now_on(bootstrap, from)?;
     let sender = Sender::new(bootstrap)?;
     let count = ((span.warmup + span.time).as_secs_f64() * rate).ceil() as u64;
     let skipped = (span.warmup.as_secs_f64() * rate).ceil() as u64;
@@ -329,20 +367,17 @@ pub fn hop(bootstrap: &str, to: &str, from: &str, rate: f64, span: &Span) -> Res
                 thread::park_timeout(early);
             }
             value[..8].copy_from_slice(&number.to_be_bytes());
-            sender.send(&topic, Some(key(number).as_bytes()), &value)?;
+            sender.send(&topic, Some(load::key(number, KEYS).as_bytes()), &value)?;
         }
         sender.flush()
     });
     let mut histogram = histogram()?;
     let (mut seen, mut last) = (0, Instant::now());
     while seen < count {
-        let Some(message) = consumer.poll(Duration::from_millis(100)) else {
+        let Some(number) = next_number(&consumer)? else {
             ensure!(last.elapsed() < Duration::from_secs(15), "{} of {count} records did not come back", count - seen);
             continue;
         };
-        let message = message?;
-        let number = message.payload().and_then(|value| value.first_chunk::<8>()).context("a value")?;
-        let number = u64::from_be_bytes(*number);
         last = Instant::now();
         seen += 1;
         if number >= skipped {

@@ -14,7 +14,9 @@ use bytes::Bytes;
 use http::{Request, header};
 use http_body_util::{BodyExt as _, Full};
 use hyper_util::rt::TokioIo;
-use mesh_proto::v1::{self, handler_client::HandlerClient, mesh_client::MeshClient, publish_result};
+use mesh_proto::v1::{
+    self, handler_client::HandlerClient, mesh_client::MeshClient, outcome, publish_result, subscribe_request, subscribe_response,
+};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
@@ -24,12 +26,18 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::{
+    ground::Filling,
     measure::{Measured, Watch},
     service,
 };
 
 /// How many keys there are.
 pub const KEYS: u64 = 1_000;
+
+/// The key of a record.
+pub fn key(number: u64, keys: u64) -> String {
+    format!("k{:03}", number % keys)
+}
 
 /// How long a load runs before it is measured, and how long it is measured.
 #[derive(Clone, Debug)]
@@ -192,21 +200,23 @@ pub async fn hop(address: SocketAddr, connections: usize, span: Span) -> Result<
 
 fn record(number: u64) -> v1::Record {
     v1::Record {
-        key: Some(format!("k{:03}", number % KEYS).into()),
+        key: Some(key(number, KEYS).into()),
         value: Some(Bytes::from_static(&[b'x'; service::VALUE])),
         content_type: "application/json".into(),
         ..v1::Record::default()
     }
 }
 
-fn stored(result: &v1::PublishResult) -> Result<()> {
+/// Whether a record was stored.
+pub(super) fn stored(result: &v1::PublishResult) -> Result<()> {
     match &result.result {
         Some(publish_result::Result::Position(_)) => Ok(()),
         other => bail!("not stored: {other:?}"),
     }
 }
 
-async fn mesh(url: String) -> Result<MeshClient<tonic::transport::Channel>> {
+/// A client of the API.
+pub(super) async fn mesh(url: String) -> Result<MeshClient<tonic::transport::Channel>> {
     Ok(MeshClient::connect(url).await?.max_decoding_message_size(64 << 20).max_encoding_message_size(usize::MAX))
 }
 
@@ -308,24 +318,72 @@ pub async fn handle_stream(url: String, window: usize, batch: u64, span: Span) -
     measure(span, shared, tasks).await
 }
 
-/// Fills a topic through a publish stream: record i has the key `i mod 1000`, and its number in the first 8 bytes of its value.
+/// Subscriptions of a topic without a group, each from its beginning, on a connection of its own; one that had all its records begins again.
+///
+/// # Errors
+/// If a stream breaks.
+pub async fn subscribers(url: String, topic: String, count: u64, records: u64, span: Span) -> Result<Measured> {
+    let shared = Arc::new(Shared::default());
+    let mut tasks = JoinSet::new();
+    for _ in 0..count {
+        let (url, topic, shared) = (url.clone(), topic.clone(), shared.clone());
+        tasks.spawn(async move {
+            while shared.goes_on() {
+                subscription(url.clone(), topic.clone(), records, &shared).await?;
+            }
+            Ok(())
+        });
+    }
+    measure(span, shared, tasks).await
+}
+
+async fn subscription(url: String, topic: String, records: u64, shared: &Shared) -> Result<()> {
+    const CREDITS: u32 = 1_024;
+    let mut client = mesh(url).await?;
+    let (requests, outgoing) = mpsc::channel(1024);
+    let request = |request| v1::SubscribeRequest { request: Some(request) };
+    let topics = v1::TopicSubscription { topics: vec![topic], group: String::new(), from: "earliest".into(), credits: CREDITS };
+    requests.send(request(subscribe_request::Request::Topics(topics))).await?;
+    let mut responses = client.subscribe(ReceiverStream::new(outgoing)).await?.into_inner();
+    let mut left = records;
+    while left > 0 && shared.goes_on() {
+        let response = responses.message().await?.context("the stream ended")?;
+        if let subscribe_response::Response::Delivery(delivery) = response.response.context("a response")? {
+            let came = u32::try_from(delivery.records.len())?;
+            let done = |record: v1::DeliveredRecord| v1::Outcome {
+                delivery_id: record.delivery_id,
+                outcome: Some(outcome::Outcome::Ignore(v1::Ignore::default())),
+            };
+            let outcomes = v1::Outcomes { outcomes: delivery.records.into_iter().map(done).collect() };
+            requests.send(request(subscribe_request::Request::Outcomes(outcomes))).await?;
+            requests.send(request(subscribe_request::Request::Credit(v1::Credit { records: came }))).await?;
+            shared.count(u64::from(came));
+            left = left.saturating_sub(u64::from(came));
+        }
+    }
+    Ok(())
+}
+
+/// Fills a topic through a publish stream: record i has the key `i mod keys`, and its number in the first 8 bytes of its value.
 ///
 /// # Errors
 /// If a record is not stored.
-pub async fn fill(url: String, topic: &str, records: u64) -> Result<()> {
-    const BATCH: u64 = 200;
+pub async fn fill(url: String, topic: &str, filling: Filling) -> Result<()> {
+    let Filling { first, records, size, keys, .. } = filling;
+    // A message stays below the API's bound.
+    let batch = ((1 << 20) / size).clamp(1, 200);
     let mut client = mesh(url).await?;
     let (requests, outgoing) = mpsc::channel(16);
     let topic = topic.to_owned();
     let feeding = tokio::spawn(async move {
-        let mut value = service::value().to_vec();
-        for begin in (0..records).step_by(usize::try_from(BATCH)?) {
-            let batch = begin..records.min(begin + BATCH);
+        let mut value = vec![b'x'; size];
+        let end = first + records;
+        for begin in (first..end).step_by(batch) {
             let numbered = |number: u64| {
                 value[..8].copy_from_slice(&number.to_be_bytes());
-                v1::Record { value: Some(Bytes::copy_from_slice(&value)), ..record(number) }
+                v1::Record { key: Some(key(number, keys).into()), value: Some(Bytes::copy_from_slice(&value)), ..record(number) }
             };
-            let records = batch.map(numbered).collect();
+            let records = (begin..end.min(begin + batch as u64)).map(numbered).collect();
             requests.send(v1::PublishStreamRequest { sequence: begin, topic: topic.clone(), records }).await?;
         }
         anyhow::Ok(())

@@ -69,7 +69,8 @@ impl Running {
         for ((name, id), before) in self.watch.0.into_iter().zip(self.cpu) {
             let used = cpu_time(id)?.saturating_sub(before).as_secs_f64();
             measured.cpu_us.insert(name.clone(), used * 1e6 / records.max(1) as f64);
-            measured.peak_mib.insert(name, peak_bytes(id)? as f64 / f64::from(1 << 20));
+            measured.peak_mib.insert(name.clone(), mib(peak_bytes(id)?));
+            measured.resident_mib.insert(name, mib(resident_bytes(id)?));
         }
         Ok(measured)
     }
@@ -86,6 +87,9 @@ pub struct Measured {
     pub cpu_us: BTreeMap<String, f64>,
     /// The peak of resident memory since its start, in MiB, by process.
     pub peak_mib: BTreeMap<String, f64>,
+    /// The resident memory at its end, in MiB, by process.
+    #[serde(default)]
+    pub resident_mib: BTreeMap<String, f64>,
     /// Latencies, where they are what is measured.
     pub latency: Option<Latency>,
 }
@@ -154,10 +158,26 @@ pub fn resident_bytes(id: i32) -> Result<u64> {
     status(id, "VmRSS:")
 }
 
-fn status(id: i32, field: &str) -> Result<u64> {
+/// How many threads a process has.
+///
+/// # Errors
+/// If it is gone, or this is no Linux.
+pub fn threads(id: i32) -> Result<u64> {
+    Ok(field(id, "Threads:")?.parse()?)
+}
+
+/// Bytes as MiB.
+pub fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+fn status(id: i32, name: &str) -> Result<u64> {
+    Ok(field(id, name)?.trim_end_matches(" kB").trim().parse::<u64>()? * 1024)
+}
+
+fn field(id: i32, name: &str) -> Result<String> {
     let text = std::fs::read_to_string(format!("/proc/{id}/status"))?;
-    let line = text.lines().find_map(|line| line.strip_prefix(field)).context("status")?;
-    Ok(line.trim().trim_end_matches(" kB").trim().parse::<u64>()? * 1024)
+    Ok(text.lines().find_map(|line| line.strip_prefix(name)).context("status")?.trim().to_owned())
 }
 
 /// The middle one; of an even number the mean of the two in the middle. 0 of none.

@@ -4,10 +4,19 @@
 //! Invariant: a row and its floors alternate in every round, so that both meet the machine in the same mood; ratios are medians of the
 //! rounds' own ratios.
 
+pub mod curves;
+pub mod ground;
+pub mod guard;
 pub mod kafka;
+mod latency;
+mod life;
 pub mod load;
 pub mod measure;
+mod memory;
+pub mod open_loop;
+pub mod plot;
 pub mod report;
 pub mod role;
 pub mod rows;
 pub mod service;
+mod throughput;

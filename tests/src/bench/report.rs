@@ -146,7 +146,13 @@ fn title(kind: Kind) -> &'static str {
         Kind::PublishStream => "publish on a gRPC stream",
         Kind::Hop => "whole hop at 1,000/s",
         Kind::HopIdle => "whole hop at 2/s",
+        Kind::Hop10 => "whole hop at 10 % of its capacity",
+        Kind::Hop50 => "whole hop at 50 % of its capacity",
+        Kind::Hop80 => "whole hop at 80 % of its capacity",
         Kind::Idle => "one route at rest",
+        Kind::Memory => "memory",
+        Kind::Start => "start of the process to ready",
+        Kind::Swap => "swap of a table of 1,000 routes",
         Kind::Kill => "three `kill -9` in 20,000 records",
     }
 }
@@ -160,7 +166,11 @@ fn goal(kind: Kind) -> &'static str {
         Kind::PublishUnary => "≥ 30,000/s",
         Kind::PublishStream => "≥ 0.7 of librdkafka",
         Kind::Hop | Kind::HopIdle => "p50 ≤ 0.7 ms, p99 ≤ direct + 2 ms",
+        Kind::Hop10 | Kind::Hop50 | Kind::Hop80 => "",
         Kind::Idle => "≤ 25 MB",
+        Kind::Memory => "≤ 25 MB with one idle route, ≤ 1 MB each further one, ≤ 60 MB under a push",
+        Kind::Start => "≤ 150 ms on Kafka, ≤ 100 ms embedded",
+        Kind::Swap => "in force ≤ 50 ms, no pause above 1 ms",
         Kind::Kill => "0 missing, ≤ about 300 duplicates a kill",
     }
 }

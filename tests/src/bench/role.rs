@@ -11,8 +11,10 @@ use anyhow::{Context as _, Result};
 use clap::{Args, Subcommand};
 
 use super::{
+    guard::work::Work,
     kafka, load,
     measure::{Measured, Watch},
+    open_loop,
     service::{self, Answer},
 };
 use crate::process::{Process, run};
@@ -25,6 +27,9 @@ pub enum Role {
         /// What it answers.
         #[arg(value_enum)]
         answer: Answer,
+        /// How many milliseconds it takes.
+        #[arg(long, default_value_t = 0)]
+        delay: u64,
         /// How many threads it has.
         #[arg(long, default_value_t = 1)]
         threads: usize,
@@ -104,6 +109,28 @@ pub enum Role {
         #[command(flatten)]
         span: SpanArgs,
     },
+    /// Subscribes to a topic.
+    LoadSubscribe {
+        /// The API.
+        url: String,
+        /// The topic.
+        topic: String,
+        /// Subscriptions.
+        count: u64,
+        /// Records in the topic.
+        records: u64,
+        /// When and whom it measures.
+        #[command(flatten)]
+        span: SpanArgs,
+    },
+    /// Does a fixed piece of work, and measures nothing.
+    Work {
+        /// Which.
+        #[arg(value_enum)]
+        work: Work,
+        /// Records.
+        records: u64,
+    },
     /// Produces by librdkafka.
     Produce {
         /// Kafka.
@@ -123,10 +150,24 @@ pub enum Role {
         /// The destination.
         to: String,
     },
+    /// What can go from one topic to another in a second.
+    Capacity {
+        /// Kafka, or the API as `http://…`.
+        at: String,
+        /// Where records go in.
+        to: String,
+        /// Where they come out.
+        from: String,
+        /// Records under way.
+        window: u64,
+        /// When and whom it measures.
+        #[command(flatten)]
+        span: SpanArgs,
+    },
     /// Latency from one topic to another.
     Hop {
-        /// Kafka.
-        bootstrap: String,
+        /// Kafka, or the API as `http://…`.
+        at: String,
         /// Where records go in.
         to: String,
         /// Where they come out.
@@ -168,9 +209,12 @@ impl Role {
     /// If it fails.
     pub fn play(self) -> Result<()> {
         let measured = match self {
-            Self::ServiceHttp { answer, threads } => return runtime(threads)?.block_on(service::http(answer)),
+            Self::ServiceHttp { answer, delay, threads } => {
+                return runtime(threads)?.block_on(service::http(answer, Duration::from_millis(delay)));
+            }
             Self::ServiceGrpc { threads } => return runtime(threads)?.block_on(service::grpc()),
             Self::Subscriber { url, route, credits } => return runtime(1)?.block_on(service::subscriber(url, route, credits)),
+            Self::Work { work, records } => return runtime(1)?.block_on(work.run(records)),
             Self::Pipe { bootstrap, from, to } => return kafka::pipe(&bootstrap, &from, &to),
             Self::LoadHttp { address, path, connections, span } => {
                 runtime(1)?.block_on(load::http(address, path, connections, span.span()?))
@@ -181,12 +225,26 @@ impl Role {
                 runtime(1)?.block_on(load::publish_stream(url, topic, window, batch, span.span()?))
             }
             Self::LoadHandle { url, window, batch, span } => runtime(1)?.block_on(load::handle_stream(url, window, batch, span.span()?)),
+            Self::LoadSubscribe { url, topic, count, records, span } => {
+                runtime(1)?.block_on(load::subscribers(url, topic, count, records, span.span()?))
+            }
             Self::Produce { bootstrap, topic, span } => kafka::produce(&bootstrap, &topic, span.span()?),
-            Self::Hop { bootstrap, to, from, rate, span } => kafka::hop(&bootstrap, &to, &from, rate, &span.span()?),
+            Self::Capacity { at, to, from, window, span } if is_mesh(&at) => {
+                runtime(1)?.block_on(open_loop::capacity(&at, &to, &from, window, span.span()?))
+            }
+            Self::Capacity { at, to, from, window, span } => kafka::capacity(&at, &to, &from, window, &span.span()?),
+            Self::Hop { at, to, from, rate, span } if is_mesh(&at) => {
+                runtime(1)?.block_on(open_loop::hop(&at, &to, &from, rate, span.span()?))
+            }
+            Self::Hop { at, to, from, rate, span } => kafka::hop(&at, &to, &from, rate, &span.span()?),
         }?;
         println!("{}", serde_json::to_string(&measured)?);
         Ok(())
     }
+}
+
+fn is_mesh(at: &str) -> bool {
+    at.starts_with("http://")
 }
 
 fn runtime(threads: usize) -> Result<tokio::runtime::Runtime> {

@@ -1,6 +1,11 @@
 //! The services that are called: lean, each a process of its own, so that their cost is not the sidecar's.
 
-use std::{convert::Infallible, pin::Pin, sync::Arc};
+use std::{
+    convert::Infallible,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
@@ -12,6 +17,7 @@ use hyper_util::rt::TokioIo;
 use mesh_proto::v1::{
     self, handler_server, mesh_client::MeshClient, mesh_server, outcome, publish_result, subscribe_request, subscribe_response,
 };
+use serde::{Deserialize, Serialize};
 use tokio::{net::TcpListener, sync::mpsc};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Status, Streaming};
@@ -32,21 +38,72 @@ pub enum Answer {
     Echo,
     /// What the sidecar's API answers to a publish: the floor of publishing.
     Position,
+    /// As `echo`; and remembers the longest time between two calls, which `GET /gaps` tells and forgets.
+    Gaps,
 }
 
-/// An HTTP/1.1 service with bare hyper, until it is killed.
+/// What `GET /gaps` tells, since it was asked last.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Gaps {
+    /// Calls.
+    pub calls: u64,
+    /// The longest time from one call to the next, in milliseconds.
+    pub longest_ms: f64,
+}
+
+/// The calls since it was asked last, and when the last one came.
+#[derive(Debug, Default)]
+struct Calls(Mutex<(Gaps, Option<Instant>)>);
+
+impl Calls {
+    fn called(&self, now: Instant) {
+        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let gap = seen.1.map_or(0.0, |last| now.duration_since(last).as_secs_f64() * 1e3);
+        *seen = (Gaps { calls: seen.0.calls + 1, longest_ms: seen.0.longest_ms.max(gap) }, Some(now));
+    }
+
+    fn take(&self, now: Instant) -> Gaps {
+        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // A call that is awaited still is a gap, too.
+        let open = seen.1.map_or(0.0, |last| now.duration_since(last).as_secs_f64() * 1e3);
+        let mut gaps = std::mem::take(&mut seen.0);
+        gaps.longest_ms = gaps.longest_ms.max(open);
+        gaps
+    }
+}
+
+/// An HTTP/1.1 service with bare hyper, until it is killed. It answers after `delay`, which Tokio rounds up to the next millisecond.
 ///
 /// # Errors
 /// If it cannot listen.
-pub async fn http(answer: Answer) -> Result<()> {
+pub async fn http(answer: Answer, delay: Duration) -> Result<()> {
+    http_on(listen().await?, answer, delay).await
+}
+
+/// The same on a listener that is there.
+///
+/// # Errors
+/// If it cannot accept.
+pub async fn http_on(listener: TcpListener, answer: Answer, delay: Duration) -> Result<()> {
     const POSITION: &[u8] =
         br#"{"topic":"m0123456789.bench","partition":1,"offset":123456,"mesh_id":"0198c0de-0000-7000-8000-000000000000"}"#;
-    let listener = listen().await?;
-    let reply = move |request: Request<Incoming>| async move {
+    const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream");
+    const JSON: HeaderValue = HeaderValue::from_static("application/json");
+    let calls = Arc::new(Calls::default());
+    let reply = move |calls: Arc<Calls>, request: Request<Incoming>| async move {
+        let asked = answer == Answer::Gaps && request.uri().path() == "/gaps";
         let body = request.into_body().collect().await.map(http_body_util::Collected::to_bytes).unwrap_or_default();
+        if !delay.is_zero() {
+            tokio::time::sleep(delay).await;
+        }
         let (body, kind) = match answer {
-            Answer::Echo => (body, HeaderValue::from_static("application/octet-stream")),
-            Answer::Position => (Bytes::from_static(POSITION), HeaderValue::from_static("application/json")),
+            Answer::Gaps if asked => (serde_json::to_vec(&calls.take(Instant::now())).unwrap_or_default().into(), JSON),
+            Answer::Gaps => {
+                calls.called(Instant::now());
+                (body, OCTETS)
+            }
+            Answer::Echo => (body, OCTETS),
+            Answer::Position => (Bytes::from_static(POSITION), JSON),
         };
         let mut response = Response::new(Full::new(body));
         response.headers_mut().insert(header::CONTENT_TYPE, kind);
@@ -55,9 +112,11 @@ pub async fn http(answer: Answer) -> Result<()> {
     loop {
         let (stream, _) = listener.accept().await?;
         stream.set_nodelay(true)?;
+        let calls = calls.clone();
         tokio::spawn(async move {
+            let service = service_fn(|request| reply(calls.clone(), request));
             // A peer that goes away is no fault.
-            drop(hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service_fn(reply)).await);
+            drop(hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await);
         });
     }
 }
@@ -174,4 +233,20 @@ pub async fn subscriber(sidecar: String, route: String, credits: u32) -> Result<
 /// The value of every record that is not a timestamp's: printable, so that it compresses to nothing in nobody's way.
 pub fn value() -> Arc<[u8]> {
     vec![b'x'; VALUE].into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gap_is_told_once_and_one_that_is_open_counts() {
+        let (calls, begin) = (Calls::default(), Instant::now());
+        let at = |ms| begin + Duration::from_millis(ms);
+        assert_eq!(calls.take(at(5)), Gaps::default());
+        calls.called(at(10));
+        calls.called(at(17));
+        assert_eq!(calls.take(at(18)), Gaps { calls: 2, longest_ms: 7.0 });
+        assert_eq!(calls.take(at(20)), Gaps { calls: 0, longest_ms: 3.0 });
+    }
 }
