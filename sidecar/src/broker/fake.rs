@@ -252,9 +252,9 @@ impl Consumer for FakeConsumer {
 }
 
 impl Admin for Fake {
-    fn topics(&self) -> BoxFuture<'_, Result<BTreeMap<String, i32>, BrokerError>> {
+    fn topics(&self) -> BoxFuture<'_, Result<Arc<BTreeMap<String, i32>>, BrokerError>> {
         let topics = self.0.lock().unwrap().topics.keys().map(|name| (name.clone(), 1)).collect();
-        Box::pin(async { Ok(topics) })
+        Box::pin(async { Ok(Arc::new(topics)) })
     }
 
     fn create_topics(&self, _topics: Vec<NewTopic>) -> BoxFuture<'_, Result<(), BrokerError>> {

@@ -286,8 +286,8 @@ pub enum TransactionError {
 
 /// Topics, watermarks, groups.
 pub trait Admin: Send + Sync + 'static {
-    /// All topics with their partition counts.
-    fn topics(&self) -> BoxFuture<'_, Result<BTreeMap<String, i32>, BrokerError>>;
+    /// All topics with their partition counts: as of a moment after the call.
+    fn topics(&self) -> BoxFuture<'_, Result<Arc<BTreeMap<String, i32>>, BrokerError>>;
 
     /// Creates topics that do not exist; one that exists is left as it is and is no error.
     fn create_topics(&self, topics: Vec<NewTopic>) -> BoxFuture<'_, Result<(), BrokerError>>;

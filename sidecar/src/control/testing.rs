@@ -138,10 +138,11 @@ impl Producer for Memory {
 }
 
 impl Admin for Memory {
-    fn topics(&self) -> BoxFuture<'_, Result<BTreeMap<String, i32>, BrokerError>> {
+    fn topics(&self) -> BoxFuture<'_, Result<Arc<BTreeMap<String, i32>>, BrokerError>> {
         Box::pin(async {
             self.check()?;
-            Ok(Memory::topics(self).iter().map(|(name, partitions)| (name.clone(), partitions.len() as i32)).collect())
+            let topics = Memory::topics(self).iter().map(|(name, partitions)| (name.clone(), partitions.len() as i32)).collect();
+            Ok(Arc::new(topics))
         })
     }
 

@@ -120,7 +120,8 @@ fn retention(topic: &Topic) -> Option<String> {
 /// # Errors
 /// What the broker says; [`BrokerErrorKind::Unreachable`] and the like may pass.
 pub(crate) async fn ensure(admin: &dyn Admin, table: &CompiledTable) -> Result<Plan, BrokerError> {
-    let plan = plan(table, &admin.topics().await?);
+    let existing = admin.topics().await?;
+    let plan = plan(table, &existing);
     create(admin, &plan.create).await?;
     Ok(plan)
 }

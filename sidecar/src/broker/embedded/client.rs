@@ -111,9 +111,9 @@ impl EmbeddedAdmin {
 }
 
 impl Admin for EmbeddedAdmin {
-    fn topics(&self) -> BoxFuture<'_, Result<BTreeMap<String, i32>, BrokerError>> {
+    fn topics(&self) -> BoxFuture<'_, Result<Arc<BTreeMap<String, i32>>, BrokerError>> {
         let topics = self.0.catalog.all().into_iter().map(|topic| (topic.name.to_string(), topic.count())).collect();
-        Box::pin(std::future::ready(Ok(topics)))
+        Box::pin(std::future::ready(Ok(Arc::new(topics))))
     }
 
     fn create_topics(&self, topics: Vec<NewTopic>) -> BoxFuture<'_, Result<(), BrokerError>> {

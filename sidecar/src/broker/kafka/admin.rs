@@ -27,6 +27,7 @@ use super::{
     health::{Health, Leaderless, Reporter},
     producer::Topics,
     settings::Settings,
+    together::Together,
 };
 use crate::{
     broker::{Admin, BrokerError, BrokerErrorKind, Commit, NewTopic},
@@ -49,7 +50,11 @@ pub(super) struct Asker {
     health: Arc<Health>,
     topics: Arc<Topics>,
     slots: Semaphore,
+    /// All routes of a table ask for all topics at once, and where there are many it is a large answer.
+    listed: Together<Listed>,
 }
+
+type Listed = Result<Arc<BTreeMap<String, i32>>, BrokerError>;
 
 impl std::fmt::Debug for Asker {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -61,7 +66,7 @@ impl Asker {
     pub(super) fn open(settings: Settings, health: Arc<Health>, topics: Arc<Topics>) -> Result<Self, BrokerError> {
         let client = BaseConsumer::from_config_and_context(&settings.admin(None), Reporter(health.clone()))
             .map_err(|error| broker_error("kafka", &error))?;
-        Ok(Self { client: Arc::new(client), settings, health, topics, slots: Semaphore::new(AT_ONCE) })
+        Ok(Self { client: Arc::new(client), settings, health, topics, slots: Semaphore::new(AT_ONCE), listed: Together::default() })
     }
 
     /// Runs a blocking question.
@@ -88,6 +93,18 @@ impl Asker {
             let detail = format!("Kafka {} did not say within {deadline:?} whether the topic exists", self.health.bootstrap());
             Err(BrokerError::new(BrokerErrorKind::Unreachable, detail))
         })
+    }
+
+    async fn list(&self) -> Listed {
+        let result = self.ask(|client| {
+            let metadata = client.fetch_metadata(None, TIMEOUT).map_err(|error| broker_error("list of topics", &error))?;
+            Ok(Arc::new(topics_of(&metadata)))
+        });
+        let result = result.await;
+        for (topic, partitions) in result.iter().flat_map(|topics| topics.iter()) {
+            self.topics.put(topic, *partitions);
+        }
+        result
     }
 
     async fn create(&self, topics: Vec<NewTopic>) -> Result<(), BrokerError> {
@@ -294,19 +311,8 @@ fn topics_of(metadata: &Metadata) -> BTreeMap<String, i32> {
 }
 
 impl Admin for Asker {
-    fn topics(&self) -> BoxFuture<'_, Result<BTreeMap<String, i32>, BrokerError>> {
-        Box::pin(async move {
-            let topics = self
-                .ask(|client| {
-                    let metadata = client.fetch_metadata(None, TIMEOUT).map_err(|error| broker_error("list of topics", &error))?;
-                    Ok(topics_of(&metadata))
-                })
-                .await?;
-            for (topic, partitions) in &topics {
-                self.topics.put(topic, *partitions);
-            }
-            Ok(topics)
-        })
+    fn topics(&self) -> BoxFuture<'_, Result<Arc<BTreeMap<String, i32>>, BrokerError>> {
+        Box::pin(self.listed.ask(|| self.list()))
     }
 
     fn create_topics(&self, topics: Vec<NewTopic>) -> BoxFuture<'_, Result<(), BrokerError>> {
@@ -432,20 +438,41 @@ fn readable(config: &ClientConfig, health: Arc<Health>, partition: &TopicPartiti
     let what = || format!("{partition} from {from}");
     let client: BaseConsumer<Reporter> =
         BaseConsumer::from_config_and_context(config, Reporter(health)).map_err(|error| broker_error(what(), &error))?;
+    let until = Instant::now() + TIMEOUT;
+    // A leader that is new may not know yet how far its records are committed, and shows readers an earlier end. The question for the end is
+    // refused meanwhile, unlike a fetch: so what a fetch says counts only of a leader that has answered the question before.
+    let leader = leader(&client, partition).map_err(|error| broker_error(what(), &error))?;
+    let marks = watermarks(&client, std::slice::from_ref(partition), TIMEOUT)?;
+    if marks.first().is_some_and(|(_, high)| from >= *high) {
+        return Ok(false);
+    }
     let mut list = TopicPartitionList::with_capacity(1);
     list.add_partition_offset(&partition.topic, partition.partition, Offset::Offset(from)).map_err(|error| broker_error(what(), &error))?;
     client.assign(&list).map_err(|error| broker_error(what(), &error))?;
-    let until = Instant::now() + TIMEOUT;
     while Instant::now() < until {
         match client.poll(until.saturating_duration_since(Instant::now())) {
             Some(Ok(_)) => return Ok(true),
-            Some(Err(KafkaError::PartitionEOF(_))) => return Ok(false),
+            Some(Err(KafkaError::PartitionEOF(_))) => {
+                let now = self::leader(&client, partition).map_err(|error| broker_error(what(), &error))?;
+                if leader.is_some() && now == leader {
+                    return Ok(false);
+                }
+                return Err(BrokerError::new(BrokerErrorKind::Unreachable, format!("{}: its leader changed meanwhile", what())));
+            }
             // Connections come and go: it is tried until the time is over.
             Some(Err(error)) => tracing::debug!("kafka: {}: {error}", what()),
             None => {}
         }
     }
     Err(BrokerError::new(BrokerErrorKind::Unreachable, format!("{}: nothing was read within {TIMEOUT:?}", what())))
+}
+
+/// The broker that leads a partition, if one does.
+fn leader<C: rdkafka::consumer::ConsumerContext>(client: &BaseConsumer<C>, partition: &TopicPartition) -> Result<Option<i32>, KafkaError> {
+    let metadata = client.fetch_metadata(Some(&partition.topic), TIMEOUT)?;
+    let topic = metadata.topics().iter().find(|topic| *topic.name() == *partition.topic);
+    let found = topic.and_then(|topic| topic.partitions().iter().find(|found| found.id() == partition.partition));
+    Ok(found.map(|found| found.leader()).filter(|leader| *leader >= 0))
 }
 
 /// The first offset of each partition that is not older; the high watermark where there is none.

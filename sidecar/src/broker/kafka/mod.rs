@@ -35,6 +35,7 @@ mod health;
 mod interleavings;
 mod producer;
 mod settings;
+mod together;
 mod transaction;
 mod wakeup;
 
