@@ -473,6 +473,7 @@ impl Facts<'_> {
         }
         // By key, the last source whose first reply was seen.
         let mut last: HashMap<u32, Place> = HashMap::new();
+        let mut disordered = Vec::new();
         for found in &evidence.contents.b {
             let Some(place) = Self::cause(found, evidence.line.name) else { continue };
             let Some(source) = self.a.get(&place) else { continue };
@@ -481,10 +482,13 @@ impl Facts<'_> {
             }
             let before = last.insert(source.name.key, place);
             if let Some(before) = before.filter(|before| *before > place) {
-                let (name, at) = (source.name, place_of(found));
-                self.broken.push(place);
-                self.faults.add(3, REPLIES_DISORDERED, || format!("{name} of {place} is at {at}, behind that of {before}"));
+                disordered.push((place, before));
             }
+        }
+        for (place, before) in disordered {
+            self.broken.push(place);
+            let (one, other) = (self.history(place), self.history(before));
+            self.faults.add(3, REPLIES_DISORDERED, || format!("{one}, behind {other}"));
         }
     }
 
