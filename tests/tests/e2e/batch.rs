@@ -7,13 +7,14 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use mesh_proto::v1::RouteState;
 use mesh_tests::{
     grpc::{GrpcService, reply_with, retry},
     load::Load,
     on_both,
     oracle::sightings,
     service::{BatchAnswer, BatchCall, BatchService, value},
-    sidecar::{Sidecar, disposition},
+    sidecar::{Sidecar, disposition, routes_of},
     stage::Stage,
 };
 use serde_json::{Value, json};
@@ -227,6 +228,47 @@ async fn retry_topics(stage: Stage) -> Result<()> {
     }
     let calls = service.calls();
     ensure!(calls.iter().any(|call| call.records.len() > 5), "{} calls are no batches", calls.len());
+    sidecar.finish().await
+}
+
+on_both!(a_batch_in_which_a_record_stops_its_partition_goes_on_whole_after_the_release, stopped);
+
+async fn stopped(stage: Stage) -> Result<()> {
+    let repaired = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let service = BatchService::start({
+        let repaired = repaired.clone();
+        move |call| {
+            let said = call.records.iter().map(|entry| match number(entry) {
+                1 if !repaired.load(std::sync::atomic::Ordering::Relaxed) => json!({ "id": entry["id"], "status": 500 }),
+                _ => json!({ "id": entry["id"], "value": entry["value"] }),
+            });
+            BatchAnswer::outcomes(said)
+        }
+    })
+    .await?;
+    let sidecar = stage.sidecar("sidecar").app("work", &service.url()).start().await?;
+    sidecar
+        .apply(
+            "
+            topics: { %in: { partitions: 1 } }
+            routes:
+            - { name: work, service: work, from: [%in], handler: /work, to: [%out], batch: { max: 6, wait: 10s },
+                retry: { attempts: 1 }, on_exhausted: stop }
+            ",
+        )
+        .await?;
+    sidecar.wait_running(&["work"]).await?;
+    // One key, in one call: what is behind the second record was at the service with it.
+    publish(&sidecar, &stage.topic("in"), (0..6).map(|n| ("k".to_owned(), json!({ "n": n })))).await?;
+    sidecar
+        .wait_status("the partition stands still", MINUTE, |status| routes_of(status).all(|route| route.state() == RouteState::Stopped))
+        .await?;
+    repaired.store(true, std::sync::atomic::Ordering::Relaxed);
+    let said = sidecar.ctl(&["release", "work"]).await?;
+    ensure!(said.status == Some(0) && said.stdout.contains("1 record released"), "{said:?}");
+    sidecar.wait_status("all are forwarded", MINUTE, |status| disposition(status, "work", "forwarded") == 6).await?;
+    let found = stage.read(&sidecar, None, &stage.topic("out"), 6).await?;
+    ensure!(found.iter().map(|found| found.json()["n"].as_i64()).eq((0..6).map(Some)), "{found:#?}");
     sidecar.finish().await
 }
 
