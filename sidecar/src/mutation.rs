@@ -32,6 +32,22 @@ pub(crate) enum Mutation {
     ForgetAttempt,
     /// A reply that may be stored counts as stored.
     TrustTimeout,
+    /// A record does not wait for one of its key that lies in a retry or park topic.
+    ForgetParked,
+    /// What lies in retry and park topics is not looked through at an assignment.
+    ForgetScan,
+    /// A record is complete before it is acknowledged in the retry or park topic that it goes to.
+    HandOverEarly,
+    /// A retry topic is told one attempt too few.
+    ForgetTier,
+    /// A record of a retry topic runs before it is due.
+    RunEarly,
+    /// The outcome of a record behind a failure counts, as it came in the same batch.
+    UseBehind,
+    /// What is to be one transaction is sent without one.
+    OutsideTransaction,
+    /// The offsets of a transaction are left out.
+    ForgetOffsets,
     /// The embedded broker acknowledges records before their transaction is on disk.
     AckBeforeFsync,
 }
@@ -82,7 +98,7 @@ pub(crate) mod built_in {
     }
 
     /// All of them.
-    pub(crate) const ALL: [Mutation; 12] = [
+    pub(crate) const ALL: [Mutation; 20] = [
         Mutation::CommitEarly,
         Mutation::CommitNewest,
         Mutation::DropReply,
@@ -95,5 +111,13 @@ pub(crate) mod built_in {
         Mutation::KeepWaiting,
         Mutation::ForgetAttempt,
         Mutation::TrustTimeout,
+        Mutation::ForgetParked,
+        Mutation::ForgetScan,
+        Mutation::HandOverEarly,
+        Mutation::ForgetTier,
+        Mutation::RunEarly,
+        Mutation::UseBehind,
+        Mutation::OutsideTransaction,
+        Mutation::ForgetOffsets,
     ];
 }

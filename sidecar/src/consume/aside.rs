@@ -20,7 +20,8 @@ use crate::{
     command::Released,
     deliver::breaker::Allowance,
     lanes::JobId,
-    parking::{Release, Sizes},
+    mutation::{self, Mutation},
+    parking::{Meeting, Release, Sizes},
     record::now_ms,
     telemetry::trace::TraceContext,
 };
@@ -88,6 +89,7 @@ impl RouteLoop {
         let of = self.source_of(job.slot);
         let Some(side) = self.side_of(of, Kind::Retry(tier)) else { return self.wait_for_side(id, of, now) };
         let pause = i64::try_from(pause.as_millis()).unwrap_or(i64::MAX);
+        let attempts = attempts.saturating_sub(u32::from(mutation::is(Mutation::ForgetTier)));
         self.move_aside(id, side, attempts, Why::Retry { due_ms: now_ms().saturating_add(pause) }, context);
     }
 
@@ -130,7 +132,9 @@ impl RouteLoop {
     }
 
     /// A record that was behind one that left its lane goes to where it waits for that one.
-    pub(super) fn follow_aside(&mut self, job: Job) {
+    pub(super) fn follow_aside(&mut self, mut job: Job) {
+        // Wherever it goes, it comes back as one that nothing happened before.
+        job.behind = Behind::Nothing;
         let slot = &self.slots[job.slot as usize];
         let leaving = self.draining.is_some() || slot.revoking;
         if slot.watermark.epoch() != job.epoch || !slot.owned || leaving {
@@ -140,8 +144,11 @@ impl RouteLoop {
         let attempts = job.delivery.attempt.saturating_sub(1);
         match slot.side().map(|side| (side.kind, side.of)) {
             None => {
-                let stopped = self.slots[job.slot as usize].source_mut().and_then(|source| source.stopped.as_mut());
-                match stopped {
+                // Where the partition stands still it waits in memory, unless what it follows lies in a retry topic and comes back later.
+                let origin = job.delivery.position.offset;
+                let source =
+                    self.slots[job.slot as usize].source_mut().filter(|source| source.parking.meets(job.key, origin) == Meeting::Free);
+                match source.and_then(|source| source.stopped.as_mut()) {
                     Some(stopped) => stopped.aside.push(job),
                     None => self.park(job, None),
                 }
@@ -185,6 +192,9 @@ impl RouteLoop {
         counter.inc();
         self.ensure_reading(side);
         let topic = self.slots[side as usize].partition.topic.clone();
+        if mutation::is(Mutation::HandOverEarly) {
+            self.complete_offset(job.slot, job.epoch, job.offset);
+        }
         self.publish(job, What::Aside { topic, attempts, why }, context);
     }
 
@@ -246,6 +256,7 @@ impl RouteLoop {
         let Some(stopped) = self.slots[of as usize].source_mut().and_then(|source| source.stopped.take()) else { return };
         tracing::info!(route = %self.route.name, partition = %self.slots[of as usize].partition, "the partition goes on");
         for (number, mut job) in stopped.aside.into_iter().enumerate() {
+            job.behind = Behind::Nothing;
             match how {
                 Release::Discard if number == 0 => {
                     self.dead_letter(job, "discarded by an operator".to_owned(), None);

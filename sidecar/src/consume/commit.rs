@@ -287,6 +287,8 @@ impl RouteLoop {
             self.on_committed(done);
         }
         self.finish_transaction().await;
+        // What ended since the last status is counted, too.
+        self.post(Instant::now());
         self.serve_commands(Instant::now());
         self.answer_revoke(Instant::now() + REVOKE);
         let owned: Vec<u32> = self.owned().map(|(index, _)| index).collect();

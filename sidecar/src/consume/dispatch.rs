@@ -89,7 +89,7 @@ impl RouteLoop {
         self.parts.metrics.in_flight.dec();
         self.parts.metrics.delivered(&answer.outcome, now - since);
         let call = job.call.take();
-        if !usable || job.behind != Behind::Nothing {
+        if (!usable || job.behind != Behind::Nothing) && !mutation::is(Mutation::UseBehind) {
             if let Some(mut span) = job.span.take() {
                 span.set("mesh.outcome", || "behind_failure".into());
             }

@@ -145,7 +145,8 @@ impl RouteLoop {
             return self.publish(job, What::DeadLetter { reason, detail }, None);
         }
         let parking = self.slots[index as usize].source().map(|source| &source.parking);
-        match parking.filter(|parking| !parking.is_empty()).map_or(Meeting::Free, |parking| parking.meets(key, offset)) {
+        let parking = parking.filter(|parking| !parking.is_empty() && !mutation::is(Mutation::ForgetParked));
+        match parking.map_or(Meeting::Free, |parking| parking.meets(key, offset)) {
             Meeting::Free => {
                 let forgets = mutation::is(Mutation::ForgetLane) && offset % 3 == 0;
                 let lane = self.lane_of(index, key).filter(|_| !forgets);

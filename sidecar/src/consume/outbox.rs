@@ -2,6 +2,8 @@
 //!
 //! Invariant: publications of a lane are stored in the order in which they were put, whatever fails: one is sent when those before it are
 //! acknowledged, or together with them. (What was sent behind one that fails later could be stored before it.)
+//! Invariant: a record goes to a retry or park topic after the replies and dead letters before it in its lane are acknowledged, not together
+//! with them: of one batch the broker may store a part. Who looks there after a crash would run it before them.
 //! Invariant: while one is waiting to be sent again, nothing that was put later is sent.
 //! Invariant: nothing is dropped: a publication ends by acknowledgement, or as a dead letter if the broker refuses it for good.
 
@@ -59,6 +61,10 @@ pub(crate) struct Publication {
 }
 
 impl Publication {
+    fn is_aside(&self) -> bool {
+        matches!(self.what, What::Aside { .. })
+    }
+
     /// The bytes that it holds in memory until it is acknowledged.
     fn size(&self) -> usize {
         match &self.what {
@@ -212,7 +218,7 @@ impl Outbox {
         if self.queue.is_empty() {
             return;
         }
-        let mut batch: Vec<Pending> = self.queue.drain(..).collect();
+        let mut batch = self.sendable();
         if mutation::is(Mutation::SwapReplies) && batch.len() > 1 {
             let last = batch.len() - 1;
             batch.swap(last - 1, last);
@@ -226,6 +232,34 @@ impl Outbox {
         }
         let acks = self.producer.send(records);
         self.sending.push(acks.map(move |results| (batch, results)).boxed());
+    }
+
+    /// Takes what may be sent together out of the queue. What has to wait for something of its lane in this batch goes behind it.
+    fn sendable(&mut self) -> Vec<Pending> {
+        let mut batch: Vec<Pending> = Vec::with_capacity(self.queue.len());
+        // Of lanes with an end in the batch, what has to wait for that.
+        let mut ends: HashMap<Lane, Vec<Pending>, BuildHasherDefault<LaneHasher>> = HashMap::default();
+        let asides = self.queue.iter().any(|pending| pending.publication.is_aside());
+        for pending in self.queue.drain(..) {
+            let aside = pending.publication.is_aside();
+            match pending.publication.lane.filter(|_| asides) {
+                Some(lane) => match ends.get_mut(&lane) {
+                    Some(waiting) if aside || !waiting.is_empty() => waiting.push(pending),
+                    None if !aside => {
+                        ends.insert(lane, Vec::new());
+                        batch.push(pending);
+                    }
+                    Some(_) | None => batch.push(pending),
+                },
+                None => batch.push(pending),
+            }
+        }
+        for (lane, waiting) in ends.into_iter().filter(|(_, waiting)| !waiting.is_empty()) {
+            let behind = self.busy.entry(lane).or_default();
+            // All that is in the queue was put before what is behind a lane.
+            waiting.into_iter().rev().for_each(|pending| behind.push_front(pending));
+        }
+        batch
     }
 
     /// Makes the records of a publication that are not acknowledged yet.
@@ -480,6 +514,36 @@ pub(super) mod tests {
         outbox.flush(Instant::now());
         assert_eq!(acknowledged(&mut outbox).await, [1]);
         assert_eq!(values(&fake.records("one")), ["2", "0", "1"]);
+        assert_eq!((outbox.len(), outbox.busy.len()), (0, 0));
+    }
+
+    /// A batch is stored in part: what is aside already would be found before the reply is there.
+    #[tokio::test(start_paused = true)]
+    async fn a_record_goes_aside_only_after_the_replies_before_it_are_stored() {
+        let lane = |key| Some(Lane { slot: 0, key });
+        let aside = |number, topic: &str| {
+            let what = What::Aside { topic: topic.into(), attempts: 1, why: Why::Behind };
+            Publication { lane: lane(1), what, ..publication(number) }
+        };
+        let fake = Fake::new(&["one", "two", "retry", "park"]);
+        let mut outbox = outbox(&fake);
+        fake.set(Mode::FailTopic(ProduceErrorKind::Unavailable, "two"));
+        outbox.put(Publication { lane: lane(1), ..publication(0) });
+        outbox.put(aside(1, "retry"));
+        outbox.put(aside(2, "park"));
+        outbox.put(Publication { lane: lane(2), ..publication(3) });
+        outbox.flush(Instant::now());
+        assert!(acknowledged(&mut outbox).await.is_empty());
+        outbox.put(aside(4, "park"));
+        assert_eq!(values(&fake.records("one")), ["0", "3"], "other lanes go on");
+        assert!(fake.records("retry").is_empty() && fake.records("park").is_empty());
+        fake.set(Mode::Store);
+        tokio::time::advance(PAUSE).await;
+        outbox.flush(Instant::now());
+        assert_eq!(acknowledged(&mut outbox).await, [0, 3]);
+        outbox.flush(Instant::now());
+        assert_eq!(acknowledged(&mut outbox).await, [1, 2, 4], "what goes aside goes together");
+        assert_eq!((fake.records("retry").len(), fake.records("park").len()), (1, 2));
         assert_eq!((outbox.len(), outbox.busy.len()), (0, 0));
     }
 

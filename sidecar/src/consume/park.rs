@@ -25,6 +25,7 @@ use super::{
 use crate::{
     broker::{Admin, BrokerError, Consumer, ConsumerConfig, Event, StartOffset},
     lanes::Lane,
+    mutation::{self, Mutation},
     parking::{Parking, Release, Sizes},
     record::TopicPartition,
     watermark::Watermark,
@@ -360,7 +361,8 @@ impl RouteLoop {
         for index in self.sides_of(&[of]) {
             let Some(side) = self.slots[index as usize].side() else { continue };
             // Without an order nothing waits for a record in a retry topic.
-            if side.cursor < side.until && (ordered || side.kind == Kind::Park) {
+            let looks = (ordered || side.kind == Kind::Park) && !mutation::is(Mutation::ForgetScan);
+            if side.cursor < side.until && looks {
                 self.read_from(index, side.cursor);
             }
         }

@@ -320,6 +320,32 @@ async fn a_partition_stops_at_an_exhausted_record_until_somebody_or_the_table_le
     mesh.end().await;
 }
 
+/// A record that is at the service while its partition comes to stand still fails, too.
+#[tokio::test(start_paused = true)]
+async fn where_a_partition_stands_still_a_key_waits_for_its_record_in_a_retry_topic() {
+    let (mesh, _) = one("retry: { attempts: 1, topics: [1s] }, on_exhausted: stop").await;
+    mesh.publish("in", records(4, 2)).await;
+    let desk = mesh.desk("work").await;
+    let mut first = desk.take(2, Duration::from_secs(60)).await.unwrap();
+    first.sort_by_key(number);
+    let [poison, other]: [Delivery; 2] = first.try_into().unwrap();
+    desk.answer(vec![Answer { id: poison.id, outcome: failed() }]);
+    let again = desk.take(1, Duration::from_secs(60)).await.unwrap().remove(0);
+    assert_eq!((number(&again), again.attempt), (0, 2));
+    desk.answer(vec![Answer { id: again.id, outcome: failed() }]);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(status(&mesh).state, RouteState::Stopped);
+    desk.answer(vec![Answer { id: other.id, outcome: failed() }]);
+    drop(desk);
+    assert_eq!(serve(&mesh, only(99)).await, []);
+    assert_eq!(mesh.ask.release("work", None, Release::Retry).await.records, 1);
+    let seen = serve(&mesh, only(99)).await;
+    let of_key = |key: usize| seen.iter().copied().filter(|(n, _)| n % 2 == key).collect::<Vec<_>>();
+    assert_eq!((of_key(0), of_key(1)), (vec![(0, 1), (2, 1)], vec![(1, 2), (3, 1)]), "{seen:?}");
+    settled(&mesh, "work").await;
+    mesh.end().await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_reset_delivers_again_all_but_what_is_parked_and_what_is_parked_still_waits() {
     let (mesh, _) = one("retry: { attempts: 1, topics: [5s] }, on_exhausted: park").await;

@@ -17,6 +17,7 @@ use super::{
 use crate::{
     broker::Event,
     lanes::Lane,
+    mutation::{self, Mutation},
     outcome::{Delivery, Disposition},
     parking::{Found, FoundRetry, Release},
     record::{Batch, Position, Record, now_ms},
@@ -150,6 +151,7 @@ impl RouteLoop {
         }
         let wait = stored.due_ms.unwrap_or(0).saturating_sub(now_ms());
         let wait = Duration::from_millis(u64::try_from(wait).unwrap_or(0)).min(LONGEST);
+        let wait = if mutation::is(Mutation::RunEarly) { Duration::ZERO } else { wait };
         let waiting = Waiting { lane: self.lane_of(of, key), job: self.job(index, of, offset, stored, key) };
         self.sides.sequence += 1;
         self.sides.delayed.insert((Instant::now() + wait, self.sides.sequence), waiting);

@@ -43,6 +43,7 @@ use crate::{
         limit::Limit,
     },
     lanes::{JobId, Lanes},
+    mutation::{self, Mutation},
     outcome::{Answer, Delivery, Disposition},
     record::{Record, TopicPartition, header},
     status::{Board, RouteStatus},
@@ -414,7 +415,7 @@ impl RouteLoop {
         }
         self.turn_sides(now);
         self.dispatch(now);
-        if !self.transactional {
+        if !self.transactional || mutation::is(Mutation::OutsideTransaction) {
             self.outbox.flush(now);
         }
         self.serve_commands(now);
@@ -464,13 +465,15 @@ impl RouteLoop {
         let mut wake = self.post_due;
         let mut at = |time: Option<Instant>| wake = time.map_or(wake, |time| wake.min(time));
         at(self.backoffs.peek().map(|Reverse((due, _))| *due));
-        match (self.transactional, &self.transaction) {
-            (false, _) => at(self.outbox.wake()),
-            (true, None) => at(self.outbox.parcel_wake()),
-            (true, Some(_)) => {}
+        // What cannot begin before a commit or a transaction is over is begun when that wakes the loop; a time in the past would keep it busy.
+        let free = self.commit.is_none() && self.transaction.is_none();
+        match self.transactional {
+            false => at(self.outbox.wake()),
+            true if free => at(self.outbox.parcel_wake()),
+            true => {}
         }
         at(self.sides.wake());
-        at(self.commit_again);
+        at(self.commit_again.filter(|_| free && self.may_commit()));
         at(self.revoke.as_ref().map(|revoke| revoke.deadline));
         at(self.command_wake());
         at(self.draining);

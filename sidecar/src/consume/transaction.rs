@@ -16,7 +16,11 @@ use super::{
     outbox::{End, Parcel},
     route::RouteLoop,
 };
-use crate::{broker::TransactionError, watermark::Snapshot};
+use crate::{
+    broker::TransactionError,
+    mutation::{self, Mutation},
+    watermark::Snapshot,
+};
 
 /// How long the end of a drain waits for the transaction under way.
 const FINISH: Duration = Duration::from_secs(5);
@@ -38,7 +42,7 @@ impl RouteLoop {
             return;
         }
         if !self.outbox.parcel_due(now, self.revoke.is_some() || self.draining.is_some()) {
-            if self.outbox.len() == 0 || self.outbox.trouble().is_some() {
+            if self.may_commit() {
                 self.start_commit(now);
             }
             return;
@@ -63,7 +67,8 @@ impl RouteLoop {
         let records = self.outbox.pack(&mut parcel);
         parcel.contexts().for_each(|context| self.keep_context(Some(context.clone())));
         let mut span = self.commit_span();
-        let transaction = self.consumer.transact(records, self.as_commits(&commits));
+        let offsets = if mutation::is(Mutation::ForgetOffsets) { Vec::new() } else { self.as_commits(&commits) };
+        let transaction = self.consumer.transact(records, offsets);
         self.transaction = Some(
             transaction
                 .map(move |result| {
@@ -75,6 +80,11 @@ impl RouteLoop {
                 })
                 .boxed(),
         );
+    }
+
+    /// Whether a plain commit has its turn: with transactions, only when nothing is to be published with it.
+    pub(super) fn may_commit(&self) -> bool {
+        !self.transactional || self.outbox.len() == 0 || self.outbox.trouble().is_some()
     }
 
     /// Marks records as settled by the transaction under way, or not any more.

@@ -51,7 +51,7 @@ enum Way {
     Desk(std::sync::Arc<Desk>, Desks),
     /// A service that a test plays.
     #[cfg(test)]
-    Played(Box<dyn FnMut(Delivery) + Send>),
+    Played(Box<dyn FnMut(Vec<Delivery>) + Send>),
 }
 
 impl std::fmt::Debug for Leaf {
@@ -120,9 +120,9 @@ impl Leaf {
         Self { way: Way::Desk(desk, desks.clone()), room: ROOM, answers, sender }
     }
 
-    /// The way to a service that a test plays: what takes the deliveries, and where their answers go.
+    /// The way to a service that a test plays: what takes the deliveries of a call, and where their answers go.
     #[cfg(test)]
-    pub(crate) fn played(service: impl FnMut(Delivery) + Send + 'static) -> (Self, mpsc::Sender<Answer>) {
+    pub(crate) fn played(service: impl FnMut(Vec<Delivery>) + Send + 'static) -> (Self, mpsc::Sender<Answer>) {
         let (sender, answers) = mpsc::channel(ROOM);
         (Self { way: Way::Played(Box::new(service)), room: ROOM, answers, sender: sender.clone() }, sender)
     }
@@ -154,12 +154,11 @@ impl Leaf {
                 Call::One(delivery) => vec![delivery],
                 Call::Many(batch) => batch,
             }),
-            // One by one: a played route has no batches.
             #[cfg(test)]
-            Way::Played(service) => match call {
-                Call::One(delivery) => service(delivery),
-                Call::Many(batch) => batch.into_iter().for_each(service),
-            },
+            Way::Played(service) => service(match call {
+                Call::One(delivery) => vec![delivery],
+                Call::Many(batch) => batch,
+            }),
         }
     }
 

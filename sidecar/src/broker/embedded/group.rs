@@ -7,6 +7,8 @@
 //! Invariant: a partition has one owner at a time, and each ownership has its own epoch: the generation in which it began.
 //! Invariant: the writer asks [`Group::may_commit`] in the order of its writes, and a new owner's start position is read by the writer after
 //! the ownership changed: a commit is either seen by the next owner, or refused.
+//! Invariant: a member that lost a partition because it did not answer commits nothing at all before it has heard of that, as in Kafka, where
+//! it is thrown out: what it commits beside its subscription (retry topics) may belong to the partition that it lost.
 //! Invariant: no job is submitted to the writer while a group is locked.
 
 use std::{
@@ -70,6 +72,8 @@ struct Member {
     topics: BTreeSet<Arc<str>>,
     inbox: Arc<Inbox>,
     events: VecDeque<GroupEvent>,
+    /// Hand-overs that it did not answer in time, and has not given up since.
+    unanswered: usize,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -131,6 +135,9 @@ impl Group {
     /// member is still one. So a route commits its retry topics, which are no subscription, through its group.
     pub(super) fn may_commit(&self, member: u64, partition: &TopicPartition, epoch: Option<u64>) -> bool {
         let state = self.state();
+        if state.members.get(&member).is_some_and(|member| member.unanswered > 0) {
+            return false;
+        }
         match (state.owners.get(partition), epoch) {
             (Some(owner), Some(epoch)) => owner.member == member && owner.epoch == epoch,
             (None, None) => state.members.contains_key(&member) && !state.managed(&partition.topic),
@@ -153,9 +160,19 @@ impl Group {
         }
     }
 
-    /// Ends a hand-over: the partitions are free.
-    fn release(&self, id: u64, member: u64, partitions: Vec<Handover>) {
+    /// A member gave up what it lost unanswered.
+    fn given_up(&self, member: u64) {
+        if let Some(member) = self.state().members.get_mut(&member) {
+            member.unanswered = member.unanswered.saturating_sub(1);
+        }
+    }
+
+    /// Ends a hand-over, answered or not: the partitions are free.
+    fn release(&self, id: u64, member: u64, partitions: Vec<Handover>, answered: bool) {
         let mut state = self.state();
+        if let Some(member) = state.members.get_mut(&member).filter(|_| !answered) {
+            member.unanswered += 1;
+        }
         for Handover { partition, epoch } in &partitions {
             if state.owners.get(partition).is_some_and(|owner| owner.member == member && owner.epoch == *epoch) {
                 state.owners.remove(partition);
@@ -222,11 +239,12 @@ impl State {
 
 /// Waits for the old member's answer, makes its commits durable, and frees the partitions.
 async fn hand_over(group: Arc<Group>, shared: Arc<Shared>, begun: Begun, deadline: Instant) {
-    let Begun { id, member, partitions, answer } = begun;
+    let Begun { id, member, partitions, mut answer } = begun;
     let answered = tokio::select! {
-        answered = tokio::time::timeout_at(deadline, answer) => answered,
+        answered = tokio::time::timeout_at(deadline, &mut answer) => answered,
         () = shared.closing.cancelled() => return,
     };
+    let in_time = answered.is_ok();
     match answered {
         Ok(Ok(commits)) if !commits.is_empty() => {
             let epochs: HashMap<_, _> = partitions.iter().map(|handover| (&handover.partition, handover.epoch)).collect();
@@ -252,7 +270,18 @@ async fn hand_over(group: Arc<Group>, shared: Arc<Shared>, begun: Begun, deadlin
             "a member did not give up its partitions in time; they move, and its commits are refused from now on"
         ),
     }
-    group.release(id, member, partitions);
+    group.release(id, member, partitions, in_time);
+    if !in_time {
+        // What it would commit now is void. Its answer says that it knows; what it committed before that is refused first.
+        tokio::select! {
+            _ = answer => {}
+            () = shared.closing.cancelled() => return,
+        }
+        if let Err(error) = shared.commit(group.clone(), member, Vec::new()).await {
+            tracing::debug!(group = &*group.name, %error, "nothing is committed any more");
+        }
+        group.given_up(member);
+    }
 }
 
 /// All groups with members.
@@ -270,7 +299,7 @@ impl Groups {
         let mut groups = lock(&self.0);
         let group = groups.entry(group.to_owned()).or_insert_with(|| Arc::new(Group::new(group))).clone();
         let mut state = group.state();
-        state.members.insert(member, Member { topics, inbox, events: VecDeque::new() });
+        state.members.insert(member, Member { topics, inbox, events: VecDeque::new(), unanswered: 0 });
         state.changed();
         drop(state);
         group

@@ -444,6 +444,30 @@ mod tests {
         }
     }
 
+    /// What it commits beside its subscription, as of retry topics, may belong to the partition that it lost.
+    #[tokio::test(start_paused = true)]
+    async fn who_does_not_know_yet_that_it_lost_a_partition_commits_nothing() {
+        let broker = EmbeddedBroker::in_memory(EmbeddedConfig { default_partitions: 2, ..EmbeddedConfig::new("") }).expect("opens");
+        let record = || Record { value: Some(Bytes::from_static(b"v")), ..Record::default() };
+        let out = |topic: &str, partition| Outgoing { topic: topic.into(), partition: Some(partition), record: record() };
+        let acks = broker.producer().send(vec![out("t", 0), out("t", 1), out("beside", 0)]).await;
+        assert!(acks.iter().all(Result::is_ok));
+        let mut silent = broker.consumer(config("t")).expect("a consumer");
+        assert_eq!(records(&mut silent).await.1 + records(&mut silent).await.1, 2);
+        let beside = || vec![Commit { partition: TopicPartition::new("beside", 0), offset: 1, metadata: String::new() }];
+        assert!(silent.commit(beside()).await.is_ok());
+        let mut other = broker.consumer(config("t")).expect("a consumer");
+        assert_eq!(records(&mut other).await.1, 1);
+        assert_eq!(silent.commit(beside()).await.map_err(|error| error.kind), Err(BrokerErrorKind::Fenced));
+        let Event::Revoking(revoking) = silent.next().await else { panic!("it is told") };
+        assert!(revoking.lost);
+        assert_eq!(silent.commit(beside()).await.map_err(|error| error.kind), Err(BrokerErrorKind::Fenced), "told, but not given up");
+        drop(revoking);
+        while silent.commit(beside()).await.is_err() {
+            tokio::task::yield_now().await;
+        }
+    }
+
     /// Nothing runs on another thread, so a paused clock moves only when everybody waits for it: here, for the silent member's time.
     #[tokio::test(start_paused = true)]
     async fn in_memory_keeps_to_a_paused_clock() {

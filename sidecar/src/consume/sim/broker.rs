@@ -23,7 +23,7 @@ use tokio::{
 use super::world::{Life, World};
 use crate::{
     broker::{
-        Acks, Admin, Broker, BrokerError, BrokerErrorKind, Commit, Consumer, ConsumerConfig, Event, Outgoing, ProduceError,
+        Acks, Admin, Broker, BrokerError, BrokerErrorKind, Commit, Consumer, ConsumerConfig, Event, NewTopic, Outgoing, ProduceError,
         ProduceErrorKind, Producer, Revoking, TransactionError, embedded::EmbeddedBroker,
     },
     record::{Batch, Position, Record, TopicPartition},
@@ -74,23 +74,26 @@ impl Broker for Rough {
     }
 
     fn consumer(&self, config: ConsumerConfig) -> Result<Box<dyn Consumer>, BrokerError> {
+        // A reader has no session, and so nothing to join.
+        let inner = if config.group.is_none() { Some(self.inner.consumer(config.clone())?) } else { None };
         Ok(Box::new(RoughConsumer {
             world: self.world.clone(),
             life: self.life.clone(),
             broker: self.inner.clone(),
             config,
-            inner: None,
+            inner,
             rejoin: Instant::now(),
             cursors: BTreeMap::new(),
             held: BTreeSet::new(),
             fetched: VecDeque::new(),
             barrier: Arc::default(),
             trouble: false,
+            turns: (Instant::now(), 0),
         }))
     }
 
     fn admin(&self) -> Arc<dyn Admin> {
-        self.inner.admin()
+        Arc::new(RoughAdmin { world: self.world.clone(), inner: self.inner.admin() })
     }
 
     fn health(&self) -> Result<(), BrokerError> {
@@ -147,12 +150,34 @@ impl RoughProducer {
                 Some((kind, _)) => self.fail_all(kind),
                 None => {
                     if let Some(sending) = self.take() {
-                        let results = self.store(&sending.records);
+                        let results = match self.late_topic(&sending.records) {
+                            Some(topic) => self.store_apart(&sending.records, &topic).await,
+                            None => self.store(&sending.records),
+                        };
                         self.answer(sending, results, faults.latency_ms);
                     }
                 }
             }
         }
+    }
+
+    /// A topic of a batch of several, whose leader answers late.
+    fn late_topic(&self, records: &[Outgoing]) -> Option<Arc<str>> {
+        let first = records.first()?;
+        let several = records.iter().any(|record| record.topic != first.topic);
+        let late = several && self.world.goes_wrong(self.world.plan.produce.apart);
+        late.then(|| records[self.world.draw(|chance| chance.below(records.len() as u64)) as usize].topic.clone())
+    }
+
+    /// Stores a batch, but for one topic, which follows a while later. A process that dies meanwhile has stored a part.
+    async fn store_apart(&self, records: &[Outgoing], late: &Arc<str>) -> Results {
+        self.world.note(|| format!("{} {late} is stored later", self.life));
+        let (later, now): (Vec<_>, Vec<_>) = records.iter().cloned().partition(|record| record.topic == *late);
+        let mut now = self.store(&now).into_iter();
+        self.world.dawdle(3_000).await;
+        self.world.reachable().await;
+        let mut later = self.store(&later).into_iter();
+        records.iter().filter_map(|record| if record.topic == *late { later.next() } else { now.next() }).collect()
     }
 
     /// The producer fails with everything that it has: the first so many are stored all the same, where the broker may have got them.
@@ -180,8 +205,8 @@ impl RoughProducer {
         tokio::spawn(async move {
             world.dawdle(latency_ms).await;
             for (record, result) in sending.records.iter().zip(&results) {
-                if result.is_ok() {
-                    world.judge(|ledger| ledger.acknowledged(record));
+                if let Ok(position) = result {
+                    world.judge(|ledger| ledger.acknowledged(record, position));
                 }
             }
             drop(sending.reply.send(results));
@@ -196,7 +221,7 @@ impl RoughProducer {
         for (record, result) in records.iter().zip(&results) {
             if let Ok(position) = result {
                 self.world.note(|| format!("{} stores {} of {}", self.life, position, super::ledger::name(record)));
-                self.world.judge(|ledger| ledger.stored(record, position));
+                self.world.judge(|ledger| ledger.stored(&self.life, record, position));
             }
         }
         results
@@ -247,12 +272,27 @@ struct RoughConsumer {
     /// A revocation is not answered yet.
     barrier: Arc<AtomicBool>,
     trouble: bool,
+    /// When it was last asked for an event, and how often since the clock moved.
+    turns: (Instant, u32),
 }
 
+/// How often a loop may look for something to do without that any time passes.
+const TURNS: u32 = 200_000;
+
 impl RoughConsumer {
+    /// A loop that never waits stops the clock of a simulation, and wastes a processor anywhere else.
+    fn calm(&mut self) {
+        let now = Instant::now();
+        self.turns = if self.turns.0 == now { (now, self.turns.1 + 1) } else { (now, 0) };
+        if self.turns.1 > TURNS {
+            self.world.judge(|_| Err(format!("{} is busy and does nothing", self.life)));
+            panic!("{} is busy and does nothing", self.life);
+        }
+    }
+
     /// What can be said without waiting.
     fn ready(&mut self) -> Option<Event> {
-        if self.life.is_evicted() {
+        if self.life.is_evicted() && self.config.group.is_some() {
             return self.lose();
         }
         let outage = self.world.state().outage;
@@ -291,19 +331,31 @@ impl RoughConsumer {
             return Event::Revoking(Revoking { partitions, lost, done });
         }
         self.barrier = Arc::new(AtomicBool::new(true));
-        let (answered, answer) = oneshot::channel();
+        let (answered, mut answer) = oneshot::channel();
         let (world, life, barrier, given) = (self.world.clone(), self.life.clone(), self.barrier.clone(), partitions.clone());
         tokio::spawn(async move {
             let patience = Duration::from_millis(world.plan.revoke_timeout_ms);
-            let commits: Vec<Commit> = tokio::time::timeout(patience, answer).await.ok().and_then(Result::ok).unwrap_or_default();
+            let heard = tokio::time::timeout(patience, &mut answer).await;
+            let in_time = heard.is_ok();
+            let commits: Vec<Commit> = heard.ok().and_then(Result::ok).unwrap_or_default();
             life.moves().await;
             world.note(|| format!("{life} ends with {}", commits.iter().map(shown).collect::<Vec<_>>().join(" ")));
             world.judge(|ledger| ledger.committing(&life, &commits));
             let fails = world.goes_wrong(world.plan.commit.last);
-            drop(done.send(if fails { Vec::new() } else { commits }));
+            // The broker does not wait any longer, but the loop still thinks that it has them.
+            let late = if in_time {
+                drop(done.send(if fails { Vec::new() } else { commits }));
+                None
+            } else {
+                Some(done)
+            };
             world.judge(|ledger| ledger.given_away(&life, &given));
             barrier.store(false, Ordering::Relaxed);
             world.changed();
+            if let Some(done) = late {
+                drop(answer.await);
+                drop(done);
+            }
         });
         Event::Revoking(Revoking { partitions, lost, done: answered })
     }
@@ -346,6 +398,12 @@ impl RoughConsumer {
     /// What the group's member said.
     fn heard(&mut self, event: Event) -> Option<Event> {
         match event {
+            Event::Records(batch) if self.config.group.is_none() => {
+                let offsets = batch.records.iter().map(|(offset, _)| *offset);
+                self.world.state().ledger.read(&batch.partition, offsets);
+                self.fetched.push_back((batch.partition, batch.records));
+                None
+            }
             Event::Records(batch) => {
                 let (ledger, next) = (&self.world.state().ledger, self.cursors.get(&batch.partition).copied().unwrap_or(i64::MAX));
                 // What expired in the meantime was told already.
@@ -360,7 +418,9 @@ impl RoughConsumer {
                 }
                 let list = assigned.iter().map(|one| format!("{} at {} {}", one.partition, one.position, one.metadata));
                 self.world.note(|| format!("{} gets {}", self.life, list.collect::<Vec<_>>().join(", ")));
-                self.world.judge(|ledger| ledger.assigned(&self.life, &assigned));
+                let sides = assigned.iter().flat_map(|one| beside(&self.world, &one.partition)).collect();
+                let sides = committed(&self.broker, sides);
+                self.world.judge(|ledger| ledger.known(sides).and_then(|()| ledger.assigned(&self.life, &assigned)));
                 Some(Event::Assigned(assigned))
             }
             Event::Revoking(Revoking { partitions, lost, done }) => Some(self.revoking(partitions, lost, done)),
@@ -381,6 +441,18 @@ impl RoughConsumer {
     }
 }
 
+/// The partitions of retry and park topics that belong to one of a source.
+pub(super) fn beside(world: &World, source: &TopicPartition) -> Vec<TopicPartition> {
+    let topics = world.plan.beside(&source.topic).into_iter();
+    topics.map(|topic| TopicPartition::new(topic, source.partition)).collect()
+}
+
+/// What the group committed of partitions, as the broker has it.
+pub(super) fn committed(broker: &Arc<EmbeddedBroker>, partitions: Vec<TopicPartition>) -> Vec<Commit> {
+    let found = broker.admin().committed(super::GROUP, partitions).now_or_never().expect("in memory it answers at once");
+    found.expect("offsets").into_iter().flatten().collect()
+}
+
 fn names(partitions: &[TopicPartition]) -> String {
     partitions.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
 }
@@ -389,10 +461,63 @@ fn shown(commit: &Commit) -> String {
     format!("{}@{} {}", commit.partition, commit.offset, commit.metadata)
 }
 
+/// Topics and offsets, with the same network before them.
+struct RoughAdmin {
+    world: Arc<World>,
+    inner: Arc<dyn Admin>,
+}
+
+impl RoughAdmin {
+    /// Waits for what was asked, or fails.
+    async fn rough<T>(&self, asked: BoxFuture<'_, Result<T, BrokerError>>) -> Result<T, BrokerError> {
+        let faults = self.world.plan.commit;
+        self.world.dawdle(faults.latency_ms).await;
+        if self.world.state().outage || self.world.goes_wrong(faults.refused) {
+            return Err(BrokerError::new(BrokerErrorKind::Unreachable, "simulated: the broker cannot be reached"));
+        }
+        asked.await
+    }
+}
+
+impl Admin for RoughAdmin {
+    fn topics(&self) -> BoxFuture<'_, Result<Arc<BTreeMap<String, i32>>, BrokerError>> {
+        Box::pin(self.rough(self.inner.topics()))
+    }
+
+    fn create_topics(&self, topics: Vec<NewTopic>) -> BoxFuture<'_, Result<(), BrokerError>> {
+        self.inner.create_topics(topics)
+    }
+
+    fn watermarks(&self, partition: &TopicPartition) -> BoxFuture<'_, Result<(i64, i64), BrokerError>> {
+        self.inner.watermarks(partition)
+    }
+
+    fn readable(&self, partition: &TopicPartition, from: i64) -> BoxFuture<'_, Result<bool, BrokerError>> {
+        Box::pin(self.rough(self.inner.readable(partition, from)))
+    }
+
+    fn offsets_at(&self, topic: &str, timestamp_ms: i64) -> BoxFuture<'_, Result<Vec<i64>, BrokerError>> {
+        self.inner.offsets_at(topic, timestamp_ms)
+    }
+
+    fn committed(&self, group: &str, partitions: Vec<TopicPartition>) -> BoxFuture<'_, Result<Vec<Option<Commit>>, BrokerError>> {
+        self.inner.committed(group, partitions)
+    }
+
+    fn commit_for(&self, group: &str, offsets: Vec<Commit>) -> BoxFuture<'_, Result<(), BrokerError>> {
+        self.inner.commit_for(group, offsets)
+    }
+
+    fn delete_records(&self, below: Vec<(TopicPartition, i64)>) -> BoxFuture<'_, Result<(), BrokerError>> {
+        self.inner.delete_records(below)
+    }
+}
+
 impl Consumer for RoughConsumer {
     fn next(&mut self) -> BoxFuture<'_, Event> {
         Box::pin(async move {
             let world = self.world.clone();
+            self.calm();
             loop {
                 let mut changed = std::pin::pin!(world.change.notified());
                 changed.as_mut().enable();
@@ -432,12 +557,18 @@ impl Consumer for RoughConsumer {
     }
 
     fn assign(&mut self, partitions: Vec<(TopicPartition, i64)>) {
+        for (partition, offset) in &partitions {
+            self.world.note(|| format!("{} reads {partition} from {offset}", self.life));
+            self.held.remove(partition);
+            self.fetched.retain(|(of, _)| of != partition);
+        }
         if let Some(inner) = &mut self.inner {
             inner.assign(partitions);
         }
     }
 
     fn unassign(&mut self, partitions: &[TopicPartition]) {
+        self.fetched.retain(|(of, _)| !partitions.contains(of));
         if let Some(inner) = &mut self.inner {
             inner.unassign(partitions);
         }
@@ -468,15 +599,45 @@ impl Consumer for RoughConsumer {
     }
 
     fn transact(&self, records: Vec<Outgoing>, offsets: Vec<Commit>) -> BoxFuture<'static, Result<(), TransactionError>> {
-        match &self.inner {
-            Some(inner) if !self.life.is_evicted() => inner.transact(records, offsets),
-            _ => Box::pin(async { Err(TransactionError::Fenced(BrokerError::new(BrokerErrorKind::Fenced, "simulated: no member"))) }),
-        }
+        let (world, life, faults) = (self.world.clone(), self.life.clone(), self.world.plan.produce);
+        world.note(|| format!("{life} transacts {} with {}", records.len(), offsets.iter().map(shown).collect::<Vec<_>>().join(" ")));
+        let outage = world.state().outage;
+        let (aborts, lost) = (world.goes_wrong(faults.unavailable), world.goes_wrong(faults.fatal));
+        // Of one whose end is not known, either may be.
+        let unmade = aborts || outage || (lost && world.draw(|chance| chance.once_in(2)));
+        let result = match &self.inner {
+            Some(inner) if !self.life.is_evicted() && !unmade => {
+                let result = inner.transact(records.clone(), offsets.clone()).now_or_never().expect("in memory it answers at once");
+                if result.is_ok() {
+                    let stored: Vec<_> = records.iter().map(super::ledger::name).collect();
+                    world.note(|| format!("{life} stores {}", stored.join(", ")));
+                    world.judge(|ledger| ledger.transacted(&life, &records, &offsets));
+                }
+                result
+            }
+            Some(_) if unmade => Err(TransactionError::Aborted(BrokerError::new(BrokerErrorKind::Unreachable, "simulated: aborted"))),
+            _ => Err(TransactionError::Fenced(BrokerError::new(BrokerErrorKind::Fenced, "simulated: no member"))),
+        };
+        let (broker, group) = (self.broker.clone(), self.config.group.clone().unwrap_or_default());
+        Box::pin(async move {
+            world.dawdle(faults.latency_ms).await;
+            world.note(|| format!("{life} transaction: {result:?}{}", if lost { ", which is not heard" } else { "" }));
+            if !lost {
+                return result;
+            }
+            broker.evict(&group, life.member.load(Ordering::Relaxed));
+            life.evict();
+            world.changed();
+            Err(TransactionError::Lost(BrokerError::new(BrokerErrorKind::Unreachable, "simulated: its end is not known")))
+        })
     }
 
     fn close(mut self: Box<Self>) -> BoxFuture<'static, ()> {
         let inner = self.inner.take();
-        self.world.note(|| format!("{} leaves", self.life));
+        if self.config.group.is_some() {
+            self.world.note(|| format!("{} leaves", self.life));
+            self.world.state().ledger.gone(&self.life);
+        }
         Box::pin(async move {
             if let Some(inner) = inner {
                 inner.close().await;
@@ -487,7 +648,7 @@ impl Consumer for RoughConsumer {
 
 impl Drop for RoughConsumer {
     fn drop(&mut self) {
-        let Some(inner) = self.inner.take() else { return };
+        let Some(inner) = self.inner.take().filter(|_| self.config.group.is_some()) else { return };
         // It died: the group learns of it when its session ends.
         let world = self.world.clone();
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {

@@ -7,6 +7,7 @@
 //! | `broker` | the broker as one process sees it: latency, outages, lost acknowledgements, sessions that end |
 //! | `service` | what is called |
 //! | `ledger` | the model: what must hold, from what crosses the seams |
+//! | `sides` | its part about retry and park topics |
 //! | `world` | what they share |
 //!
 //! Invariant: same seed, same log of events. Nothing here, and nothing that runs here, asks the system for time, chance or a thread.
@@ -23,23 +24,29 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use futures_util::FutureExt as _;
 use mesh_routing::Route;
 use tokio::{sync::watch, task::JoinHandle, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use self::{
-    broker::Rough,
+    broker::{Rough, beside, committed},
     chance::Chance,
     plan::{Fault, Plan, Planned},
     world::{Life, World},
 };
-use super::route::{Parts, RouteLoop};
+use super::{
+    in_place,
+    route::{Parts, RouteLoop},
+};
 use crate::{
     broker::{
         Broker as _, NewTopic, Outgoing,
         embedded::{EmbeddedBroker, EmbeddedConfig},
     },
+    command::{self, Commands},
+    parking::Release,
     record::{Header, Record, TopicPartition, simulated},
     status::Board,
     telemetry::{metrics::Metrics, trace::Tracer},
@@ -50,6 +57,7 @@ mod chance;
 mod ledger;
 mod plan;
 mod service;
+mod sides;
 mod tests;
 mod world;
 
@@ -92,6 +100,7 @@ struct Actor {
     task: JoinHandle<()>,
     board: Board,
     metrics: Metrics,
+    commands: Commands,
 }
 
 struct Stage {
@@ -116,7 +125,9 @@ impl Stage {
         let broker = EmbeddedBroker::in_memory(config).expect("a broker in memory");
         let sources = plan.sources.iter().map(|name| (name.to_string(), plan.partitions));
         let others = ["out", "copy", "review", "work.dlq"].into_iter().map(|name| (name.to_owned(), 2));
-        let topics = sources.chain(others).map(|(name, count)| NewTopic { name, partitions: Some(count), ..NewTopic::default() });
+        let beside = plan.sources.iter().flat_map(|source| plan.beside(source)).map(|name| (name, plan.partitions));
+        let topics =
+            sources.chain(others).chain(beside).map(|(name, count)| NewTopic { name, partitions: Some(count), ..NewTopic::default() });
         broker.admin().create_topics(topics.collect()).now_or_never().expect("in memory it answers at once").expect("topics");
         let route = plan.routes[0].clone();
         Self { world: world.clone(), broker, running: BTreeMap::new(), ending: Vec::new(), lives: 0, route }
@@ -130,6 +141,8 @@ impl Stage {
         for route in &plan.routes {
             let (to, spec) = (&route.to, &route.retry);
             world.note(|| format!("{:?} {to:?} {spec:?} {:?} concurrency {}", route.order, route.timeout, route.concurrency));
+            let (topics, batch, guarantee) = (&route.retry_topics, route.batch, route.guarantee);
+            world.note(|| format!("{topics:?} {:?} {batch:?} {guarantee:?}", route.on_exhausted));
         }
         let (mut records, mut faults) = (plan.records.iter().peekable(), plan.faults.iter().peekable());
         if plan.is_calm() {
@@ -184,6 +197,7 @@ impl Stage {
                     actor.task.abort();
                     let _ = actor.task.await;
                     actor.broker.end();
+                    self.world.state().ledger.gone(&actor.life);
                 }
             }
             Fault::Stop { process } => {
@@ -205,11 +219,36 @@ impl Stage {
             Fault::Away { process, on } => self.each(process, |actor| actor.life.away.store(on, Ordering::Relaxed)),
             Fault::Swap { route } => {
                 self.route = self.world.plan.routes[route].clone();
-                self.running.values().for_each(|actor| drop(actor.route.send_replace(self.route.clone())));
+                for process in self.running.keys().copied().collect::<Vec<_>>() {
+                    self.swap(process);
+                }
             }
+            Fault::Release { key, how } => self.release(key.map(|key| Some(format!("k{key}").into())), how),
             Fault::Delete { source, partition, percent } => self.delete(source, partition, percent),
         }
         self.world.changed();
+    }
+
+    /// A process takes the route of the table in force.
+    fn swap(&mut self, process: usize) {
+        let Some(actor) = self.running.get(&process) else { return };
+        let in_place = in_place(&actor.route.borrow(), &self.route);
+        if in_place {
+            actor.route.send_replace(self.route.clone());
+        } else if let Some(actor) = self.running.remove(&process) {
+            actor.stop.cancel();
+            self.ending.push(actor);
+            self.start(process);
+        }
+    }
+
+    /// Tells all processes to release what waits.
+    fn release(&self, key: Option<Option<Bytes>>, how: Release) {
+        self.world.state().ledger.released(how);
+        for actor in self.running.values() {
+            let (commands, key) = (actor.commands.clone(), key.clone());
+            tokio::spawn(async move { commands.release("work", key, how).await });
+        }
     }
 
     /// Does something to all that runs of a process.
@@ -239,6 +278,8 @@ impl Stage {
         let broker = Rough::new(&self.world, &life, &self.broker);
         let (route, changes) = watch::channel(self.route.clone());
         let (board, metrics, stop) = (Board::default(), Metrics::new(), CancellationToken::new());
+        let (commands, commanded) = command::channel();
+        let name = if self.world.plan.named { process } else { self.lives };
         let parts = Parts {
             broker: broker.clone(),
             leaf,
@@ -247,9 +288,9 @@ impl Stage {
             board: board.clone(),
             route: changes,
             applied_ms: 0,
-            commands: crate::command::channel().1,
+            commands: commanded,
             instance: None,
-            transactional_id: "sim".to_owned(),
+            transactional_id: format!("sim/{name}"),
             buffer_bytes: 1 << 20,
             drain_timeout: Duration::from_secs(5),
             stop: stop.clone(),
@@ -258,7 +299,7 @@ impl Stage {
         self.world.note(|| format!("{life} starts"));
         let route_loop = RouteLoop::new(parts).expect("a loop");
         let task = tokio::spawn(life.clone().live(route_loop.run()));
-        self.running.insert(process, Actor { life, broker, stop, route, task, board, metrics });
+        self.running.insert(process, Actor { life, broker, stop, route, task, board, metrics, commands });
     }
 
     /// All faults are over.
@@ -282,7 +323,13 @@ impl Stage {
     async fn settle(&self) -> Result<(), String> {
         let patience = Duration::from_millis(self.world.plan.patience_ms());
         let deadline = Instant::now() + patience;
+        let (mut rounds, releases) = (0u64, self.world.plan.releases() && !self.world.plan.leaves_parked);
         loop {
+            rounds += 1;
+            if releases && rounds.is_multiple_of(10) {
+                let how = if rounds == 10 { Release::Retry } else { Release::Discard };
+                self.release(None, how);
+            }
             if let Some(broken) = self.world.broken() {
                 return Err(broken);
             }
@@ -301,6 +348,12 @@ impl Stage {
 
     fn uncommitted(&self) -> Option<String> {
         let expected = self.world.state().ledger.expected();
+        let beside = expected.keys().flat_map(|partition| beside(&self.world, partition)).collect();
+        let beside = committed(&self.broker, beside);
+        self.world.judge(|ledger| ledger.known(beside));
+        if let Some(left) = self.world.state().ledger.left_over() {
+            return Some(left);
+        }
         let partitions = expected.keys().cloned().collect();
         let admin = self.broker.admin();
         let committed = admin.committed(GROUP, partitions).now_or_never().expect("in memory it answers at once").expect("offsets");
@@ -334,6 +387,10 @@ impl Stage {
                 let status = actor.board.routes().remove(0);
                 let model = self.world.state().ledger.dispositions();
                 let known = self.world.state().ledger.is_sure();
+                let (sum, ended) = (status.dispositions.values().sum::<u64>(), self.world.state().ledger.ended());
+                if sum != ended {
+                    return Err(format!("{life} counts {sum} records as ended instead of {ended}: {status:?}"));
+                }
                 if (status.dispositions != model && known) || told != answers || metrics.in_flight.get() != 0 {
                     return Err(format!("{life} counts {status:?}, {told} deliveries; the model {model:?}, {answers}"));
                 }

@@ -1,10 +1,11 @@
 //! What a seed lays down before the run: the route, the records, the processes, and what goes wrong when.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use mesh_routing::{Order, Route};
+use mesh_routing::{OnExhausted, Order, Route};
 
 use super::chance::Chance;
+use crate::parking::Release;
 
 /// Everything that is decided beforehand.
 #[derive(Clone, Debug)]
@@ -28,6 +29,12 @@ pub(super) struct Plan {
     pub(super) revoke_timeout_ms: u64,
     /// What is fetched is handed out in parts of at most so many records.
     pub(super) part: u64,
+    /// With `guarantee: exactly_once`.
+    pub(super) once: bool,
+    /// A process keeps its name over its lives, and so whoever starts fences the one before.
+    pub(super) named: bool,
+    /// What is parked at the end stays parked.
+    pub(super) leaves_parked: bool,
 }
 
 /// A record of a source.
@@ -75,9 +82,14 @@ pub(super) enum Fault {
         process: usize,
         on: bool,
     },
-    /// A table swaps the route in place.
+    /// A table swaps the route: in place, or by a new start where that cannot be.
     Swap {
         route: usize,
+    },
+    /// Somebody releases what is parked, of one key or of all.
+    Release {
+        key: Option<u64>,
+        how: Release,
     },
     /// The broker deletes the oldest records of a partition, up to so much of it, in percent.
     Delete {
@@ -95,6 +107,8 @@ pub(super) struct Produce {
     pub(super) fatal: u64,
     pub(super) unavailable: u64,
     pub(super) timed_out: u64,
+    /// One topic of a batch is stored later than the others.
+    pub(super) apart: u64,
 }
 
 /// How commits go wrong: once in so many, 0 is never.
@@ -130,7 +144,10 @@ impl Plan {
         let partitions = c.between(1, 4) as i32;
         let horizon_ms = c.pick(&[2_000, 10_000, 40_000]);
         let filter = c.once_in(16);
-        let routes = routes(c, &sources, filter);
+        let tiered = c.once_in(2);
+        let batched = c.once_in(4);
+        let once = c.once_in(3);
+        let routes = routes(c, &sources, &Shape { filter, tiered, batched, once });
         let keys = c.between(1, 10);
         let count = c.pick(&[10, 40, 40, 80, 150]);
         let mut records: Vec<Planned> = (0..count)
@@ -164,7 +181,11 @@ impl Plan {
             gaps: c.pick(&[0, 0, 5, 20]),
             revoke_timeout_ms: c.pick(&[2_000, 5_000]),
             part: c.pick(&[1, 3, 20, 500]),
+            once,
+            named: c.once_in(2),
+            leaves_parked: c.once_in(2),
         };
+        plan.leaves_parked &= plan.routes.iter().all(|route| route.on_exhausted == OnExhausted::Park);
         if calm {
             return plan;
         }
@@ -172,6 +193,7 @@ impl Plan {
         plan.produce.fatal = often(c);
         plan.produce.unavailable = often(c);
         plan.produce.timed_out = often(c);
+        plan.produce.apart = often(c);
         plan.commit.refused = often(c);
         plan.commit.unheard = often(c);
         plan.commit.last = often(c);
@@ -227,7 +249,47 @@ impl Plan {
             let partition = c.below(self.partitions as u64) as i32;
             self.faults.push((c.below(end), Fault::Delete { source, partition, percent: c.between(1, 100) }));
         }
+        if self.releases() {
+            for _ in 0..c.pick(&[0, 1, 3, 6]) {
+                let key = c.once_in(3).then(|| c.below(10));
+                let how = if c.once_in(3) { Release::Discard } else { Release::Retry };
+                self.faults.push((c.below(end), Fault::Release { key, how }));
+            }
+        }
         self.faults.sort_by_key(|(at, _)| *at);
+    }
+
+    /// Whether tables come, be it with the same route.
+    pub(super) fn swaps(&self) -> bool {
+        self.faults.iter().any(|(_, fault)| matches!(fault, Fault::Swap { .. }))
+    }
+
+    /// The routes that run at some time.
+    pub(super) fn in_play(&self) -> &[Arc<Route>] {
+        if self.swaps() { &self.routes } else { &self.routes[..1] }
+    }
+
+    /// Whether something may wait for somebody.
+    pub(super) fn releases(&self) -> bool {
+        self.routes.iter().any(|route| route.on_exhausted != OnExhausted::DeadLetter)
+    }
+
+    /// The retry and park topics of a source.
+    pub(super) fn beside(&self, source: &str) -> Vec<String> {
+        let tiers = self.routes.iter().map(|route| route.tiers()).max().unwrap_or(0);
+        let park = (tiers > 0).then(|| self.routes[0].park_topic(source));
+        (1..=tiers).map(|tier| self.routes[0].retry_topic(source, tier)).chain(park).collect()
+    }
+
+    /// The fewest and the most attempts of a record, by any route that runs.
+    pub(super) fn attempts(&self) -> (u32, u32) {
+        let all = self.in_play().iter().map(|route| most_attempts(route));
+        (all.clone().min().unwrap_or(0), all.max().unwrap_or(0))
+    }
+
+    /// Whether records go together in one call.
+    pub(super) fn has_batches(&self) -> bool {
+        self.routes.iter().any(|route| route.batch.is_some())
     }
 
     /// Whether nothing goes wrong.
@@ -237,8 +299,14 @@ impl Plan {
 
     /// How long everything may take once all faults are over: as if every record needed all its attempts, one after the other.
     pub(super) fn patience_ms(&self) -> u64 {
-        let longest = self.routes.iter().map(|route| u64::from(route.retry.attempts) * (route.timeout.as_millis() as u64 + 1_500)).max();
-        60_000 + self.records.len() as u64 * (longest.unwrap_or(0) + 2 * self.produce.latency_ms + 1_500)
+        let longest = |route: &Arc<Route>| {
+            let pauses = route.retry_topics.iter().sum::<Duration>().as_millis() as u64;
+            u64::from(most_attempts(route)) * (route.timeout.as_millis() as u64 + 1_500 + 3 * self.produce.latency_ms) + pauses
+        };
+        let longest = self.routes.iter().map(longest).max().unwrap_or(0);
+        // What is released is tried all over again.
+        let times = if self.releases() { 3 } else { 1 };
+        60_000 + self.records.len() as u64 * (times * longest + 2 * self.produce.latency_ms + 1_500)
     }
 
     /// How many records are in one lane with this one: what is in order.
@@ -251,23 +319,43 @@ impl Plan {
     }
 }
 
-/// The route, and others that it may be swapped for.
-fn routes(c: &mut Chance, sources: &[Arc<str>], filter: bool) -> Vec<Arc<Route>> {
-    let order = c.pick(&["key", "key", "key", "partition", "none"]);
-    let count = c.pick(&[1, 1, 1, 2]);
-    (0..count).map(|_| route(c, sources, order, filter)).collect()
+/// How often a route tries a record that it does not release.
+pub(super) fn most_attempts(route: &Route) -> u32 {
+    route.retry.attempts + route.retry_topics.len() as u32
 }
 
-fn route(c: &mut Chance, sources: &[Arc<str>], order: &str, filter: bool) -> Arc<Route> {
+/// What all routes of a plan have in common.
+struct Shape {
+    filter: bool,
+    tiered: bool,
+    batched: bool,
+    once: bool,
+}
+
+/// The route, and others that it may be swapped for.
+fn routes(c: &mut Chance, sources: &[Arc<str>], shape: &Shape) -> Vec<Arc<Route>> {
+    let order = c.pick(&["key", "key", "key", "partition", "none"]);
+    let count = c.pick(&[1, 1, 1, 2]);
+    (0..count).map(|_| route(c, sources, order, shape)).collect()
+}
+
+fn route(c: &mut Chance, sources: &[Arc<str>], order: &str, shape: &Shape) -> Arc<Route> {
     let to = c.pick(&["[out]", "[out]", "[out, copy]", "void"]);
     let (concurrency, attempts) = (c.pick(&[1, 3, 16]), c.pick(&[1, 2, 4]));
     let (timeout, initial) = (c.pick(&[200, 2_000]), c.pick(&[10, 100]));
     let (failures, open) = (c.pick(&[3, 20, 1_000]), c.pick(&[100, 1_000]));
-    let filter = if filter { "filter: 'record.json.go == true', " } else { "" };
+    let topics = c.pick(&["", "50ms", "2s", "100ms, 1s", "1s, 300ms", "50ms, 500ms, 2s", "12s"]);
+    let exhausted = c.pick(&["dead_letter", "dead_letter", "park", "park", "stop"]);
+    let (topics, exhausted) = if shape.tiered { (topics, exhausted) } else { ("", "dead_letter") };
+    let batch = c.pick(&["max: 2, wait: 0s", "max: 5, wait: 20ms", "max: 50, wait: 200ms"]);
+    let batch = if shape.batched { format!("batch: {{ {batch} }}, ") } else { String::new() };
+    let guarantee = if shape.once { "exactly_once" } else { "at_least_once" };
+    let filter = if shape.filter { "filter: 'record.json.go == true', " } else { "" };
     let text = format!(
         "apiVersion: mesh/v1\nkind: RoutingTable\nmetadata: {{ mesh: sim }}\nspec:\n  routes:\n  - {{ name: work, service: worker, from: [{}], \
-         handler: /work, to: {to}, cases: [{{ status: 202, to: [review] }}], {filter}order: {order}, concurrency: {concurrency}, \
-         timeout: {timeout}ms, retry: {{ attempts: {attempts}, initial: {initial}ms, max: 1s }}, max_hops: 3, \
+         handler: /work, to: {to}, cases: [{{ status: 202, to: [review] }}], {filter}{batch}order: {order}, \
+         concurrency: {concurrency}, guarantee: {guarantee}, on_exhausted: {exhausted}, timeout: {timeout}ms, \
+         retry: {{ attempts: {attempts}, initial: {initial}ms, max: 1s, topics: [{topics}] }}, max_hops: 3, \
          breaker: {{ failures: {failures}, open: {open}ms }} }}\n",
         sources.join(", ")
     );
