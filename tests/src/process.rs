@@ -214,7 +214,7 @@ while read -r what group; do
   esac
 done
 for group in $live; do
-  kill -9 -- "-$group" 2>/dev/null && echo "LEFT BEHIND: process group $group" >&2
+  kill -s KILL -- "-$group" 2>/dev/null && echo "LEFT BEHIND: process group $group" >&2
 done
 exit 0"#;
     static STDIN: Mutex<Option<ChildStdin>> = Mutex::new(None);
