@@ -10,7 +10,7 @@
 //! 8. The work goes on during and after a fault; memory and descriptors stay flat.
 //! 9. Table swaps lose nothing: all of the above holds over them.
 //!
-//! What retry topics add to them is in [`aside`].
+//! What retry topics add to them is in `aside`.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
