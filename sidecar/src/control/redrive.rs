@@ -29,7 +29,7 @@ use super::{
     topics::REDRIVEN_TOPIC,
 };
 use crate::{
-    broker::{Consumer, ConsumerConfig, Event, Outgoing, StartOffset, TransactionError},
+    broker::{BrokerErrorKind, Consumer, ConsumerConfig, Event, Outgoing, StartOffset, TransactionError},
     record::{Header, Position, Record, TopicPartition, derived_id, header},
 };
 
@@ -287,7 +287,9 @@ impl Sender {
     /// Joins, and fences every other redrive of the route.
     async fn join(shared: &Shared, route: &Route) -> Result<Self, OperationError> {
         let mut consumer = shared.broker.consumer(ConsumerConfig {
-            group: Some(format!("{}.redrive", route.group)),
+            // Of its own: the identity alone decides between redrives. A group that they shared would take the partitions from one that the
+            // identity lets win, and then none would.
+            group: Some(format!("{}.redrive.{}", route.group, uuid::Uuid::new_v4().simple())),
             topics: vec![route.dead_letter.clone()],
             instance: None,
             start: StartOffset::Latest,
@@ -318,6 +320,7 @@ impl Sender {
         let mut left = VecDeque::from([letters]);
         let mut tries = 0;
         while let Some(mut letters) = left.pop_front() {
+            // A producer that was fenced gives up its partitions, and takes its identity back after a while: by then this redrive has ended.
             while let Some(event) = self.consumer.next().now_or_never() {
                 if matches!(event, Event::Revoking(_)) {
                     return Err(taken_over());
@@ -357,6 +360,7 @@ impl Sender {
                     sleep(PAUSE).await;
                 }
                 Err(TransactionError::Fenced(_)) => return Err(taken_over()),
+                Err(TransactionError::Lost(error)) if error.kind == BrokerErrorKind::Fenced => return Err(taken_over()),
                 Err(error) => {
                     return Err(OperationError::Unclear(format!("{error}: give the command again; nothing is sent twice")));
                 }
@@ -367,5 +371,7 @@ impl Sender {
 }
 
 fn taken_over() -> OperationError {
-    OperationError::Refused("another redrive of this route took over; what was sent is remembered".to_owned())
+    OperationError::Refused(
+        "another redrive of this route took over, or the broker ended this one's session; what was sent is remembered".to_owned(),
+    )
 }
