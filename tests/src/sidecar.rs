@@ -394,6 +394,16 @@ impl Sidecar {
         &self.http
     }
 
+    /// The value of a series of `/metrics`: its name, with its labels if it has some, as they are written there.
+    ///
+    /// # Errors
+    /// If nobody answers, or there is no such series.
+    pub async fn metric(&self, series: &str) -> Result<f64> {
+        let text = self.probes.get("/metrics").await?.expect(200)?.text();
+        let value = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        Ok(value.with_context(|| format!("no {series} in\n{text}"))?.trim().parse()?)
+    }
+
     /// The probe listener.
     pub fn probes(&self) -> &Http {
         &self.probes

@@ -8,7 +8,7 @@
 //! Invariant: nothing is dropped: a publication ends by acknowledgement, or as a dead letter if the broker refuses it for good.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet, VecDeque},
+    collections::{BTreeMap, HashMap, HashSet, VecDeque, hash_map::Entry},
     hash::BuildHasherDefault,
     sync::Arc,
     time::Duration,
@@ -236,22 +236,21 @@ impl Outbox {
 
     /// Takes what may be sent together out of the queue. What has to wait for something of its lane in this batch goes behind it.
     fn sendable(&mut self) -> Vec<Pending> {
+        if !self.queue.iter().any(|pending| pending.publication.is_aside()) {
+            return self.queue.drain(..).collect();
+        }
         let mut batch: Vec<Pending> = Vec::with_capacity(self.queue.len());
         // Of lanes with an end in the batch, what has to wait for that.
         let mut ends: HashMap<Lane, Vec<Pending>, BuildHasherDefault<LaneHasher>> = HashMap::default();
-        let asides = self.queue.iter().any(|pending| pending.publication.is_aside());
         for pending in self.queue.drain(..) {
             let aside = pending.publication.is_aside();
-            match pending.publication.lane.filter(|_| asides) {
-                Some(lane) => match ends.get_mut(&lane) {
-                    Some(waiting) if aside || !waiting.is_empty() => waiting.push(pending),
-                    None if !aside => {
-                        ends.insert(lane, Vec::new());
-                        batch.push(pending);
-                    }
-                    Some(_) | None => batch.push(pending),
-                },
-                None => batch.push(pending),
+            match pending.publication.lane.map(|lane| ends.entry(lane)) {
+                Some(Entry::Occupied(mut waiting)) if aside || !waiting.get().is_empty() => waiting.get_mut().push(pending),
+                Some(Entry::Vacant(end)) if !aside => {
+                    end.insert(Vec::new());
+                    batch.push(pending);
+                }
+                _ => batch.push(pending),
             }
         }
         for (lane, waiting) in ends.into_iter().filter(|(_, waiting)| !waiting.is_empty()) {

@@ -66,13 +66,13 @@ where
         }
         self.idle.retain(|_, again| now < *again);
         let owners = report::instances_of(self.shared, self.route);
-        let nobody = owners.is_empty() && self.silent.is_empty();
+        let somebody = !owners.is_empty() || !self.silent.is_empty();
         for owner in owners.into_iter().filter(|owner| !self.idle.contains_key(owner)) {
             if self.silent.insert(owner.clone()) {
                 self.asked.push(at(&owner, self.deadline));
             }
         }
-        !nobody
+        somebody
     }
 
     /// The next answer; `None` when it is time to look again who is to be asked. Cancel-safe.
@@ -90,9 +90,14 @@ where
     /// Who was asked and has not answered, in words; `None` if all have. `trouble` is what else went wrong, or empty.
     pub(super) fn silence(&self, trouble: &str) -> Option<String> {
         let names: Vec<&str> = self.silent.iter().map(String::as_str).collect();
-        let trouble = if trouble.is_empty() { String::new() } else { format!(" ({trouble})") };
+        let trouble = besides(trouble);
         let wait = self.wait.as_secs_f64();
         let said = || format!("no answer within {wait} s from instance {}{trouble}: is it alive? See `mesh-ctl status`", names.join(", "));
         (!names.is_empty()).then(said)
     }
+}
+
+/// What else went wrong, in brackets, or nothing.
+pub(super) fn besides(trouble: &str) -> String {
+    if trouble.is_empty() { String::new() } else { format!(" ({trouble})") }
 }

@@ -14,7 +14,12 @@ use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use mesh_proto::v1::{self, reset_request::To};
 use mesh_routing::Route;
 
-use super::{Control, commands::reset_at, owners::Owners, state::Shared};
+use super::{
+    Control,
+    commands::reset_at,
+    owners::{Owners, besides},
+    state::Shared,
+};
 use crate::{
     broker::{Admin, BrokerError, BrokerErrorKind, Commit},
     command::Reset,
@@ -268,7 +273,7 @@ async fn execute(shared: &Arc<Shared>, route: &Arc<Route>, plan: &mut [v1::Parti
 
 /// Why a partition found nobody who reset it, though all who were asked have answered.
 fn unowned(route: &Route, wait: Duration, trouble: &str) -> String {
-    let trouble = if trouble.is_empty() { String::new() } else { format!(" ({trouble})") };
+    let trouble = besides(trouble);
     let (wait, group) = (wait.as_secs_f64(), &route.group);
     format!("no instance owned it within {wait} s{trouble}: is group {group} rebalancing, or read by a client outside of the mesh?")
 }

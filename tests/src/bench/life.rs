@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use mesh_proto::v1::{ApplyRequest, TableSource, control_client::ControlClient};
 use tokio::time::Instant;
 
@@ -176,9 +176,7 @@ async fn until_ready(sidecar: &mut Sidecar) -> Result<()> {
 async fn until_generation(sidecar: &Sidecar, generation: u64) -> Result<()> {
     let end = Instant::now() + Duration::from_secs(30);
     loop {
-        let text = sidecar.probes().get("/metrics").await?.expect(200)?.text();
-        let line = text.lines().find_map(|line| line.strip_prefix("mesh_table_generation "));
-        if line.context("mesh_table_generation")?.trim().parse::<u64>()? >= generation {
+        if sidecar.metric("mesh_table_generation").await? >= generation as f64 {
             return Ok(());
         }
         ensure!(Instant::now() < end, "generation {generation} is not in force after 30 s");

@@ -79,7 +79,8 @@ fn figures(rows: &[Row], out: &mut String) {
     }
 }
 
-fn table(header: &[&str], lines: impl Iterator<Item = Vec<String>>, out: &mut String) {
+/// A table, and an empty line.
+pub(super) fn table(header: &[&str], lines: impl Iterator<Item = Vec<String>>, out: &mut String) {
     put(out, format_args!("| {} |\n|{}\n", header.join(" | "), "---|".repeat(header.len())));
     for line in lines {
         put(out, format_args!("| {} |\n", line.join(" | ")));
@@ -87,7 +88,8 @@ fn table(header: &[&str], lines: impl Iterator<Item = Vec<String>>, out: &mut St
     out.push('\n');
 }
 
-fn put(out: &mut String, text: std::fmt::Arguments<'_>) {
+/// Writes formatted text.
+pub(super) fn put(out: &mut String, text: std::fmt::Arguments<'_>) {
     // Writing into a string cannot fail.
     let _ = out.write_fmt(text);
 }

@@ -29,10 +29,12 @@ async fn publish(sidecar: &Sidecar, topic: &str, records: impl Iterator<Item = (
     Ok(())
 }
 
-async fn metric(sidecar: &Sidecar, begin: &str) -> Result<f64> {
-    let text = sidecar.probes().get("/metrics").await?.expect(200)?.text();
-    let line = text.lines().find_map(|line| line.strip_prefix(begin)).with_context(|| format!("no {begin} in\n{text}"))?;
-    Ok(line.trim().parse()?)
+/// A sidecar with the service `work` at an address, and a table whose route of that name runs.
+async fn wired(stage: &Stage, url: &str, table: &str) -> Result<Sidecar> {
+    let sidecar = stage.sidecar("sidecar").app("work", url).start().await?;
+    sidecar.apply(table).await?;
+    sidecar.wait_running(&["work"]).await?;
+    Ok(sidecar)
 }
 
 fn number(entry: &Value) -> i64 {
@@ -70,9 +72,7 @@ async fn per_record(stage: Stage) -> Result<()> {
         BatchAnswer::outcomes(said)
     })
     .await?;
-    let sidecar = stage.sidecar("sidecar").app("work", &service.url()).start().await?;
-    sidecar.apply(&PER_RECORD.replace("WAIT", "10s")).await?;
-    sidecar.wait_running(&["work"]).await?;
+    let sidecar = wired(&stage, &service.url(), &PER_RECORD.replace("WAIT", "10s")).await?;
     publish(&sidecar, &stage.topic("in"), (0..13).map(|n| (format!("k{n}"), json!({ "n": n })))).await?;
     // The first batch is full. What is tried again comes in later ones, which wait; 11 was never there and has no attempt to count.
     service.wait(1, MINUTE).await?;
@@ -102,9 +102,9 @@ async fn per_record(stage: Stage) -> Result<()> {
     ensure!(out.iter().filter(|found| found.value.is_none()).count() == 1, "the null value: {out:#?}");
     ensure!(stage.read(&sidecar, None, &stage.topic("review"), 1).await?.len() == 1);
     let labels = "{route=\"work\",service=\"work\"";
-    ensure!(metric(&sidecar, &format!("mesh_unused_outcomes_total{labels},reason=\"unknown\"}}")).await? == 2.0);
+    ensure!(sidecar.metric(&format!("mesh_unused_outcomes_total{labels},reason=\"unknown\"}}")).await? == 2.0);
     ensure!(
-        metric(&sidecar, &format!("mesh_batch_records_sum{labels}}}")).await?
+        sidecar.metric(&format!("mesh_batch_records_sum{labels}}}")).await?
             == calls.iter().map(|call| call.records.len()).sum::<usize>() as f64
     );
     sidecar.finish().await
@@ -153,12 +153,11 @@ async fn order(stage: Stage, fields: &str, h2c: bool) -> Result<()> {
     })
     .await?;
     let url = if h2c { service.h2c_url() } else { service.url() };
-    let sidecar = stage.sidecar("sidecar").app("work", &url).start().await?;
     let route = format!(
         "{{ name: work, service: work, from: [%in], handler: /work, to: [%out], batch: {{ max: 50, wait: 5ms }}, concurrency: 4, retry: {{ initial: 1ms }}, breaker: {{ failures: 1000 }}, {fields} }}"
     );
-    sidecar.apply(&format!("topics: {{ %in: {{ partitions: 2 }}, %out: {{ partitions: 2 }} }}\nroutes: [{route}]")).await?;
-    sidecar.wait_running(&["work"]).await?;
+    let sidecar =
+        wired(&stage, &url, &format!("topics: {{ %in: {{ partitions: 2 }}, %out: {{ partitions: 2 }} }}\nroutes: [{route}]")).await?;
     let oracle = Load::new(stage.topic("in"), 1_000, 20).grpc(sidecar.mesh().await?).await?;
     sidecar.wait_done(&["work"], MINUTE).await?;
     let found = stage.read(&sidecar, None, &stage.topic("out"), oracle.len()).await?;
@@ -171,8 +170,8 @@ async fn order(stage: Stage, fields: &str, h2c: bool) -> Result<()> {
     for entry in calls.iter().flat_map(|call| &call.records) {
         *times.entry((entry["partition"].as_i64().context("partition")?, entry["offset"].as_i64().context("offset")?)).or_default() += 1;
     }
-    ensure!(metric(&sidecar, "mesh_unused_outcomes_total{route=\"work\",service=\"work\",reason=\"behind_failure\"}").await? > 0.0);
-    ensure!(metric(&sidecar, "mesh_unused_outcomes_total{route=\"work\",service=\"work\",reason=\"unknown\"}").await? == 0.0);
+    ensure!(sidecar.metric("mesh_unused_outcomes_total{route=\"work\",service=\"work\",reason=\"behind_failure\"}").await? > 0.0);
+    ensure!(sidecar.metric("mesh_unused_outcomes_total{route=\"work\",service=\"work\",reason=\"unknown\"}").await? == 0.0);
     sidecar.finish().await
 }
 
@@ -189,18 +188,17 @@ async fn retry_topics(stage: Stage) -> Result<()> {
         BatchAnswer::outcomes(said)
     })
     .await?;
-    let sidecar = stage.sidecar("sidecar").app("work", &service.url()).start().await?;
-    sidecar
-        .apply(
-            "
+    let sidecar = wired(
+        &stage,
+        &service.url(),
+        "
             topics: { %in: { partitions: 2 }, %out: { partitions: 2 } }
             routes:
             - { name: work, service: work, from: [%in], handler: /work, to: [%out], batch: { max: 20, wait: 5ms },
                 retry: { attempts: 1, topics: [100ms, 200ms] }, breaker: { failures: 1000 } }
             ",
-        )
-        .await?;
-    sidecar.wait_running(&["work"]).await?;
+    )
+    .await?;
     let oracle = Load::new(stage.topic("in"), 300, 20).grpc(sidecar.mesh().await?).await?;
     sidecar.wait_status("all are forwarded", 2 * MINUTE, |status| disposition(status, "work", "forwarded") == 300).await?;
     let found = stage.read(&sidecar, None, &stage.topic("out"), oracle.len()).await?;
@@ -246,18 +244,17 @@ async fn stopped(stage: Stage) -> Result<()> {
         }
     })
     .await?;
-    let sidecar = stage.sidecar("sidecar").app("work", &service.url()).start().await?;
-    sidecar
-        .apply(
-            "
+    let sidecar = wired(
+        &stage,
+        &service.url(),
+        "
             topics: { %in: { partitions: 1 } }
             routes:
             - { name: work, service: work, from: [%in], handler: /work, to: [%out], batch: { max: 6, wait: 10s },
                 retry: { attempts: 1 }, on_exhausted: stop }
             ",
-        )
-        .await?;
-    sidecar.wait_running(&["work"]).await?;
+    )
+    .await?;
     // One key, in one call: what is behind the second record was at the service with it.
     publish(&sidecar, &stage.topic("in"), (0..6).map(|n| ("k".to_owned(), json!({ "n": n })))).await?;
     sidecar
@@ -287,10 +284,8 @@ async fn whole(stage: Stage) -> Result<()> {
         },
     })
     .await?;
-    let sidecar = stage.sidecar("sidecar").app("work", &service.url()).start().await?;
     let route = "{ name: work, service: work, from: [%in], handler: /work, to: [%out], batch: { max: 4, wait: 200ms }, timeout: 1s, retry: { initial: 1ms, multiplier: 1.0 }, breaker: { failures: 1000, open: 10ms } }";
-    sidecar.apply(&format!("topics: {{ %in: {{ partitions: 1 }} }}\nroutes: [{route}]")).await?;
-    sidecar.wait_running(&["work"]).await?;
+    let sidecar = wired(&stage, &service.url(), &format!("topics: {{ %in: {{ partitions: 1 }} }}\nroutes: [{route}]")).await?;
     publish(&sidecar, &stage.topic("in"), (0..4).map(|n| (format!("k{n}"), json!({ "n": n })))).await?;
     let ended = |status: &_| disposition(status, "work", "forwarded") + disposition(status, "work", "ignored") == 4;
     sidecar.wait_status("all ended", MINUTE, ended).await.map_err(|error| error.context(format!("{:#?}", service.calls())))?;
@@ -319,10 +314,8 @@ on_both!(an_incomplete_batch_waits_no_longer_than_its_route_says, wait);
 
 async fn wait(stage: Stage) -> Result<()> {
     let service = BatchService::start(BatchAnswer::echo).await?;
-    let sidecar = stage.sidecar("sidecar").app("work", &service.url()).start().await?;
     let route = "{ name: work, service: work, from: [%in], handler: /work, to: void, batch: { max: 3, wait: 1s } }";
-    sidecar.apply(&format!("topics: {{ %in: {{ partitions: 1 }} }}\nroutes: [{route}]")).await?;
-    sidecar.wait_running(&["work"]).await?;
+    let sidecar = wired(&stage, &service.url(), &format!("topics: {{ %in: {{ partitions: 1 }} }}\nroutes: [{route}]")).await?;
     let topic = stage.topic("in");
     let began = Instant::now();
     publish(&sidecar, &topic, (0..2).map(|n| (format!("k{n}"), json!({ "n": n })))).await?;
@@ -366,17 +359,17 @@ async fn grpc(stage: Stage, streaming: bool) -> Result<()> {
         reply_with(delivered, &json!({ "by": "grpc" }))
     })
     .await?;
-    let sidecar = stage.sidecar("sidecar").app("work", &service.url()).start().await?;
     let route = "{ name: work, service: work, from: [%in], handler: /work, to: [%out], batch: { max: 200, wait: 20ms }, concurrency: 3, retry: { initial: 1ms }, breaker: { failures: 1000 } }";
-    sidecar.apply(&format!("topics: {{ %in: {{ partitions: 2 }}, %out: {{ partitions: 2 }} }}\nroutes: [{route}]")).await?;
-    sidecar.wait_running(&["work"]).await?;
+    let sidecar =
+        wired(&stage, &service.url(), &format!("topics: {{ %in: {{ partitions: 2 }}, %out: {{ partitions: 2 }} }}\nroutes: [{route}]"))
+            .await?;
     let oracle = Load::new(stage.topic("in"), 1_000, 20).grpc(sidecar.mesh().await?).await?;
     sidecar.wait_done(&["work"], MINUTE).await?;
     let found = stage.read(&sidecar, None, &stage.topic("out"), oracle.len()).await?;
     oracle.judge(&sightings(&found)?).exactly_once()?;
     let (streams, calls) = service.calls();
     ensure!(if streaming { (streams, calls) == (1, 0) } else { (1..600).contains(&calls) }, "{streams} streams, {calls} calls");
-    ensure!(metric(&sidecar, "mesh_batch_records_count{route=\"work\",service=\"work\"}").await? < 600.0);
+    ensure!(sidecar.metric("mesh_batch_records_count{route=\"work\",service=\"work\"}").await? < 600.0);
     sidecar.finish().await
 }
 

@@ -127,11 +127,7 @@ async fn slow(stage: Stage) -> Result<()> {
     sidecar.apply("{ topics: { %t: { partitions: 1 } }, routes: [] }").await?;
     let topic = stage.topic("t");
     let path = format!("/v1/topics/{topic}/records?from=earliest");
-    let threads = async || -> Result<u64> {
-        let metrics = sidecar.probes().get("/metrics").await?.expect(200)?.text();
-        let value = metrics.lines().find_map(|line| line.strip_prefix("process_threads ")).context("process_threads")?;
-        Ok(value.parse::<f64>()? as u64)
-    };
+    let threads = async || -> Result<u64> { Ok(sidecar.metric("process_threads").await? as u64) };
     sidecar.publish(&topic, None, "text/plain", "first").await?;
     let before = threads().await?;
     // Ten who read nothing of a topic that is larger than any buffer on the way.

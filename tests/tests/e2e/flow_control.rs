@@ -11,7 +11,7 @@ use mesh_tests::{
     on_both,
     oracle::sightings,
     service::{BatchAnswer, BatchService, Rule, Scenario, Service},
-    sidecar::{Sidecar, disposition, routes_of},
+    sidecar::{disposition, routes_of},
     stage::Stage,
 };
 use rdkafka::{ClientConfig, Offset, TopicPartitionList, admin::AdminClient, client::DefaultClientContext};
@@ -19,11 +19,9 @@ use rdkafka::{ClientConfig, Offset, TopicPartitionList, admin::AdminClient, clie
 const MINUTE: Duration = Duration::from_secs(60);
 const MIB: u64 = 1 << 20;
 
-async fn gauge(sidecar: &Sidecar, name: &str, route: &str) -> Result<f64> {
-    let text = sidecar.probes().get("/metrics").await?.expect(200)?.text();
-    let begin = format!("{name}{{route=\"{route}\",service=\"{route}\"}}");
-    let line = text.lines().find_map(|line| line.strip_prefix(&begin)).with_context(|| format!("no {begin} in\n{text}"))?;
-    Ok(line.trim().parse()?)
+/// A series of a route, whose service has its name.
+fn of_route(name: &str, route: &str) -> String {
+    format!("{name}{{route=\"{route}\",service=\"{route}\"}}")
 }
 
 on_both!(a_service_that_hangs_slows_only_its_own_route_and_its_backlog_costs_no_memory, hanging);
@@ -55,7 +53,7 @@ async fn hanging(stage: Stage) -> Result<()> {
         let done = |status: &_| disposition(status, "quick", "ignored") >= all;
         sidecar.wait_status("the other route is done", 10 * MINUTE, done).await?;
         resident.push(sidecar.process()?.resident_bytes()? / MIB);
-        ensure!(gauge(&sidecar, "mesh_queue_bytes", "stuck").await? < 24.0 * MIB as f64, "the route holds more than it may");
+        ensure!(sidecar.metric(&of_route("mesh_queue_bytes", "stuck")).await? < 24.0 * MIB as f64, "the route holds more than it may");
     }
     let status = sidecar.status().await?;
     let of = |name: &str| routes_of(&status).find(|route| route.route == name).cloned().context("the route");
@@ -97,7 +95,7 @@ async fn adaptive(stage: Stage) -> Result<()> {
     let mut limits = Vec::new();
     sidecar.wait_status("most are done", MINUTE, |status| disposition(status, "work", "ignored") >= 5_000).await?;
     while disposition(&sidecar.status().await?, "work", "ignored") < 8_000 {
-        limits.push(gauge(&sidecar, "mesh_concurrency_limit", "work").await?);
+        limits.push(sidecar.metric(&of_route("mesh_concurrency_limit", "work")).await?);
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     let mean = limits.iter().sum::<f64>() / limits.len() as f64;

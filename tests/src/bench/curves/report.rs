@@ -1,11 +1,14 @@
 //! A curve as a table, as JSON and as a picture.
 
-use std::{fmt::Write as _, path::Path};
+use std::path::Path;
 
 use anyhow::{Context as _, Result};
 
 use super::{Curve, Measurement, Point};
-use crate::bench::plot::{self, Panel};
+use crate::bench::{
+    plot::{self, Panel},
+    report::{put, table},
+};
 
 impl Curve {
     /// Its name in files and on the command line.
@@ -61,15 +64,13 @@ impl Point {
 pub fn markdown(of: &Measurement) -> String {
     let value = |column: &Column, point: &Point| (column.1)(of, point);
     let columns: Vec<&Column> = COLUMNS.iter().filter(|column| of.points.iter().any(|point| value(column, point).is_some())).collect();
-    let heads: Vec<&str> = columns.iter().map(|column| column.0).collect();
-    let mut out = format!("**{}** on {}\n\n| {} | {} |\n", of.curve.name(), of.broker, of.curve.x_title(), heads.join(" | "));
-    put(&mut out, format_args!("|{}\n", "---|".repeat(columns.len() + 1)));
-    for point in &of.points {
-        let cell = |column: &&Column| value(column, point).map_or_else(|| "–".to_owned(), figure);
-        let cells: Vec<String> = columns.iter().map(cell).collect();
-        put(&mut out, format_args!("| {} | {} |\n", point.x, cells.join(" | ")));
-    }
-    out.push('\n');
+    let heads: Vec<&str> = [of.curve.x_title()].into_iter().chain(columns.iter().map(|column| column.0)).collect();
+    let line = |point: &Point| {
+        let cells = columns.iter().map(|column| value(column, point).map_or_else(|| "–".to_owned(), figure));
+        [point.x.to_string()].into_iter().chain(cells).collect()
+    };
+    let mut out = format!("**{}** on {}\n\n", of.curve.name(), of.broker);
+    table(&heads, of.points.iter().map(line), &mut out);
     for note in notes(of) {
         put(&mut out, format_args!("- {note}\n"));
     }
@@ -151,11 +152,6 @@ fn figure(value: f64) -> String {
         value if value >= 10.0 => format!("{value:.1}"),
         value => format!("{value:.2}"),
     }
-}
-
-fn put(out: &mut String, text: std::fmt::Arguments<'_>) {
-    // Writing into a string cannot fail.
-    let _ = out.write_fmt(text);
 }
 
 #[cfg(test)]
