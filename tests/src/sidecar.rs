@@ -113,7 +113,7 @@ impl Builder {
             table: None,
             otlp: None,
             broker: None,
-            log: "info".to_owned(),
+            log: std::env::var("MESH_TEST_LOG").unwrap_or_else(|_| "info".to_owned()),
             environment: Vec::new(),
             mutation: None,
         }

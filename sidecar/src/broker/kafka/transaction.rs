@@ -52,6 +52,9 @@ const CLOSING: Duration = Duration::from_secs(3);
 /// How long a producer that was fenced waits before it begins again: somebody else holds its identity.
 const FENCED: Duration = Duration::from_secs(5);
 
+/// How long a step of a transaction takes until that is told.
+const LATE: Duration = Duration::from_secs(5);
+
 type Client = BaseProducer<Context>;
 
 /// What the producer is able to do.
@@ -82,6 +85,8 @@ struct Shared {
     settings: Settings,
     health: Arc<Health>,
     stage: Mutex<Stage>,
+    /// What a transaction is at, and since when.
+    doing: Mutex<Option<(&'static str, Instant)>>,
     stop: AtomicBool,
     /// Set with `stop`.
     ended: Wakeup,
@@ -106,6 +111,7 @@ impl Transactor {
             settings: settings.clone(),
             health,
             stage: Mutex::new(Stage::Beginning(None)),
+            doing: Mutex::default(),
             stop: AtomicBool::new(false),
             ended: Wakeup::default(),
             again: AtomicBool::new(false),
@@ -127,6 +133,13 @@ impl Transactor {
     /// What the producer is able to do now.
     pub(super) fn stage(&self) -> Stage {
         lock(&self.shared.stage).clone()
+    }
+
+    /// What a transaction waits for, if it has for long.
+    pub(super) fn late(&self) -> Option<BrokerError> {
+        let (what, since) = (*lock(&self.shared.doing))?;
+        let detail = || format!("transactions of `{}`: the broker has not answered yet: {what}", self.shared.id);
+        (since.elapsed() > LATE).then(|| BrokerError::new(BrokerErrorKind::Unreachable, detail()))
     }
 
     /// Lets a producer that failed begin again.
@@ -234,6 +247,10 @@ impl Shared {
         drop(job.reply.send(Err(TransactionError::Aborted(error))));
     }
 
+    fn doing(&self, what: &'static str) {
+        *lock(&self.doing) = Some((what, Instant::now()));
+    }
+
     fn enter(&self, stage: Stage) {
         *lock(&self.stage) = stage;
         self.session.set();
@@ -331,6 +348,7 @@ impl Shared {
             // Before the answer: who asks again hears of it.
             self.enter(Stage::Failed(error.clone()));
         }
+        *lock(&self.doing) = None;
         drop(guard);
         // The caller may have gone.
         drop(reply.send(answer));
@@ -338,7 +356,9 @@ impl Shared {
 
     /// A new producer in the place of one of which something may still be on its way. It aborts what that one left.
     fn renew(&self, old: Client) -> Result<Client, BrokerError> {
+        self.doing("ending a producer");
         drop(old);
+        self.doing("beginning with another producer");
         while !self.stopping() {
             let client = self.create()?;
             if self.initialise(&client) {
@@ -396,10 +416,13 @@ impl Shared {
         metadata: &ConsumerGroupMetadata,
     ) -> Result<Prompt, Failure> {
         let limit = Instant::now() + LIMIT;
+        self.doing("beginning");
         self.drain(client);
         lock(&client.context().failed).clear();
         client.begin_transaction().map_err(|error| self.failure("begin", &error))?;
+        self.doing("records");
         self.produce(client, records, limit)?;
+        self.doing("offsets");
         // While the records are under way.
         if offsets.count() > 0
             && let Err(failure) = self.retrying(limit, "offsets", || client.send_offsets_to_transaction(offsets, metadata, STEP))
@@ -412,6 +435,7 @@ impl Shared {
                 (Err(reported), _) => reported,
             });
         }
+        self.doing("acknowledgements of records");
         // `commit_transaction` would wait in steps of 100 ms for reports that nobody takes.
         while client.in_flight_count() > 0 {
             if Instant::now() > limit {
@@ -472,6 +496,7 @@ impl Shared {
     }
 
     fn commit(&self, client: &Client) -> Result<Prompt, Failure> {
+        self.doing("commit");
         let (mut closing, begun) = (None, Instant::now());
         loop {
             let Err(error) = client.commit_transaction(STEP) else { return Ok(Prompt(begun.elapsed() < STEP)) };
@@ -487,6 +512,7 @@ impl Shared {
 
     /// Aborts at the broker.
     fn abort(&self, client: &Client) -> Result<Prompt, BrokerError> {
+        self.doing("abort");
         let (mut closing, begun) = (None, Instant::now());
         // The first call takes back what was not sent yet, and ends early so that the reports of that can be taken here. (To take it back by
         // `purge` would leave a gap in the sequence, which makes the next transaction fail.)

@@ -51,7 +51,8 @@ impl Session {
         let Some(transactor) = &self.shared.transactor else { return };
         match transactor.stage() {
             Stage::Ready => {
-                self.trouble(Cause::Transactions, None);
+                let late = transactor.late();
+                self.trouble(Cause::Transactions, late);
                 if std::mem::take(&mut self.starting_over) {
                     self.abandoned = false;
                     self.adopt(client);
