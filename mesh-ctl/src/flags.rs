@@ -7,6 +7,10 @@ use mesh_proto::v1::PartitionOffset;
 
 use crate::moment::Moment;
 
+mod tables;
+
+pub(crate) use tables::{Apply, Diff, History, How, Keys, KeysGenerate, KeysShow, Rollback, Side};
+
 const EXIT_CODES: &str = "\
 Exit codes:
   0  done; `diff`: no difference
@@ -16,8 +20,9 @@ Exit codes:
   4  not known whether it was done, or not in force everywhere in time (`apply --wait`)
 
 Environment:
-  MESH_ADMIN  the admin address of a sidecar, as --admin
-  NO_COLOR    if set and not empty: no colours";
+  MESH_ADMIN     the admin address of a sidecar, as --admin
+  MESH_SIGN_KEY  the file of the key that signs tables, as --sign-key
+  NO_COLOR       if set and not empty: no colours";
 
 /// Controls an event mesh: checks, applies and shows routing tables, and tells the state of every instance and route.
 ///
@@ -59,8 +64,16 @@ pub(crate) enum Command {
     Apply(Apply),
     /// Print the routing table in force, ready to be edited and applied again (YAML, or `-o json`).
     Get(Get),
-    /// Show what applying a routing table would change. Exits with 0 if nothing, 1 if something, 2 or more on errors.
+    /// Show what differs between two routing tables: files, generations, the one in force. Exits with 0 if nothing, 1 if something, 2 or
+    /// more on errors.
     Diff(Diff),
+    /// List the generations that the mesh keeps: who applied each, when, from where, why, and what it changed.
+    History(History),
+    /// Bring the content of an earlier generation back, as a new generation.
+    Rollback(Rollback),
+    /// Make and show the keys that sign routing tables.
+    #[command(subcommand)]
+    Keys(Keys),
     /// Show every instance and every route: state, reason, lag, age.
     Status(Status),
     /// Draw the routes: of a file, or those in force.
@@ -84,40 +97,12 @@ pub(crate) struct Validate {
     pub(crate) files: Vec<Source>,
 }
 
-/// `apply`.
-#[derive(Debug, Args)]
-pub(crate) struct Apply {
-    /// The file; `-` is stdin.
-    #[arg(short, long, value_name = "FILE")]
-    pub(crate) file: Source,
-    /// Check everything, against the mesh too, and apply nothing.
-    #[arg(long)]
-    pub(crate) dry_run: bool,
-    /// Apply only if this generation is in force (`get` and `status` tell it).
-    #[arg(long, value_name = "N")]
-    pub(crate) expect_generation: Option<u64>,
-    /// Wait until all live instances run the table. Fails, with the reasons, when one refuses it.
-    #[arg(long, conflicts_with = "dry_run")]
-    pub(crate) wait: bool,
-    /// How long to wait.
-    #[arg(long, value_name = "TIME", default_value = "2m", value_parser = humantime::parse_duration, requires = "wait")]
-    pub(crate) timeout: Duration,
-}
-
 /// `get`.
 #[derive(Debug, Args)]
 pub(crate) struct Get {
     /// An earlier generation; the mesh keeps 50.
     #[arg(long, value_name = "N")]
     pub(crate) generation: Option<u64>,
-}
-
-/// `diff`.
-#[derive(Debug, Args)]
-pub(crate) struct Diff {
-    /// The file; `-` is stdin.
-    #[arg(short, long, value_name = "FILE")]
-    pub(crate) file: Source,
 }
 
 /// `status`.

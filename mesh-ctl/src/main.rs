@@ -6,9 +6,12 @@
 //! | command | what it does |
 //! |---|---|
 //! | `validate -f FILE…` | checks routing tables, offline: all faults at once, `file:line:column` with hints |
-//! | `apply -f FILE` | applies a table to the whole mesh; `--dry-run`, `--expect-generation N`, `--wait` |
+//! | `apply -f FILE` | applies a table to the whole mesh; `--dry-run`, `--expect-generation N`, `--sign-key FILE`, `--wait` |
 //! | `get` | prints the table in force, ready to be edited and applied again |
-//! | `diff -f FILE` | what `apply` would change |
+//! | `diff` | what differs between files, generations and the table in force |
+//! | `history` | the generations that the mesh keeps: who, when, from where, why |
+//! | `rollback N` | the content of an earlier generation as a new one |
+//! | `keys generate, show` | the keys that sign tables |
 //! | `status` | every instance and every route: state, reason, lag, age |
 //! | `reset ROUTE --to-…` | lets a route read its sources from elsewhere; a dry run, unless `--execute` |
 //! | `release ROUTE` | lets records go on whose attempts are used up |

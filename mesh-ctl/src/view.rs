@@ -52,6 +52,10 @@ pub(crate) struct Applied {
     pub(crate) digest: String,
     pub(crate) changed: bool,
     pub(crate) dry_run: bool,
+    /// The name of the key that signed it.
+    pub(crate) signed_by: Option<String>,
+    /// The generation whose content it is, in a rollback.
+    pub(crate) rollback_to: Option<u64>,
     pub(crate) changes: Vec<String>,
     pub(crate) new_routes: Vec<Backlog>,
     pub(crate) warnings: Vec<Fault>,
@@ -73,11 +77,80 @@ impl Applied {
             digest: response.digest,
             changed: response.changed,
             dry_run,
+            signed_by: None,
+            rollback_to: None,
             changes: response.changes,
             new_routes: response.new_routes.into_iter().map(backlog).collect(),
             warnings: response.warnings.into_iter().map(Fault::from).collect(),
             faults: response.faults.into_iter().map(Fault::from).collect(),
         }
+    }
+}
+
+/// A key that signs tables: its public part.
+#[derive(Debug, Serialize)]
+pub(crate) struct Key {
+    pub(crate) key_id: String,
+    pub(crate) public_key: String,
+    /// The file of the private key.
+    pub(crate) file: String,
+}
+
+/// The generations that the mesh keeps.
+#[derive(Debug, Serialize)]
+pub(crate) struct History {
+    pub(crate) mesh: String,
+    /// What the next apply builds on.
+    pub(crate) generation: u64,
+    pub(crate) generations: Vec<Generation>,
+}
+
+/// A generation of the history.
+#[derive(Debug, Serialize)]
+pub(crate) struct Generation {
+    pub(crate) generation: u64,
+    /// Whether the sidecar that answers runs it.
+    pub(crate) in_force: bool,
+    pub(crate) digest: String,
+    pub(crate) applied: String,
+    pub(crate) applied_by: String,
+    pub(crate) source: String,
+    /// The instance through which it was applied.
+    pub(crate) instance: String,
+    pub(crate) message: String,
+    pub(crate) rollback_to: Option<u64>,
+    pub(crate) routes: Option<RouteCounts>,
+    pub(crate) signed_by: Option<String>,
+    pub(crate) refused: String,
+}
+
+/// How many routes differ from the generation before.
+#[derive(Debug, Serialize)]
+pub(crate) struct RouteCounts {
+    pub(crate) added: u64,
+    pub(crate) changed: u64,
+    pub(crate) removed: u64,
+}
+
+impl History {
+    pub(crate) fn new(response: v1::GetHistoryResponse) -> Self {
+        let in_force = response.in_force;
+        let generation = |entry: v1::Generation| Generation {
+            generation: entry.generation,
+            in_force: entry.generation == in_force,
+            digest: entry.digest,
+            applied: time(entry.applied_ms),
+            applied_by: entry.applied_by,
+            source: entry.source,
+            instance: entry.instance,
+            message: entry.message,
+            rollback_to: Some(entry.rollback_to).filter(|generation| *generation > 0),
+            routes: entry.routes.map(|v1::RouteCounts { added, changed, removed }| RouteCounts { added, changed, removed }),
+            signed_by: entry.signature.map(|signature| signature.key_id),
+            refused: entry.refused,
+        };
+        let generations = response.generations.into_iter().map(generation).collect();
+        Self { mesh: response.mesh, generation: response.generation, generations }
     }
 }
 

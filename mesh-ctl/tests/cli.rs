@@ -42,14 +42,24 @@ struct State {
     /// Answered one after the other; the last one stays.
     status: Vec<v1::GetStatusResponse>,
     applied: Vec<v1::ApplyRequest>,
+    history: v1::GetHistoryResponse,
     reset: Option<Result<v1::ResetResponse, Status>>,
     resets: Vec<v1::ResetRequest>,
 }
 
 #[tonic::async_trait]
 impl v1::control_server::Control for Script {
-    async fn validate(&self, _: Request<v1::ValidateRequest>) -> Result<Response<v1::ValidateResponse>, Status> {
-        Err(Status::unimplemented("mesh-ctl validates by itself"))
+    async fn validate(&self, request: Request<v1::ValidateRequest>) -> Result<Response<v1::ValidateResponse>, Status> {
+        let text = request.into_inner().table.unwrap_or_default().text;
+        let digest = mesh_routing::parse("t", &text).map(|table| table.digest()).unwrap_or_default();
+        Ok(Response::new(v1::ValidateResponse { digest, ..v1::ValidateResponse::default() }))
+    }
+
+    async fn get_history(&self, request: Request<v1::GetHistoryRequest>) -> Result<Response<v1::GetHistoryResponse>, Status> {
+        let mut history = self.0.lock().unwrap().history.clone();
+        let limit = request.into_inner().limit as usize;
+        history.generations.truncate(if limit == 0 { usize::MAX } else { limit });
+        Ok(Response::new(history))
     }
 
     async fn apply(&self, request: Request<v1::ApplyRequest>) -> Result<Response<v1::ApplyResponse>, Status> {
@@ -207,6 +217,7 @@ fn in_force(text: &str, generation: u64) -> v1::GetTableResponse {
         json: table.to_json(),
         applied_ms: 1_700_000_000_000,
         origin: v1::TableOrigin::Mesh.into(),
+        entry: None,
     }
 }
 
@@ -358,6 +369,10 @@ async fn apply_waits_for_the_mesh() {
     });
     let said = bench.run(&["apply", "-f", "routes.yaml", "--wait"]).await.ends(0);
     assert!(said.err.contains("2 instances run generation 8"), "{}", said.err);
+    let told: Vec<_> = said.err.lines().take(7).collect();
+    let expected =
+        ["SYNCED   1 of 2: a", "PENDING  1 of 2: b", "LOST     1: gone", "PINNED   1: own", "SYNCED   2 of 2: a, b", "PENDING  0"];
+    assert_eq!(told[..6], expected, "a line for each state, when it changes");
     assert!(said.err.contains("gone was not waited for: LOST") && said.err.contains("own was not waited for: PINNED"), "{}", said.err);
     assert_eq!(bench.script.0.lock().unwrap().status.len(), 1, "it looked until all were there");
 
@@ -403,12 +418,114 @@ async fn diff_tells_by_its_exit_code() {
     assert_eq!(said.out, "~ routes.price.to: [\"priced\"] → \"void\"\n");
     let json = bench.run(&["diff", "-f", "other.yaml", "-o", "json"]).await.ends(1).json();
     assert_eq!((&json[0]["path"], &json[0]["new"]), (&"routes.price.to".into(), &"void".into()));
+    let said = bench.run(&["diff", "--from", "same.yaml", "--to", "other.yaml"]).await.ends(1);
+    assert_eq!((&*said.out, &*said.err), ("~ routes.price.to: [\"priced\"] → \"void\"\n", "1 difference from same.yaml\n"));
+    let said = bench.run(&["diff", "--generation", "7"]).await.ends(0);
+    assert_eq!((&*said.out, &*said.err), ("", "no difference from generation 7 to generation 7\n"));
+    for wrong in [&["diff"][..], &["diff", "-f", "same.yaml", "--to", "3"], &["diff", "--generation", "3", "--from", "4"]] {
+        bench.run(wrong).await.ends(2);
+    }
     let said = bench.run(&["diff", "-f", "bad.yaml"]).await.ends(2);
     assert!(said.err.contains("bad.yaml:6:") && said.err.contains("error: bad.yaml has "), "{}", said.err);
 
     bench.script.set(|state| state.table = None);
     let said = bench.run(&["diff", "-f", "same.yaml"]).await.ends(1);
     assert!(said.out.starts_with("+ routes.price: ") && said.out.lines().count() == 1, "{}", said.out);
+}
+
+#[tokio::test]
+async fn history_tells_who_when_and_why() {
+    let bench = Bench::new().await;
+    bench.script.set(|state| state.history = v1::GetHistoryResponse { mesh: "shop".to_owned(), ..v1::GetHistoryResponse::default() });
+    assert_eq!(bench.run(&["history"]).await.ends(0).out, "mesh shop, no table applied yet\n");
+
+    let entry = |generation: u64| v1::Generation {
+        generation,
+        digest: format!("sha256:{:064}", generation),
+        applied_ms: 1_700_000_000_000,
+        applied_by: "ann@desk".to_owned(),
+        source: "routes.yaml".to_owned(),
+        instance: "a".to_owned(),
+        routes: Some(v1::RouteCounts { added: 3, changed: 2, removed: 1 }),
+        ..v1::Generation::default()
+    };
+    let signature = Some(v1::TableSignature { key_id: "0a1b2c3d4e5f6071".to_owned(), ed25519: vec![0; 64].into() });
+    let generations = vec![
+        v1::Generation { refused: "it is not signed".to_owned(), ..entry(9) },
+        v1::Generation { rollback_to: 6, signature, message: "too\nmuch".to_owned(), ..entry(8) },
+        v1::Generation { generation: 7, refused: "garbage".to_owned(), ..v1::Generation::default() },
+        v1::Generation { routes: None, applied_by: String::new(), source: String::new(), ..entry(6) },
+    ];
+    bench.script.set(|state| state.history = v1::GetHistoryResponse { mesh: "shop".to_owned(), generation: 9, in_force: 8, generations });
+    let said = bench.run(&["history"]).await.ends(0);
+    let expected = format!(
+        "mesh shop, generation 9, as seen from http://{}\n
+GENERATION  STATE     APPLIED               BY        FROM           THROUGH  ROUTES    SIGNED BY         DIGEST               MESSAGE
+9           REFUSED   2023-11-14T22:13:20Z  ann@desk  routes.yaml    a        +3 ~2 -1  -                 sha256:000000000000
+8           IN FORCE  2023-11-14T22:13:20Z  ann@desk  rollback to 6  a        +3 ~2 -1  0a1b2c3d4e5f6071  sha256:000000000000  too much
+7           REFUSED   -                     -         -              -        -         -                 -
+6           -         2023-11-14T22:13:20Z  -         -              a        -         -                 sha256:000000000000
+",
+        bench.address
+    );
+    assert_eq!(said.out, expected);
+    assert_eq!(said.err, "generation 9 is refused by this sidecar: it is not signed\ngeneration 7 is refused by this sidecar: garbage\n");
+    let json = bench.run(&["history", "-o", "json"]).await.ends(0).json();
+    assert_eq!((&json["generations"][1]["rollback_to"], &json["generations"][1]["in_force"]), (&6.into(), &true.into()));
+    assert_eq!(json["generations"][0]["routes"], serde_json::json!({ "added": 3, "changed": 2, "removed": 1 }));
+    assert_eq!(bench.run(&["-q", "history", "--limit", "1"]).await.ends(0).out.lines().count(), 2);
+}
+
+#[tokio::test]
+async fn a_table_is_signed_for_the_generation_that_it_becomes() {
+    use mesh_routing::sign::{PublicKey, STABLE, Signed};
+    let bench = Bench::new().await;
+    bench.file("routes.yaml", TABLE);
+    bench.file("bad.yaml", FAULTY);
+    let made = bench.run(&["keys", "generate", "--out", "mesh.key", "-o", "json"]).await.ends(0).json();
+    let key: PublicKey = made["public_key"].as_str().unwrap().parse().unwrap();
+    assert_eq!(bench.run(&["-q", "keys", "show", "mesh.key"]).await.ends(0).out, format!("{key}\n"));
+    let said = bench.run(&["keys", "generate"]).await.ends(2);
+    assert!(said.err.contains("mesh.key") && said.err.contains("must not get lost"), "{}", said.err);
+    let said = bench.run(&["keys", "generate", "--out", "other.key"]).await.ends(0);
+    assert!(said.out.starts_with("key id       ") && said.out.ends_with("private key  other.key\n"), "{}", said.out);
+    let private = std::fs::read_to_string(bench.folder.path().join("other.key")).unwrap();
+    assert!(!said.out.contains(private.lines().last().unwrap()), "a private key is never printed");
+
+    let response = v1::ApplyResponse { generation: 8, changed: true, ..v1::ApplyResponse::default() };
+    let table = mesh_routing::parse("t", TABLE).unwrap();
+    let digest = table.digest();
+    bench.script.set(|state| {
+        state.history = v1::GetHistoryResponse { generation: 7, ..v1::GetHistoryResponse::default() };
+        state.apply = Some(Ok(response));
+        state.table = Some(in_force(TABLE, 5));
+    });
+    for (arguments, base, old) in [
+        (&["apply", "-f", "routes.yaml", "--sign-key", "mesh.key", "-m", "why"][..], 7, 0),
+        (&["apply", "-f", "routes.yaml", "--sign-key", "mesh.key", "--expect-generation", "3"], 3, 0),
+        (&["rollback", "5", "--sign-key", "mesh.key"], 7, 5),
+    ] {
+        let said = bench.run(arguments).await.ends(0);
+        let asked = bench.script.0.lock().unwrap().applied.pop().unwrap();
+        let signature = asked.signature.unwrap();
+        let place = Signed { mesh: "shop", channel: STABLE, generation: base + 1, digest: &digest };
+        assert!(signature.key_id == key.id() && key.verifies(&place, &signature.ed25519), "{arguments:?}");
+        assert_eq!((asked.expected_generation, asked.rollback_to), (Some(base), old), "what is signed for {base} builds on it alone");
+        assert_eq!(asked.message, if arguments.contains(&"why") { "why" } else { "" });
+        assert_eq!(said.err.contains("generation 5 was not signed by this key"), old > 0, "{}", said.err);
+    }
+    // Without a key nothing is signed, and a rollback still builds on what it saw.
+    bench.run(&["rollback", "5"]).await.ends(0);
+    let asked = bench.script.0.lock().unwrap().applied.pop().unwrap();
+    assert_eq!((asked.signature, asked.expected_generation), (None, Some(7)));
+
+    let said = bench.run(&["apply", "-f", "bad.yaml", "--sign-key", "mesh.key"]).await.ends(1);
+    assert!(said.err.contains("bad.yaml:6:") && said.err.contains("nothing was applied"), "{}", said.err);
+    for (file, why) in [("routes.yaml", "is no private key"), ("absent.key", "cannot be read")] {
+        let said = bench.run(&["apply", "-f", "routes.yaml", "--sign-key", file]).await.ends(2);
+        assert!(said.err.contains(why), "{}", said.err);
+    }
+    assert!(bench.script.0.lock().unwrap().applied.is_empty(), "nothing of these was proposed");
 }
 
 #[tokio::test]

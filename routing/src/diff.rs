@@ -5,11 +5,11 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::node::join;
-use crate::table::Table;
+use crate::table::{RouteFields, Table};
 
 /// What happened to a part of a table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -67,6 +67,34 @@ pub fn diff(old: &Table, new: &Table) -> Vec<Change> {
         compare("routes", Some(order(old).into()), Some(order(new).into()), &mut out);
     }
     out
+}
+
+/// How many routes differ between two tables.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouteCounts {
+    /// Routes that are new.
+    pub added: u64,
+    /// Routes that do something else than before, be it by a default.
+    pub changed: u64,
+    /// Routes that are gone.
+    pub removed: u64,
+}
+
+/// Counts the routes that differ from `old` to `new`, by name and by what they do with the defaults folded in.
+pub fn count_routes(old: &Table, new: &Table) -> RouteCounts {
+    let resolved = |table: &Table| -> BTreeMap<String, RouteFields> {
+        table.routes.iter().map(|route| (route.name.clone(), table.resolved(route))).collect()
+    };
+    let (mut old, mut counts) = (resolved(old), RouteCounts::default());
+    for (name, fields) in resolved(new) {
+        match old.remove(&name) {
+            None => counts.added += 1,
+            Some(before) if before != fields => counts.changed += 1,
+            Some(_) => {}
+        }
+    }
+    counts.removed = old.len() as u64;
+    counts
 }
 
 fn json(value: &impl Serialize) -> Value {

@@ -1,4 +1,4 @@
-//! The routing table of a mesh: parse, validate, compile, match, graph, diff and digest.
+//! The routing table of a mesh: parse, validate, compile, match, graph, diff, digest and sign.
 //!
 //! ```
 //! let text = r#"
@@ -33,11 +33,12 @@ mod node;
 mod read;
 mod record;
 mod schema;
+pub mod sign;
 mod table;
 mod value;
 
 pub use compile::{Batch, Breaker, Case, CompiledTable, Decision, Destinations, ForwardHeaders, Retry, Route, Topic, compile};
-pub use diff::{Change, ChangeKind, diff};
+pub use diff::{Change, ChangeKind, RouteCounts, count_routes, diff};
 pub use expression::{Expression, ExpressionError};
 pub use fault::{Fault, Faults};
 pub use graph::{GraphFormat, graph, loops};

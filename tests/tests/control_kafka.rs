@@ -14,7 +14,7 @@ use mesh_sidecar::{
         Broker,
         kafka::{KafkaBroker, KafkaOptions},
     },
-    config::{BrokerConfig, Config, Limits, Listen, LogFormat, ServiceConfig, TelemetryConfig},
+    config::{BrokerConfig, Config, ControlConfig, Limits, Listen, LogFormat, ServiceConfig, TelemetryConfig},
     control::{ApplyError, ApplyOptions, Control, ControlHandle},
     status::Board,
     table::TableOrigin,
@@ -38,6 +38,7 @@ async fn start(bootstrap: &str, name: &str, folder: &Path) -> (ControlHandle, Ar
         state: folder.join(name),
         broker: BrokerConfig::Kafka(keys.clone()),
         table: None,
+        control: ControlConfig::default(),
         listen: Listen { api: address, admin: address, probe: address },
         telemetry: TelemetryConfig { otlp: None, log: String::new(), log_format: LogFormat::Json },
         limits: Limits {
@@ -70,12 +71,12 @@ async fn the_control_plane_over_kafka() {
     a.ready().wait_for(|ready| *ready).await.unwrap();
     b.ready().wait_for(|ready| *ready).await.unwrap();
     let options = ApplyOptions::default();
-    a.control().apply("t", &table("priced"), options).await.unwrap();
+    a.control().apply("t", &table("priced"), options.clone()).await.unwrap();
     generation(&b, 1).await;
     let mut lost = 0;
     for round in 0..20 {
         let (x, y) = (table(&format!("l{round}")), table(&format!("r{round}")));
-        let (x, y) = tokio::join!(a.control().apply("t", &x, options), b.control().apply("t", &y, options));
+        let (x, y) = tokio::join!(a.control().apply("t", &x, options.clone()), b.control().apply("t", &y, options.clone()));
         for result in [&x, &y] {
             match result {
                 Ok(_) => {}

@@ -63,7 +63,12 @@ fn place(response: &v1::GetTableResponse) -> String {
         v1::TableOrigin::Pinned => format!("pinned by the sidecar's config, {digest}"),
         v1::TableOrigin::Cache => format!("generation {generation}, from the copy on disk: the mesh may have a newer one, {digest}"),
         v1::TableOrigin::Mesh | v1::TableOrigin::Unspecified => {
-            format!("generation {generation}, applied {}, {digest}", view::time(response.applied_ms))
+            let entry = response.entry.clone().unwrap_or_default();
+            let by = if entry.applied_by.is_empty() { String::new() } else { format!(" by {}", entry.applied_by) };
+            let signed = entry.signature.map(|signature| format!(", signed by key {}", signature.key_id)).unwrap_or_default();
+            let said = format!("generation {generation}, applied {}{by}{signed}, {digest}", view::time(response.applied_ms));
+            // It stands in a comment of YAML: one line, whatever somebody wrote about himself.
+            said.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
         }
     }
 }

@@ -5,11 +5,16 @@ mod diff;
 mod dlq;
 mod get;
 mod graph;
+mod history;
+mod keys;
+mod propose;
 mod release;
 mod replay;
 mod reset;
+mod rollback;
 mod status;
 mod validate;
+mod wait;
 
 use std::io::{self, IsTerminal as _, Read as _, Write as _};
 
@@ -44,6 +49,9 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<Code, Fai
         Command::Apply(flags) => apply::run(context, &flags).await,
         Command::Get(flags) => get::run(context, &flags).await,
         Command::Diff(flags) => diff::run(context, &flags).await,
+        Command::History(flags) => history::run(context, &flags).await,
+        Command::Rollback(flags) => rollback::run(context, &flags).await,
+        Command::Keys(command) => keys::run(context, &command),
         Command::Status(flags) => status::run(context, &flags).await,
         Command::Graph(flags) => graph::run(context, &flags).await,
         Command::Dlq(command) => dlq::run(context, &command).await,

@@ -1448,6 +1448,28 @@ pub struct ApplyRequest {
     /// Check everything, and apply nothing.
     #[prost(bool, tag = "3")]
     pub dry_run: bool,
+    /// Who signed it, and the signature. Once trusted keys are configured, a table without one of theirs is refused.
+    #[prost(message, optional, tag = "4")]
+    pub signature: ::core::option::Option<TableSignature>,
+    /// Who applies it, as the client says: `user@host`.
+    #[prost(string, tag = "5")]
+    pub applied_by: ::prost::alloc::string::String,
+    /// Why, in the words of whoever applies it.
+    #[prost(string, tag = "7")]
+    pub message: ::prost::alloc::string::String,
+    /// The generation whose content this is, in a rollback; 0: it is none.
+    #[prost(uint64, tag = "8")]
+    pub rollback_to: u64,
+}
+/// The signature of a table in its place: ed25519 over mesh, channel, generation and digest.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TableSignature {
+    /// The name of the key, as `mesh-ctl keys` prints it.
+    #[prost(string, tag = "1")]
+    pub key_id: ::prost::alloc::string::String,
+    /// The signature, 64 bytes.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub ed25519: ::prost::bytes::Bytes,
 }
 /// What apply did.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1509,6 +1531,82 @@ pub struct GetTableResponse {
     /// Where it came from.
     #[prost(enumeration = "TableOrigin", tag = "5")]
     pub origin: i32,
+    /// Its entry in the history. Absent for a pinned table.
+    #[prost(message, optional, tag = "6")]
+    pub entry: ::core::option::Option<Generation>,
+}
+/// Asks for the history.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetHistoryRequest {
+    /// At most so many generations; 0: all that are kept.
+    #[prost(uint32, tag = "1")]
+    pub limit: u32,
+}
+/// The generations that the mesh keeps.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GetHistoryResponse {
+    /// The mesh's name.
+    #[prost(string, tag = "1")]
+    pub mesh: ::prost::alloc::string::String,
+    /// The generation that the next apply builds on; 0: there is none yet.
+    #[prost(uint64, tag = "2")]
+    pub generation: u64,
+    /// The generation in force at this sidecar; 0: none, or a pinned table.
+    #[prost(uint64, tag = "3")]
+    pub in_force: u64,
+    /// The generations, the newest first.
+    #[prost(message, repeated, tag = "4")]
+    pub generations: ::prost::alloc::vec::Vec<Generation>,
+}
+/// A generation of the routing table: an entry of the history.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Generation {
+    /// Its number.
+    #[prost(uint64, tag = "1")]
+    pub generation: u64,
+    /// The table's digest. Empty if its record cannot be read.
+    #[prost(string, tag = "2")]
+    pub digest: ::prost::alloc::string::String,
+    /// When it was applied, in milliseconds since 1970-01-01 UTC.
+    #[prost(int64, tag = "3")]
+    pub applied_ms: i64,
+    /// Who applied it, as their client said. Empty if that is not known.
+    #[prost(string, tag = "4")]
+    pub applied_by: ::prost::alloc::string::String,
+    /// The file that it came from. Empty if that is not known.
+    #[prost(string, tag = "5")]
+    pub source: ::prost::alloc::string::String,
+    /// The instance through which it was applied.
+    #[prost(string, tag = "6")]
+    pub instance: ::prost::alloc::string::String,
+    /// Why, in the words of whoever applied it.
+    #[prost(string, tag = "7")]
+    pub message: ::prost::alloc::string::String,
+    /// The generation whose content this is, after a rollback; 0: it is none.
+    #[prost(uint64, tag = "8")]
+    pub rollback_to: u64,
+    /// How many routes differ from the generation before. Absent if that is not known.
+    #[prost(message, optional, tag = "9")]
+    pub routes: ::core::option::Option<RouteCounts>,
+    /// Its signature. Absent if it has none.
+    #[prost(message, optional, tag = "10")]
+    pub signature: ::core::option::Option<TableSignature>,
+    /// Why this sidecar refuses it. Empty if it does not.
+    #[prost(string, tag = "11")]
+    pub refused: ::prost::alloc::string::String,
+}
+/// How many routes differ between two tables.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RouteCounts {
+    /// Routes that are new.
+    #[prost(uint64, tag = "1")]
+    pub added: u64,
+    /// Routes that do something else than before, be it by a default.
+    #[prost(uint64, tag = "2")]
+    pub changed: u64,
+    /// Routes that are gone.
+    #[prost(uint64, tag = "3")]
+    pub removed: u64,
 }
 /// Asks for the state of the mesh.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2353,6 +2451,31 @@ pub mod control_client {
             req.extensions_mut().insert(GrpcMethod::new("mesh.v1.Control", "GetTable"));
             self.inner.unary(req, path, codec).await
         }
+        /// Lists the generations of the routing table that the mesh keeps.
+        pub async fn get_history(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetHistoryRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetHistoryResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/mesh.v1.Control/GetHistory",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("mesh.v1.Control", "GetHistory"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Reads the state of the mesh: every instance and every route.
         pub async fn get_status(
             &mut self,
@@ -2594,6 +2717,14 @@ pub mod control_server {
             request: tonic::Request<super::GetTableRequest>,
         ) -> std::result::Result<
             tonic::Response<super::GetTableResponse>,
+            tonic::Status,
+        >;
+        /// Lists the generations of the routing table that the mesh keeps.
+        async fn get_history(
+            &self,
+            request: tonic::Request<super::GetHistoryRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetHistoryResponse>,
             tonic::Status,
         >;
         /// Reads the state of the mesh: every instance and every route.
@@ -2867,6 +2998,51 @@ pub mod control_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = GetTableSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/mesh.v1.Control/GetHistory" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetHistorySvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::UnaryService<super::GetHistoryRequest>
+                    for GetHistorySvc<T> {
+                        type Response = super::GetHistoryResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetHistoryRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::get_history(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetHistorySvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

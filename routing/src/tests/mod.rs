@@ -214,3 +214,20 @@ fn differences_name_fields() {
     let ba = chain(&[("b", "y", "void"), ("a", "x", "void")]);
     assert_eq!(diff(&ab, &ba)[0].path, "routes");
 }
+
+#[test]
+fn routes_that_differ_are_counted_with_their_defaults() {
+    let counts = |added, changed, removed| RouteCounts { added, changed, removed };
+    let table = |routes: &[(&str, &str, &str)]| chain(routes);
+    let old = table(&[("a", "x", "void"), ("b", "y", "void"), ("c", "z", "void")]);
+    assert_eq!(count_routes(&old, &old), counts(0, 0, 0));
+    let new = table(&[("d", "x", "void"), ("b", "y", "[other]"), ("c", "z", "void")]);
+    assert_eq!(count_routes(&old, &new), counts(1, 1, 1));
+    // A default changes every route that does not say otherwise.
+    let mut defaults = old.clone();
+    defaults.defaults.max_hops = Some(7);
+    defaults.routes[0].fields.max_hops = Some(7);
+    let mut before = old.clone();
+    before.routes[0].fields.max_hops = Some(7);
+    assert_eq!(count_routes(&before, &defaults), counts(0, 2, 0));
+}

@@ -78,7 +78,15 @@ impl v1::control_server::Control for AdminService {
     async fn apply(&self, request: Request<v1::ApplyRequest>) -> Result<Response<v1::ApplyResponse>, Status> {
         let request = request.into_inner();
         let table = source(request.table)?;
-        let options = ApplyOptions { expected_generation: request.expected_generation, dry_run: request.dry_run };
+        check_signature(request.signature.as_ref())?;
+        let options = ApplyOptions {
+            expected_generation: request.expected_generation,
+            dry_run: request.dry_run,
+            signature: request.signature,
+            applied_by: request.applied_by,
+            message: request.message,
+            rollback_to: Some(request.rollback_to).filter(|generation| *generation > 0),
+        };
         let response = match self.control.apply(&table.file, &table.text, options).await {
             Ok(applied) => v1::ApplyResponse {
                 generation: applied.generation,
@@ -110,6 +118,10 @@ impl v1::control_server::Control for AdminService {
             })),
             Err(reason) => Err(Status::data_loss(format!("that generation cannot be read: {reason}"))),
         }
+    }
+
+    async fn get_history(&self, request: Request<v1::GetHistoryRequest>) -> Result<Response<v1::GetHistoryResponse>, Status> {
+        self.control.history(request.into_inner().limit).await.map(Response::new).map_err(|error| status(&error))
     }
 
     async fn get_status(&self, _: Request<v1::GetStatusRequest>) -> Result<Response<v1::GetStatusResponse>, Status> {
@@ -181,6 +193,18 @@ fn source(table: Option<v1::TableSource>) -> Result<v1::TableSource, Status> {
     Ok(table)
 }
 
+/// Whether it looks like a signature; what it is worth is the control plane's business.
+fn check_signature(signature: Option<&v1::TableSignature>) -> Result<(), Status> {
+    let Some(v1::TableSignature { key_id, ed25519 }) = signature else { return Ok(()) };
+    if key_id.is_empty() || key_id.len() > 64 || !key_id.bytes().all(|c| c.is_ascii_alphanumeric()) {
+        return Err(Status::invalid_argument("`signature.key_id` is no name of a key: 1 to 64 of a-z A-Z 0-9"));
+    }
+    if ed25519.len() != 64 {
+        return Err(Status::invalid_argument(format!("`signature.ed25519` has {} bytes, and a signature has 64", ed25519.len())));
+    }
+    Ok(())
+}
+
 fn faults(faults: Vec<Fault>) -> Vec<v1::Fault> {
     let convert = |Fault { file, line, column, field, message, hint, code }| v1::Fault {
         file,
@@ -249,7 +273,7 @@ fn status(error: &ApplyError) -> Status {
     let message = error.to_string();
     match error {
         ApplyError::Faults(_) => Status::invalid_argument(message),
-        ApplyError::Pinned { .. } => Status::failed_precondition(message),
+        ApplyError::Pinned { .. } | ApplyError::Untrusted(_) => Status::failed_precondition(message),
         // Compare-and-set failed: read, and try again.
         ApplyError::Expected { .. } | ApplyError::Lost { .. } => Status::aborted(message),
         ApplyError::NotReady(_) => Status::unavailable(message),
@@ -265,7 +289,10 @@ mod tests {
     use tonic::Code;
 
     use super::*;
-    use crate::broker::{ProduceError, ProduceErrorKind};
+    use crate::{
+        broker::{ProduceError, ProduceErrorKind},
+        control::TrustError,
+    };
 
     #[test]
     fn errors_say_what_to_do_next() {
@@ -274,8 +301,12 @@ mod tests {
             assert!(!status.message().is_empty());
             status.code()
         };
-        assert_eq!(code(ApplyError::Expected { expected: 1, actual: 2 }), Code::Aborted);
-        assert_eq!(code(ApplyError::Lost { generation: 1, winner: "b".into() }), Code::Aborted);
+        let (winner, changes) = (String::from("b"), vec!["+ routes.a: {}".to_owned()]);
+        let expected = ApplyError::Expected { expected: 1, actual: 2, winner: winner.clone(), changes: changes.clone() };
+        assert!(expected.to_string().contains("generation 2 is, applied by b: ") && expected.to_string().ends_with("\n  + routes.a: {}"));
+        assert_eq!(code(expected), Code::Aborted);
+        assert_eq!(code(ApplyError::Lost { generation: 1, winner, changes }), Code::Aborted);
+        assert_eq!(code(TrustError::Unsigned { trusted: "k".into() }.into()), Code::FailedPrecondition);
         assert_eq!(code(ApplyError::Pinned { path: "routes.yaml".into() }), Code::FailedPrecondition);
         assert_eq!(code(ApplyError::NotReady("away".into())), Code::Unavailable);
         assert_eq!(code(BrokerError::new(BrokerErrorKind::Unreachable, "away").into()), Code::Unavailable);
@@ -283,6 +314,18 @@ mod tests {
         let refused = ProduceError { kind: ProduceErrorKind::TooLarge, detail: "2 MB".into() };
         assert_eq!(code(ApplyError::Refused(refused)), Code::FailedPrecondition);
         assert_eq!(code(ApplyError::Unclear { generation: 1, detail: "late".into() }), Code::Unknown);
+    }
+
+    #[test]
+    fn what_is_no_signature_is_refused() {
+        let check = |key: &str, length: usize| {
+            check_signature(Some(&v1::TableSignature { key_id: key.to_owned(), ed25519: vec![0; length].into() }))
+                .map_err(|status| status.code())
+        };
+        assert_eq!((check("0a1b", 64), check_signature(None).is_ok()), (Ok(()), true));
+        for (key, length) in [("", 64), ("a b", 64), (&*"a".repeat(65), 64), ("0a1b", 63)] {
+            assert_eq!(check(key, length), Err(Code::InvalidArgument), "{key} {length}");
+        }
     }
 
     #[test]

@@ -97,6 +97,7 @@ pub(crate) fn config(services: &[&str]) -> Config {
         state: "state".into(),
         broker: BrokerConfig::Kafka(BTreeMap::new()),
         table: None,
+        control: ControlConfig::default(),
         listen: Listen { api: address, admin: address, probe: address },
         telemetry: TelemetryConfig { otlp: None, log: "info".into(), log_format: LogFormat::Pretty },
         limits: Limits {

@@ -15,6 +15,8 @@ use std::{
     time::Duration,
 };
 
+use mesh_routing::sign::PublicKey;
+
 mod fault;
 mod print;
 mod read;
@@ -67,6 +69,8 @@ pub struct Config {
     pub broker: BrokerConfig,
     /// A file that pins the table; without it the table comes from the mesh.
     pub table: Option<PathBuf>,
+    /// What tables of the mesh are taken.
+    pub control: ControlConfig,
     /// Where it listens.
     pub listen: Listen,
     /// Logs and traces.
@@ -139,6 +143,13 @@ impl fmt::Debug for BrokerConfig {
             Self::Kafka(settings) => f.debug_tuple("Kafka").field(&print::redacted(settings)).finish(),
         }
     }
+}
+
+/// What tables of the mesh are taken.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ControlConfig {
+    /// A table must be signed by one of these; empty: none needs a signature. A pinned table is a local file, and needs none.
+    pub trusted_keys: Vec<PublicKey>,
 }
 
 /// The listeners.

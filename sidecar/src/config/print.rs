@@ -40,6 +40,10 @@ pub fn print(config: &Config) -> String {
     if let Some(file) = &config.table {
         line(format!("table:\n  file: {}", quote(&file.to_string_lossy())));
     }
+    if !config.control.trusted_keys.is_empty() {
+        let keys: Vec<String> = config.control.trusted_keys.iter().map(|key| quote(&key.to_string())).collect();
+        line(format!("control:\n  trusted_keys: [{}]", keys.join(", ")));
+    }
     let listen = &config.listen;
     line(format!("listen:\n  api: \"{}\"\n  admin: \"{}\"\n  probe: \"{}\"", listen.api, listen.admin, listen.probe));
     line("telemetry:".into());

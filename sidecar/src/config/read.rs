@@ -2,10 +2,11 @@
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
+use mesh_routing::sign::PublicKey;
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
 use super::{
-    BrokerConfig, Config, ConfigErrors, Fault, Limits, Listen, LogFormat, Place, ServiceConfig, TelemetryConfig,
+    BrokerConfig, Config, ConfigErrors, ControlConfig, Fault, Limits, Listen, LogFormat, Place, ServiceConfig, TelemetryConfig,
     fault::did_you_mean,
     print::is_secret,
     source::{self, Entry, Node, SERVICE_FIELDS, Value},
@@ -124,8 +125,8 @@ impl Reader {
     }
 
     fn config(&mut self, root: Node, from_file: bool) -> Option<Config> {
-        const KNOWN: [&str; 11] =
-            ["apiVersion", "kind", "mesh", "services", "instance", "state", "broker", "table", "listen", "telemetry", "limits"];
+        const KNOWN: [&str; 12] =
+            ["apiVersion", "kind", "mesh", "services", "instance", "state", "broker", "table", "control", "listen", "telemetry", "limits"];
         let mut fields = self.fields("", root, &KNOWN)?;
         self.head(&mut fields, from_file);
         let mesh = match fields.take("mesh") {
@@ -146,10 +147,22 @@ impl Reader {
             let mut fields = self.fields(&at, node, &["file"])?;
             self.parsed(fields.take("file"), path)
         });
+        let control = self.control(fields.take("control"));
         let listen = self.listen(fields.take("listen"), services.as_deref().unwrap_or_default());
         let telemetry = self.telemetry(fields.take("telemetry"));
         let limits = self.limits(fields.take("limits"));
-        Some(Config { mesh: mesh?.into(), services: services?, instance, state, broker: broker?, table, listen, telemetry, limits })
+        Some(Config {
+            mesh: mesh?.into(),
+            services: services?,
+            instance,
+            state,
+            broker: broker?,
+            table,
+            control,
+            listen,
+            telemetry,
+            limits,
+        })
     }
 
     fn missing<T>(&mut self, field: &str, hint: &str) -> Option<T> {
@@ -297,6 +310,42 @@ impl Reader {
             self.fault(&place, &join(path, "bootstrap.servers"), None, "is missing", "give host:port of the brokers, with commas between");
         }
         Some(BrokerConfig::Kafka(settings))
+    }
+
+    fn control(&mut self, field: Option<(String, Node)>) -> ControlConfig {
+        let mut control = ControlConfig::default();
+        let Some((at, node)) = field else { return control };
+        let Some(fields) = self.fields(&at, node, &["trusted_keys"]) else { return control };
+        // Not `take`: a list that somebody emptied would let everything in.
+        for entry in fields.entries {
+            control.trusted_keys = self.keys(&join(&at, &entry.name), entry.node);
+        }
+        control
+    }
+
+    fn keys(&mut self, path: &str, node: Node) -> Vec<PublicKey> {
+        let mut keys = Vec::new();
+        let items = match node.value {
+            Value::List(items) if !items.is_empty() => items,
+            _ => {
+                let hint = "as in [\"ed25519:…\"]; without the field no table needs a signature";
+                self.fault(&node.place, path, None, "must be a list of public keys, and not an empty one", hint);
+                return keys;
+            }
+        };
+        for (index, item) in items.into_iter().enumerate() {
+            let path = format!("{path}[{index}]");
+            let Some(text) = self.text(&path, &item) else { continue };
+            match text.parse::<PublicKey>() {
+                Ok(key) if keys.contains(&key) => self.fault(&item.place, &path, Some(&text), "is named twice", "remove one of the two"),
+                Ok(key) => keys.push(key),
+                // The value is not shown: it may be a private key.
+                Err(error) => {
+                    self.fault(&item.place, &path, None, error.to_string(), "give the public key that `mesh-ctl keys generate` printed");
+                }
+            }
+        }
+        keys
     }
 
     fn listen(&mut self, field: Option<(String, Node)>, services: &[ServiceConfig]) -> Listen {

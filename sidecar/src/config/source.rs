@@ -11,7 +11,7 @@ use super::fault::{Fault, Place, did_you_mean};
 pub(super) const PREFIX: &str = "MESH_";
 
 /// Variables that begin so and belong to somebody else: `mesh-ctl`, and the command line's own.
-const FOREIGN: [&str; 3] = ["MESH_ADMIN", "MESH_CONFIG", "MESH_OUTPUT"];
+const FOREIGN: [&str; 4] = ["MESH_ADMIN", "MESH_CONFIG", "MESH_OUTPUT", "MESH_SIGN_KEY"];
 
 /// A value and where it was written.
 #[derive(Clone, Debug)]
@@ -180,7 +180,7 @@ impl<'de> Visitor<'de> for RawVisitor {
 }
 
 /// The fields that the environment can set, by their paths. A path that has fields of its own takes YAML.
-const FIELDS: [&[&str]; 23] = [
+const FIELDS: [&[&str]; 25] = [
     &["mesh"],
     &["services"],
     &["instance"],
@@ -191,6 +191,8 @@ const FIELDS: [&[&str]; 23] = [
     &["broker", "kafka"],
     &["table"],
     &["table", "file"],
+    &["control"],
+    &["control", "trusted_keys"],
     &["listen"],
     &["listen", "api"],
     &["listen", "admin"],
@@ -273,15 +275,20 @@ fn service_field(name: &str) -> Option<(usize, &'static str)> {
     Some((index.parse().ok()?, field))
 }
 
-/// Reads a variable: YAML where the field has fields of its own, else plain text.
+/// Reads a variable: YAML where the field has fields of its own, a list of names where it is one, else plain text.
 fn read(path: &[&str], value: &str, place: &Place) -> Result<Node, Box<Fault>> {
-    let whole = matches!(path, ["services" | "broker" | "table" | "listen" | "telemetry" | "limits"] | ["broker", "embedded" | "kafka"]);
-    if whole { parse(value, &|_, _| place.clone()) } else { Ok(Node::scalar(place.clone(), value)) }
+    match path {
+        ["services" | "broker" | "table" | "control" | "listen" | "telemetry" | "limits"] | ["broker", "embedded" | "kafka"] => {
+            parse(value, &|_, _| place.clone())
+        }
+        [.., field] => Ok(list_or_scalar(field, value, place)),
+        [] => Ok(Node::scalar(place.clone(), value)),
+    }
 }
 
 /// A list of names: `a,b`, or YAML.
 fn list_or_scalar(field: &str, value: &str, place: &Place) -> Node {
-    if !matches!(field, "publish" | "subscribe") {
+    if !matches!(field, "publish" | "subscribe" | "trusted_keys") {
         return Node::scalar(place.clone(), value);
     }
     if value.trim_start().starts_with('[')

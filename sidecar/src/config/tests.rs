@@ -1,3 +1,4 @@
+use mesh_routing::sign::SigningKey;
 use proptest::{collection, option, prelude::*};
 
 use super::*;
@@ -166,6 +167,34 @@ fn refuses_what_is_ambiguous() {
     assert!(faults(&both, &[])[0].contains("has both embedded and kafka"));
     let nested = SMALL.replace("bootstrap.servers: \"a:9092\"", "bootstrap: {servers: a}");
     assert!(faults(&nested, &[]).iter().any(|fault| fault.contains("write the names with dots, as in bootstrap.…")));
+}
+
+fn key(seed: u8) -> PublicKey {
+    SigningKey::from_random(&[seed; 32]).public()
+}
+
+#[test]
+fn trusted_keys_are_checked_and_never_emptied_by_accident() {
+    let (one, two) = (key(1), key(2));
+    let config = load_text(&format!("{SMALL}control: {{trusted_keys: [{one}, \"{two}\"]}}\n"), &[]).unwrap();
+    assert_eq!(config.control.trusted_keys, [one.clone(), two.clone()]);
+    assert!(load_text(SMALL, &[]).unwrap().control.trusted_keys.is_empty());
+    let both = format!("{one}, {two}");
+    let config = load_text(&format!("{SMALL}control: {{trusted_keys: [{two}]}}\n"), &[("MESH_CONTROL_TRUSTED_KEYS", &both)]).unwrap();
+    assert_eq!(config.control.trusted_keys, [one.clone(), two.clone()]);
+
+    assert!(
+        fault("control: {trusted_keys: []}").contains("6:25: control.trusted_keys: must be a list of public keys, and not an empty one")
+    );
+    assert!(fault("control: {trusted_keys: }").contains("not an empty one"));
+    assert!(fault(&format!("control: {{trusted_keys: {one}}}")).contains("must be a list"));
+    assert!(fault(&format!("control: {{trusted_keys: [{one}, {one}]}}")).contains("control.trusted_keys[1]: \"ed25519:"));
+    assert!(fault("control: {trusted_keys: [rsa]}").contains("is no public key: one begins with ed25519:"));
+    assert!(fault("control: {trusted_key: [rsa]}").contains("did you mean trusted_keys?"));
+    let private = SigningKey::from_random(&[3; 32]).to_file();
+    let private = private.lines().last().unwrap();
+    let fault = fault(&format!("control: {{trusted_keys: [{private}]}}"));
+    assert!(fault.contains("is a private key") && !fault.contains(private), "{fault}");
 }
 
 #[test]
@@ -364,6 +393,7 @@ prop_compose! {
         state in paths(),
         broker in brokers(),
         table in option::of(paths()),
+        keys in collection::btree_set(any::<u8>(), 0..3),
         ports in (1_u16..20_000, 20_000_u16..40_000, 40_000_u16..60_000),
         otlp in option::of("[a-z]{1,9}:[1-9][0-9]{0,3}"),
         log in prop_oneof![Just("info"), Just("warn,mesh_sidecar=debug"), Just("off")],
@@ -381,6 +411,7 @@ prop_compose! {
             state,
             broker,
             table,
+            control: ControlConfig { trusted_keys: keys.into_iter().map(key).collect() },
             listen: Listen { api: local(ports.0), admin: local(ports.1), probe: SocketAddr::from(([0, 0, 0, 0, 0, 0, 0, 0], ports.2)) },
             telemetry: TelemetryConfig {
                 otlp: otlp.map(|at| format!("http://{at}")),

@@ -1,7 +1,8 @@
 //! Takes new tables into force: reads, verifies and compiles them off the async threads, creates their topics, swaps one pointer.
 //!
 //! Invariant: a table that cannot be read or compiled changes nothing but the status: the last good one stays.
-//! Invariant: a sidecar that starts falls back as one that runs does: to the newest generation that is good, then to its copy on disk.
+//! Invariant: a sidecar that starts falls back as one that runs does: to the newest generation that is good, then to its copies on disk, the newest
+//! good one first.
 //! Invariant: the generation in force here never goes back.
 
 use std::{path::Path, sync::Arc};
@@ -19,6 +20,7 @@ use super::{
 };
 use crate::{
     broker::BrokerErrorKind,
+    config::Config,
     table::{ActiveTable, TableOrigin},
 };
 
@@ -48,6 +50,7 @@ impl Pinned {
                 json: table.to_json(),
                 applied_ms: now_ms(),
                 origin: v1::TableOrigin::Pinned.into(),
+                entry: None,
             };
             Ok(Self { compiled: Arc::new(compiled), response })
         })
@@ -98,6 +101,10 @@ pub(super) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
         let Some(taken) = stop.run_until_cancelled(judge(&shared, head, copy.as_ref())).await else { return };
         let Judged::Done(taken) = taken else { continue };
         first = false;
+        if shared.table.borrow().as_ref().is_none_or(|active| active.origin != TableOrigin::Cache) {
+            // What was wrong with the copies does not matter any more.
+            shared.wait_for(COPY, None);
+        }
         shared.ready.send_replace(true);
         // Not cancelled: a stop waits for the milliseconds that the disk takes.
         if let Some(snapshot) = taken {
@@ -106,24 +113,45 @@ pub(super) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
     }
 }
 
-/// The copy on disk, compiled: one that this version cannot run is none.
+/// The subject of what is wrong with the copies on disk.
+const COPY: &str = "table copy";
+
+/// A copy on disk, compiled: one that this version cannot run is none.
 struct Copy {
     snapshot: Snapshot,
     compiled: Arc<CompiledTable>,
 }
 
 async fn load_copy(shared: &Shared) -> Option<Copy> {
-    let (state, mesh) = (shared.config.state.clone(), shared.config.mesh.clone());
+    let config = shared.config.clone();
     let load = move || {
-        let Some(snapshot) = cache::load(&state, &mesh).map_err(|error| error.to_string())? else { return Ok(None) };
-        let compiled = compile(&mesh, &snapshot)?;
-        Ok::<_, String>(Some(Copy { snapshot, compiled: Arc::new(compiled) }))
+        let mut refused = Vec::new();
+        for name in [cache::FILE, cache::PREVIOUS] {
+            match load_file(&config, name) {
+                Ok(None) => {}
+                Ok(found) => return (found, refused),
+                Err(reason) => refused.push(reason),
+            }
+        }
+        (None, refused)
     };
-    let loaded = spawn_blocking(load).await.unwrap_or_else(|error| Err(error.to_string()));
-    loaded.unwrap_or_else(|reason| {
-        tracing::warn!(reason, "the copy of the routing table on disk is refused: a start without the broker has no table");
-        None
-    })
+    let (copy, refused) = spawn_blocking(load).await.unwrap_or_else(|error| (None, vec![error.to_string()]));
+    if !refused.is_empty() {
+        let instead = match &copy {
+            Some(copy) => format!("generation {}, the copy before it, takes its place", copy.snapshot.generation),
+            None => "there is no table without the mesh".to_owned(),
+        };
+        shared.wait_for(COPY, Some(format!("the copy of the routing table on disk is refused, {instead}: {}", refused.join("; "))));
+    }
+    copy
+}
+
+/// Reads and compiles a copy; `None` if there is none. The error is the reason in words, with the file.
+fn load_file(config: &Config, name: &str) -> Result<Option<Copy>, String> {
+    let loaded = cache::load(&config.state, name, &config.mesh, &config.control.trusted_keys).map_err(|error| error.to_string())?;
+    let Some(snapshot) = loaded else { return Ok(None) };
+    let compiled = compile(&config.mesh, &snapshot).map_err(|reason| format!("{}: {reason}", config.state.join(name).display()))?;
+    Ok(Some(Copy { snapshot, compiled: Arc::new(compiled) }))
 }
 
 /// Takes the copy on disk into force.
@@ -153,7 +181,7 @@ impl Verdict {
 /// How a judgement ended.
 enum Judged {
     /// With a verdict, and with what is to be copied to the disk.
-    Done(Option<Snapshot>),
+    Done(Option<Box<Snapshot>>),
     /// A newer generation came meanwhile: it is judged next.
     Superseded,
 }
@@ -186,7 +214,7 @@ async fn judge(shared: &Shared, head: u64, copy: Option<&Copy>) -> Judged {
                     return Judged::Superseded;
                 }
                 put(shared, Local::response(&snapshot, TableOrigin::Mesh), TableOrigin::Mesh, Arc::new(compiled), verdict);
-                return Judged::Done(Some(snapshot));
+                return Judged::Done(Some(Box::new(snapshot)));
             }
             Err(reason) => {
                 tracing::error!(generation, reason, "the routing table is refused, and the last good one stays in force");
@@ -206,11 +234,12 @@ async fn judge(shared: &Shared, head: u64, copy: Option<&Copy>) -> Judged {
 /// Reads, verifies and compiles a generation. The error is the reason in words.
 async fn prepare(shared: &Shared, generation: u64) -> Result<(Snapshot, CompiledTable), String> {
     let winner = shared.log(|log| log.winner(generation).cloned()).ok_or("its record was deleted")?;
-    let mesh = shared.config.mesh.clone();
+    let config = shared.config.clone();
     spawn_blocking(move || {
         let snapshot = Snapshot::unpack(&winner.value).map_err(|error| error.to_string())?;
-        snapshot.check(&mesh, generation).map_err(|error| error.to_string())?;
-        let compiled = compile(&mesh, &snapshot)?;
+        snapshot.check(&config.mesh, generation).map_err(|error| error.to_string())?;
+        snapshot.verify(&config.control.trusted_keys).map_err(|error| error.to_string())?;
+        let compiled = compile(&config.mesh, &snapshot)?;
         Ok((snapshot, compiled))
     })
     .await
@@ -274,13 +303,13 @@ fn put(shared: &Shared, response: v1::GetTableResponse, origin: TableOrigin, com
     });
 }
 
-async fn store_copy(shared: &Shared, snapshot: Snapshot) {
-    let state = shared.config.state.clone();
-    let failed = match spawn_blocking(move || cache::store(&state, &snapshot)).await {
+async fn store_copy(shared: &Shared, snapshot: Box<Snapshot>) {
+    let config = shared.config.clone();
+    let failed = match spawn_blocking(move || cache::store(&config.state, &snapshot, &config.control.trusted_keys)).await {
         Ok(Ok(())) => None,
         Ok(Err(error)) => Some(error.to_string()),
         Err(error) => Some(error.to_string()),
     };
     let reason = failed.map(|error| format!("the copy of the routing table cannot be written, so no start without the broker: {error}"));
-    shared.wait_for("table copy", reason);
+    shared.wait_for(COPY, reason);
 }

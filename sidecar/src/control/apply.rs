@@ -1,22 +1,24 @@
 //! Checks a table, and proposes it to the mesh.
 //!
-//! Invariant: nothing is proposed that this sidecar could not run itself.
+//! Invariant: nothing is proposed that this sidecar could not run itself, or that it does not trust.
 //! Invariant: the answer is what the log says. A proposal whose acknowledgement is lost is looked for in the log, not sent again.
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
-use mesh_routing::{CompiledTable, Fault, Faults, RouteFields, Table};
+use mesh_proto::v1;
+use mesh_routing::{CompiledTable, Fault, Faults, RouteFields, Table, count_routes, sign::Signed};
 use tokio::{
     task::spawn_blocking,
     time::{Instant, timeout, timeout_at},
 };
 
 use super::{
-    Control,
-    log::proposal_key,
-    snapshot::Snapshot,
+    Control, history,
+    log::{Winner, proposal_key},
+    snapshot::{About, CHANNEL, Snapshot},
     state::now_ms,
     topics::{self, CONTROL_TOPIC, Plan, RouteBacklog},
+    trust::{self, Seal, TrustError},
 };
 use crate::{
     broker::{BrokerError, BrokerErrorKind, NewTopic, Outgoing, ProduceError, ProduceErrorKind},
@@ -37,12 +39,20 @@ const READ_BACK: Duration = Duration::from_secs(30);
 const ADOPTION: Duration = Duration::from_secs(5);
 
 /// How to apply.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct ApplyOptions {
     /// Apply only if this generation is in force.
     pub expected_generation: Option<u64>,
     /// Check everything, and apply nothing.
     pub dry_run: bool,
+    /// The signature, made for the next generation after the one that is in force.
+    pub signature: Option<v1::TableSignature>,
+    /// Who applies it, as they say.
+    pub applied_by: String,
+    /// Why, in their words.
+    pub message: String,
+    /// The generation whose content it is, in a rollback.
+    pub rollback_to: Option<u64>,
 }
 
 /// A table without faults.
@@ -87,21 +97,37 @@ pub enum ApplyError {
         path: PathBuf,
     },
     /// Another generation is in force.
-    #[error("generation {expected} is expected to be in force, but generation {actual} is: look at it (`get`, `diff`) and apply again")]
+    #[error(
+        "generation {expected} is expected to be in force, but generation {actual} is{}: look at it (`get`, `diff`) and apply again{}",
+        by(winner),
+        listed(changes)
+    )]
     Expected {
         /// What the caller expects.
         expected: u64,
         /// What is in force.
         actual: u64,
+        /// Who applied that, and why, in words; empty if that is not known.
+        winner: String,
+        /// What it changed from what was expected, one a line; not all of it if it is much.
+        changes: Vec<String>,
     },
     /// Somebody else applied at the same time, and came first.
-    #[error("generation {generation} was applied by {winner} at the same time, and came first: look at it (`get`, `diff`) and apply again")]
+    #[error(
+        "generation {generation} was applied by {winner} at the same time, and came first: look at it (`get`, `diff`) and apply again{}",
+        listed(changes)
+    )]
     Lost {
         /// The generation that both proposed.
         generation: u64,
-        /// The instance through which the other one came.
+        /// Who applied the other one, through which instance, and why, in words.
         winner: String,
+        /// What it changed, one a line; not all of it if it is much.
+        changes: Vec<String>,
     },
+    /// It is not signed as this sidecar's config wants it.
+    #[error("the table is refused: {0}")]
+    Untrusted(#[from] TrustError),
     /// The control topic cannot be read, so what is in force is not known.
     #[error("the state of the mesh cannot be read: {0}")]
     NotReady(String),
@@ -136,8 +162,10 @@ struct Candidate {
 struct InForce {
     /// Its generation; 0: there is none.
     generation: u64,
-    /// Its digest, if its record can be read.
+    /// Its digest, if its record can be read and is trusted.
     digest: Option<String>,
+    /// The name of the key that signed it.
+    signed_by: Option<String>,
     table: Option<Table>,
     compiled: Option<CompiledTable>,
 }
@@ -169,25 +197,58 @@ impl Control {
         self.catch_up().await?;
         let in_force = self.in_force().await?;
         if let Some(expected) = options.expected_generation.filter(|expected| *expected != in_force.generation) {
-            return Err(ApplyError::Expected { expected, actual: in_force.generation });
+            return Err(self.unexpected(expected, in_force).await);
         }
         let digest = candidate.compiled.digest.to_string();
-        let changed = in_force.digest.as_deref() != Some(&*digest);
+        let key = options.signature.as_ref().map(|signature| signature.key_id.clone());
+        // The same table signed by another key is news: so are keys rotated.
+        let signed_anew = key.is_some() && key != in_force.signed_by;
+        let differs = in_force.digest.as_deref() != Some(&*digest);
+        let changed = differs || signed_anew;
+        let next = in_force.generation.checked_add(1).ok_or_else(|| ApplyError::Internal("no generation is left".into()))?;
+        let seal = options.signature.as_ref().map(Seal::from);
+        if changed {
+            let signed = Signed { mesh: &self.0.config.mesh, channel: CHANNEL, generation: next, digest: &digest };
+            match trust::check(&self.0.config.control.trusted_keys, &signed, seal.as_ref()) {
+                Ok(()) => {}
+                // Whoever has no key may still see what would be done.
+                Err(error @ TrustError::Unsigned { .. }) if options.dry_run => {
+                    candidate.warnings.push(Fault { message: format!("it would be refused: {error}"), ..fault(file, "", "unsigned") })
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
 
         let admin = self.0.broker.admin();
         let existing = within(BROKER, "the topics", admin.topics()).await?;
         let plan = topics::plan(&candidate.compiled, &existing);
         warn_of_topics(file, &plan, &mut candidate.warnings);
         let mut changes = self.changes(&in_force, &candidate);
+        if let Some(key) = key.filter(|_| signed_anew) {
+            let before =
+                in_force.signed_by.as_deref().map_or_else(|| "nobody".to_owned(), |key| format!("key {}", history::clean(key, 32)));
+            changes.push(format!("~ signed by {before} → key {key}"));
+        }
         changes.extend(plan.create.iter().map(|topic| created(topic, options.dry_run)));
-        let new_routes = if changed { self.backlogs(file, &existing, &in_force, &mut candidate).await } else { Vec::new() };
+        let new_routes = if differs { self.backlogs(file, &existing, &in_force, &mut candidate).await } else { Vec::new() };
 
         let mut generation = in_force.generation;
         if !options.dry_run {
             within(CREATION, "the creation of topics", topics::create(&*admin, &plan.create)).await?;
             if changed {
-                generation = in_force.generation.checked_add(1).ok_or_else(|| ApplyError::Internal("no generation is left".into()))?;
-                self.propose(generation, candidate.json).await?;
+                generation = next;
+                let counts = in_force.table.as_ref().map(|before| count_routes(before, &candidate.table));
+                let about = About {
+                    by: options.applied_by,
+                    source: file.to_owned(),
+                    message: options.message,
+                    rollback_to: options.rollback_to,
+                    routes: counts
+                        .or_else(|| Some(count_routes(&self.empty_table(), &candidate.table)).filter(|_| in_force.generation == 0)),
+                };
+                let mut snapshot = Snapshot::new(&self.0.config.mesh, generation, now_ms(), &self.0.instance, candidate.json);
+                (snapshot.signature, snapshot.about) = (seal, about.bounded());
+                self.propose(snapshot, in_force.table).await?;
                 let mut local = self.0.local.subscribe();
                 // Not waiting longer is no error: status tells how far each instance is.
                 timeout(ADOPTION, local.wait_for(|local| local.judged >= generation)).await.map(drop).unwrap_or_default();
@@ -221,7 +282,7 @@ impl Control {
     }
 
     /// Waits until the log was read as far as it reaches now.
-    async fn catch_up(&self) -> Result<(), ApplyError> {
+    pub(super) async fn catch_up(&self) -> Result<(), ApplyError> {
         let not_ready = || {
             let reasons = self.0.waiting_reasons().join("; ");
             ApplyError::NotReady(if reasons.is_empty() { format!("{CONTROL_TOPIC} was not read to its end in time") } else { reasons })
@@ -244,25 +305,62 @@ impl Control {
         let local = self.0.local.borrow().table.clone();
         // A copy on disk may be ahead of a control topic that was lost: generations grow all the same.
         let generation = local.as_ref().map_or(0, |table| table.generation).max(head);
-        let mesh = self.0.config.mesh.clone();
+        let config = self.0.config.clone();
         spawn_blocking(move || {
             let snapshot = winner.filter(|_| head == generation).and_then(|winner| Snapshot::unpack(&winner.value).ok());
-            let snapshot = snapshot.filter(|snapshot| snapshot.check(&mesh, head).is_ok());
+            let good =
+                |snapshot: &Snapshot| snapshot.check(&config.mesh, head).is_ok() && snapshot.verify(&config.control.trusted_keys).is_ok();
+            let snapshot = snapshot.filter(good);
             let digest = snapshot.as_ref().map(|snapshot| snapshot.digest.clone());
+            let signed_by = snapshot.as_ref().and_then(|snapshot| Some(snapshot.signature.as_ref()?.key.clone()));
             let json = snapshot.map(|snapshot| snapshot.table).or_else(|| local.map(|table| table.json.clone()));
             let table = json.and_then(|json| mesh_routing::parse("the table in force", &json).ok());
             let compiled = table.as_ref().and_then(|table| mesh_routing::compile(table).ok());
-            InForce { generation, digest, table, compiled }
+            InForce { generation, digest, signed_by, table, compiled }
         })
         .await
         .map_err(|error| ApplyError::Internal(error.to_string()))
     }
 
     fn changes(&self, in_force: &InForce, candidate: &Candidate) -> Vec<String> {
-        let none =
-            Table { mesh: candidate.table.mesh.clone(), topics: BTreeMap::new(), defaults: RouteFields::default(), routes: Vec::new() };
+        let none = self.empty_table();
         let changes = mesh_routing::diff(in_force.table.as_ref().unwrap_or(&none), &candidate.table);
         changes.iter().map(ToString::to_string).collect()
+    }
+
+    /// What a mesh has before its first table.
+    fn empty_table(&self) -> Table {
+        Table { mesh: self.0.config.mesh.to_string(), topics: BTreeMap::new(), defaults: RouteFields::default(), routes: Vec::new() }
+    }
+
+    /// Another generation is in force than expected: who applied it, and what it changed.
+    async fn unexpected(&self, expected: u64, in_force: InForce) -> ApplyError {
+        let actual = in_force.generation;
+        let (winner, base) = self.0.log(|log| (log.winner(actual).cloned(), log.winner(expected).cloned()));
+        let base = base.filter(|_| expected < actual);
+        let read = spawn_blocking(move || {
+            let snapshot = winner.and_then(|winner| Snapshot::unpack(&winner.value).ok());
+            let winner = snapshot.map(|snapshot| history::who(&snapshot)).unwrap_or_default();
+            let base = base.and_then(|base| Snapshot::unpack(&base.value).ok());
+            let base = base.and_then(|base| mesh_routing::parse("the table that was expected", &base.table).ok());
+            (winner, history::changed_lines(base.as_ref(), in_force.table.as_ref()))
+        });
+        // Without them the conflict is still one.
+        let (winner, changes) = read.await.unwrap_or_default();
+        ApplyError::Expected { expected, actual, winner, changes }
+    }
+
+    /// Somebody else's proposal won: who made it, and what it changed.
+    async fn lost(&self, generation: u64, winner: Winner, before: Option<Table>) -> ApplyError {
+        let none = self.empty_table();
+        let read = spawn_blocking(move || {
+            let snapshot = Snapshot::unpack(&winner.value).ok()?;
+            let after = mesh_routing::parse("the winner's table", &snapshot.table).ok();
+            let before = before.or_else(|| Some(none).filter(|_| generation == 1));
+            Some((history::who(&snapshot), history::changed_lines(before.as_ref(), after.as_ref())))
+        });
+        let (winner, changes) = read.await.ok().flatten().unwrap_or_else(|| ("somebody".to_owned(), Vec::new()));
+        ApplyError::Lost { generation, winner, changes }
     }
 
     async fn backlogs(
@@ -288,10 +386,10 @@ impl Control {
     }
 
     /// Appends the proposal, and waits for the log to say who won.
-    async fn propose(&self, generation: u64, table: String) -> Result<(), ApplyError> {
+    async fn propose(&self, snapshot: Snapshot, before: Option<Table>) -> Result<(), ApplyError> {
         let deadline = Instant::now() + READ_BACK;
+        let generation = snapshot.generation;
         let unclear = |detail: &str| ApplyError::Unclear { generation, detail: detail.to_owned() };
-        let snapshot = Snapshot::new(&self.0.config.mesh, generation, now_ms(), &self.0.instance, table);
         let packed = spawn_blocking(move || snapshot.pack()).await;
         let value = packed.map_err(|error| error.to_string()).and_then(|packed| packed.map_err(|error| error.to_string()));
         let value = value.map_err(ApplyError::Internal)?;
@@ -316,9 +414,7 @@ impl Control {
                 if winner.key == key.as_bytes() {
                     return Ok(());
                 }
-                let read = spawn_blocking(move || Snapshot::unpack(&winner.value).map(|snapshot| snapshot.writer)).await;
-                let winner = read.ok().and_then(Result::ok).map_or_else(|| "somebody".into(), |writer| format!("instance {writer}"));
-                return Err(ApplyError::Lost { generation, winner });
+                return Err(self.lost(generation, winner, before).await);
             }
             tokio::select! {
                 results = &mut acks, if !acked => {
@@ -337,6 +433,16 @@ impl Control {
             }
         }
     }
+}
+
+/// Who applied what is in force, in a sentence.
+fn by(winner: &str) -> String {
+    if winner.is_empty() { String::new() } else { format!(", applied by {winner}") }
+}
+
+/// What somebody else changed, below a sentence.
+fn listed(changes: &[String]) -> String {
+    changes.iter().map(|change| format!("\n  {change}")).collect()
 }
 
 fn possibly_stored(kind: ProduceErrorKind) -> bool {

@@ -1,7 +1,8 @@
-//! The copy of the table on disk, for a start without a broker.
+//! The copies of the table on disk, for a start without a broker: the newest, and the one before it.
 //!
-//! Invariant: the file is whole or absent: a temporary file is synced, then renamed over it.
-//! Invariant: a file that is corrupt, or of another mesh, is refused with its reason, never half used.
+//! Invariant: a file is whole or absent: a temporary file is synced, then renamed over it.
+//! Invariant: a file that is corrupt, of another mesh, of another schema or not signed as the config wants is refused with its reason,
+//! never half used; and it never takes the place of the copy before it.
 //!
 //! All functions block on the disk: call them off the async threads.
 
@@ -11,12 +12,16 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use mesh_routing::sign::PublicKey;
+
 use super::snapshot::{Snapshot, SnapshotError};
 
-/// The file's name within the state folder.
+/// The newest copy's name within the state folder.
 pub(crate) const FILE: &str = "table.json";
+/// The name of the copy before it.
+pub(crate) const PREVIOUS: &str = "table.previous.json";
 
-/// Why the copy cannot be used.
+/// Why a copy cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CacheError {
     /// The disk.
@@ -37,25 +42,30 @@ pub(crate) enum CacheError {
     },
 }
 
-/// Writes the copy.
-pub(crate) fn store(state: &Path, snapshot: &Snapshot) -> Result<(), CacheError> {
+/// Writes the newest copy. The one that was there is kept as the copy before it, if it is good.
+pub(crate) fn store(state: &Path, snapshot: &Snapshot, trusted: &[PublicKey]) -> Result<(), CacheError> {
     let path = state.join(FILE);
+    let kept = load(state, FILE, &snapshot.mesh, trusted).is_ok_and(|old| old.is_some_and(|old| old.generation < snapshot.generation));
     let write = || -> io::Result<()> {
         fs::create_dir_all(state)?;
         let temporary = state.join(format!("{FILE}.{}.tmp", std::process::id()));
         let mut file = File::create(&temporary)?;
         file.write_all(&serde_json::to_vec(snapshot)?)?;
         file.sync_all()?;
+        if kept {
+            // Should the next step never come, this copy is still found.
+            fs::rename(&path, state.join(PREVIOUS))?;
+        }
         fs::rename(&temporary, &path)?;
-        // The rename is durable only once the folder is.
+        // The renames are durable only once the folder is.
         File::open(state)?.sync_all()
     };
     write().map_err(|error| CacheError::Io { path: path.clone(), error })
 }
 
-/// Reads the copy; `None` if there is none.
-pub(crate) fn load(state: &Path, mesh: &str) -> Result<Option<Snapshot>, CacheError> {
-    let path = state.join(FILE);
+/// Reads a copy, [`FILE`] or [`PREVIOUS`]; `None` if there is none.
+pub(crate) fn load(state: &Path, name: &str, mesh: &str, trusted: &[PublicKey]) -> Result<Option<Snapshot>, CacheError> {
+    let path = state.join(name);
     let json = match fs::read(&path) {
         Ok(json) => json,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -63,6 +73,7 @@ pub(crate) fn load(state: &Path, mesh: &str) -> Result<Option<Snapshot>, CacheEr
     };
     let checked = Snapshot::from_json(&json).and_then(|snapshot| {
         snapshot.check(mesh, snapshot.generation)?;
+        snapshot.verify(trusted)?;
         Ok(snapshot)
     });
     checked.map(Some).map_err(|error| CacheError::Refused { path, error })
@@ -70,26 +81,38 @@ pub(crate) fn load(state: &Path, mesh: &str) -> Result<Option<Snapshot>, CacheEr
 
 #[cfg(test)]
 mod tests {
+    use mesh_routing::sign::SigningKey;
+
     use super::*;
 
     #[test]
     fn is_read_back_replaced_and_refused() {
         let folder = tempfile::tempdir().unwrap();
         let state = folder.path().join("a/b");
-        assert!(load(&state, "shop").unwrap().is_none());
+        let load = |name: &str, mesh: &str| load(&state, name, mesh, &[]);
+        assert!(load(FILE, "shop").unwrap().is_none() && load(PREVIOUS, "shop").unwrap().is_none());
         let first = Snapshot::new("shop", 1, 5, "w", "{}".into());
-        store(&state, &first).unwrap();
-        assert_eq!(load(&state, "shop").unwrap(), Some(first));
+        store(&state, &first, &[]).unwrap();
+        assert_eq!(load(FILE, "shop").unwrap(), Some(first.clone()));
         let second = Snapshot::new("shop", 2, 6, "w", "{\"a\":1}".into());
-        store(&state, &second).unwrap();
-        assert_eq!(load(&state, "shop").unwrap(), Some(second));
-        assert_eq!(fs::read_dir(&state).unwrap().count(), 1, "no temporary file is left");
+        store(&state, &second, &[]).unwrap();
+        store(&state, &second, &[]).unwrap();
+        assert_eq!(load(FILE, "shop").unwrap(), Some(second.clone()));
+        assert_eq!(load(PREVIOUS, "shop").unwrap(), Some(first.clone()), "the same again does not push it out");
+        assert_eq!(fs::read_dir(&state).unwrap().count(), 2, "no temporary file is left");
 
-        assert!(load(&state, "other").unwrap_err().to_string().contains("mesh"));
+        assert!(load(FILE, "other").unwrap_err().to_string().contains("mesh"));
+        let unsigned = super::load(&state, FILE, "shop", &[SigningKey::from_random(&[1; 32]).public()]).unwrap_err();
+        assert!(unsigned.to_string().contains("table.json: it is not signed"), "{unsigned}");
         let path = state.join(FILE);
         let json = fs::read(&path).unwrap();
         fs::write(&path, &json[..json.len() / 2]).unwrap();
-        let error = load(&state, "shop").unwrap_err();
+        let error = load(FILE, "shop").unwrap_err();
         assert!(error.to_string().contains("table.json"), "{error}");
+
+        // What is not good is replaced, and the good copy before it stays.
+        let third = Snapshot::new("shop", 3, 7, "w", "{}".into());
+        store(&state, &third, &[]).unwrap();
+        assert_eq!((load(FILE, "shop").unwrap(), load(PREVIOUS, "shop").unwrap()), (Some(third), Some(first)));
     }
 }

@@ -11,14 +11,16 @@
 //!
 //! Invariant: a sidecar is ready once it has read the log to its end, or runs its copy on disk, or a pinned file.
 //! Invariant: whatever is wrong with a new table, the last good one stays in force, and status says why.
+//! Invariant: once keys are trusted (`control.trusted_keys`), no table is taken that none of them signed, but a pinned one.
 //! Invariant: nothing here needs the broker at start; what is waited for is visible in status.
 //!
-//! Later, and kept free: signatures (`Snapshot::signature`), further channels (`Snapshot::channel`), history beyond `GetTable`.
+//! Later, and kept free: further channels (`Snapshot::channel`).
 
 mod adopt;
 mod apply;
 mod cache;
 mod commands;
+mod history;
 mod letters;
 mod log;
 mod owners;
@@ -36,6 +38,7 @@ mod testing;
 #[cfg(test)]
 mod tests;
 mod topics;
+mod trust;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -52,6 +55,7 @@ pub use self::{
     apply::{Applied, ApplyError, ApplyOptions, Checked},
     reset::OperationError,
     topics::RouteBacklog,
+    trust::TrustError,
 };
 use crate::{
     broker::Broker,
@@ -201,14 +205,18 @@ impl Control {
                     return Ok(Some((*table).clone()));
                 }
                 let Some(winner) = self.0.log(|log| log.winner(generation).cloned()) else { return Ok(None) };
-                let mesh = self.0.config.mesh.clone();
+                let config = self.0.config.clone();
                 let read = tokio::task::spawn_blocking(move || {
                     let snapshot = snapshot::Snapshot::unpack(&winner.value)?;
-                    snapshot.check(&mesh, generation)?;
-                    Ok::<_, snapshot::SnapshotError>(snapshot)
+                    snapshot.check(&config.mesh, generation)?;
+                    let mut response = Local::response(&snapshot, TableOrigin::Mesh);
+                    // One that is not trusted can be read, and says so.
+                    if let (Some(entry), Err(error)) = (&mut response.entry, snapshot.verify(&config.control.trusted_keys)) {
+                        entry.refused = error.to_string();
+                    }
+                    Ok::<_, snapshot::SnapshotError>(response)
                 });
-                let snapshot = read.await.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
-                Ok(Some(Local::response(&snapshot, TableOrigin::Mesh)))
+                read.await.map_err(|error| error.to_string())?.map(Some).map_err(|error| error.to_string())
             }
         }
     }

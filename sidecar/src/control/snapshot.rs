@@ -6,13 +6,19 @@
 use std::io::Read as _;
 
 use bytes::Bytes;
+use mesh_routing::{
+    RouteCounts,
+    sign::{PublicKey, STABLE, Signed},
+};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
+
+use super::trust::{self, Seal, TrustError};
 
 /// The schema that this version writes, and the only one that it reads.
 pub(crate) const SCHEMA: u32 = 1;
 /// The only channel. Others are for later.
-pub(crate) const CHANNEL: &str = "stable";
+pub(crate) const CHANNEL: &str = STABLE;
 /// The largest snapshot that is unpacked, in bytes.
 pub(crate) const MAX_BYTES: u64 = 64 << 20;
 /// The compression's level: tables are written seldom and read by everybody.
@@ -35,11 +41,30 @@ pub(crate) struct Snapshot {
     pub(crate) applied_ms: i64,
     /// The instance that wrote it.
     pub(crate) writer: String,
-    /// The signature: the place is kept, none is made yet.
+    /// The signature, over mesh, channel, generation and digest.
     #[serde(default)]
-    pub(crate) signature: Option<serde_json::Value>,
+    pub(crate) signature: Option<Seal>,
+    /// What is told of it in the history.
+    #[serde(default)]
+    pub(crate) about: About,
     /// The table's canonical JSON, as text, so that the digest holds whatever a reader makes of it.
     pub(crate) table: String,
+}
+
+/// What is told of a generation in the history. Said by whoever applied it, and not signed. Older versions wrote nothing of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct About {
+    /// Who applied it.
+    pub(crate) by: String,
+    /// The file that it came from.
+    pub(crate) source: String,
+    /// Why.
+    pub(crate) message: String,
+    /// The generation whose content it is, in a rollback.
+    pub(crate) rollback_to: Option<u64>,
+    /// How many routes differ from the generation before.
+    pub(crate) routes: Option<RouteCounts>,
 }
 
 /// Why a snapshot is refused.
@@ -60,6 +85,9 @@ pub(crate) enum SnapshotError {
     /// A channel that this version does not know.
     #[error("the snapshot is for channel {0:?}, and this version knows {CHANNEL:?} only: update this sidecar")]
     Channel(String),
+    /// Not signed by a key that is trusted here.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
     /// The envelope contradicts its place.
     #[error("the snapshot says {field} {found:?} where {expected:?} is expected")]
     Mismatch {
@@ -84,6 +112,7 @@ impl Snapshot {
             applied_ms,
             writer: writer.to_owned(),
             signature: None,
+            about: About::default(),
             table,
         }
     }
@@ -127,6 +156,12 @@ impl Snapshot {
     pub(crate) fn check(&self, mesh: &str, generation: u64) -> Result<(), SnapshotError> {
         self.expect("mesh", &self.mesh, mesh)?;
         self.expect("generation", &self.generation.to_string(), &generation.to_string())
+    }
+
+    /// Checks the signature, if keys are trusted here. [`Snapshot::check`] comes first: what is signed is what it claims.
+    pub(crate) fn verify(&self, trusted: &[PublicKey]) -> Result<(), SnapshotError> {
+        let signed = Signed { mesh: &self.mesh, channel: &self.channel, generation: self.generation, digest: &self.digest };
+        Ok(trust::check(trusted, &signed, self.signature.as_ref())?)
     }
 
     fn expect(&self, field: &'static str, found: &str, expected: &str) -> Result<(), SnapshotError> {
@@ -176,6 +211,35 @@ mod tests {
         assert!(matches!(Snapshot::unpack(&forged.pack().unwrap()), Err(SnapshotError::Mismatch { field: "digest", .. })));
         let truncated = sample().pack().unwrap();
         assert!(Snapshot::unpack(&truncated[..truncated.len() - 3]).is_err());
+    }
+
+    /// As versions before signatures and history wrote it.
+    #[test]
+    fn reads_what_older_versions_wrote() {
+        let Snapshot { schema, mesh, channel, generation, digest, applied_ms, writer, table, .. } = sample();
+        let old = serde_json::json!({
+            "schema": schema, "mesh": mesh, "channel": channel, "generation": generation, "digest": digest,
+            "applied_ms": applied_ms, "writer": writer, "signature": null, "table": table,
+        });
+        assert_eq!(Snapshot::from_json(old.to_string().as_bytes()).unwrap(), sample());
+        let newer = Snapshot { about: About { by: "a".into(), ..About::default() }, ..sample() };
+        assert_eq!(Snapshot::unpack(&newer.pack().unwrap()).unwrap(), newer);
+    }
+
+    #[test]
+    fn a_signature_is_checked_against_the_place() {
+        use mesh_routing::sign::SigningKey;
+        let key = SigningKey::from_random(&[1; 32]);
+        let trusted = [key.public()];
+        let mut snapshot = sample();
+        snapshot.verify(&[]).unwrap();
+        assert!(matches!(snapshot.verify(&trusted), Err(SnapshotError::Trust(TrustError::Unsigned { .. }))));
+        let signed = Signed { mesh: "shop", channel: CHANNEL, generation: 7, digest: &snapshot.digest };
+        let signature = mesh_proto::v1::TableSignature { key_id: key.public().id().to_owned(), ed25519: key.sign(&signed).into() };
+        snapshot.signature = Some(Seal::from(&signature));
+        Snapshot::unpack(&snapshot.pack().unwrap()).unwrap().verify(&trusted).unwrap();
+        snapshot.generation = 8;
+        assert!(matches!(snapshot.verify(&trusted), Err(SnapshotError::Trust(TrustError::Wrong { .. }))));
     }
 
     /// A frame that says how long it is has no window of its own: neither end sets one up for megabytes.

@@ -11,7 +11,7 @@ use std::{
 use mesh_proto::v1;
 use tokio::sync::{Semaphore, watch};
 
-use super::{commands::Waiting, log::Log, report::Peers, snapshot::Snapshot};
+use super::{commands::Waiting, history, log::Log, report::Peers, snapshot::Snapshot};
 pub(super) use crate::record::now_ms;
 use crate::{
     broker::Broker,
@@ -58,6 +58,7 @@ impl Local {
             json: snapshot.table.clone(),
             applied_ms: snapshot.applied_ms,
             origin: origin_of(origin).into(),
+            entry: Some(history::entry(snapshot, String::new())),
         }
     }
 }

@@ -1,5 +1,7 @@
 //! The control plane over a broker in memory: several instances, rivals, refusals, restarts, absences.
 
+mod signed;
+
 use std::{path::Path, sync::Arc, time::Duration};
 
 use mesh_proto::v1::{self, InstanceState};
@@ -11,7 +13,7 @@ use super::{
     topics::CONTROL_TOPIC,
 };
 use crate::{
-    config::{BrokerConfig, Config, Limits, Listen, LogFormat, ServiceConfig, TelemetryConfig},
+    config::{BrokerConfig, Config, ControlConfig, Limits, Listen, LogFormat, ServiceConfig, TelemetryConfig},
     record::Record,
     status::{Board, RouteState, RouteStatus},
     table::TableOrigin,
@@ -28,6 +30,7 @@ fn config(instance: &str, state: &Path, table: Option<&Path>) -> Arc<Config> {
         state: state.to_owned(),
         broker: BrokerConfig::Embedded { path: state.to_owned() },
         table: table.map(Path::to_owned),
+        control: ControlConfig::default(),
         listen: Listen { api: address, admin: address, probe: address },
         telemetry: TelemetryConfig { otlp: None, log: String::new(), log_format: LogFormat::Json },
         limits: Limits {
@@ -178,9 +181,10 @@ async fn of_rivals_exactly_one_wins_each_generation() {
         for (result, rival) in [(left, "b"), (right, "a")] {
             match result {
                 Ok(applied) => won.push(applied.generation),
-                Err(ApplyError::Lost { generation, winner }) => {
+                Err(ApplyError::Lost { generation, winner, changes }) => {
                     assert_eq!(generation, before + 1);
-                    assert_eq!(winner, format!("instance {rival}"));
+                    assert!(changes.len() == 1 && changes[0].contains("routes.price"), "{changes:?}");
+                    assert_eq!(winner, format!("instance {rival}, from \"routes.yaml\""));
                     losses += 1;
                 }
                 Err(other) => panic!("{other}"),
@@ -259,9 +263,9 @@ async fn expectations_and_dry_runs() {
     let warning = result.warnings.iter().find(|warning| warning.code == "topic_differs").expect("a warning of the count");
     assert!(warning.message.contains("2 partitions") && warning.message.contains('6') && warning.file == "routes.yaml", "{warning:?}");
 
-    let expect = |generation| ApplyOptions { expected_generation: Some(generation), dry_run: false };
+    let expect = |generation| ApplyOptions { expected_generation: Some(generation), ..ApplyOptions::default() };
     let error = a.control().apply("routes.yaml", &text, expect(7)).await.unwrap_err();
-    assert!(matches!(error, ApplyError::Expected { expected: 7, actual: 1 }), "{error}");
+    assert!(matches!(error, ApplyError::Expected { expected: 7, actual: 1, .. }), "{error}");
     let applied = a.control().apply("routes.yaml", &text, expect(1)).await.unwrap();
     assert_eq!((applied.generation, applied.changed), (2, true));
     let backlogs: Vec<_> = applied.new_routes.iter().map(|new| (&*new.route, new.records)).collect();

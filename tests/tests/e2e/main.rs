@@ -20,5 +20,6 @@ mod retries;
 mod routes;
 mod schema;
 mod subscribe;
+mod tables;
 mod trace;
 mod volume;
