@@ -2,6 +2,11 @@
 
 use std::time::UNIX_EPOCH;
 
+use super::super::{
+    ledger::{Ack, What},
+    lines::Order,
+    payload::Payload,
+};
 use super::*;
 use crate::soak::{ground::Side, ledger::Event};
 
