@@ -2,16 +2,11 @@
 
 use std::{error::Error as _, time::Duration};
 
-use mesh_proto::v1::control_client::ControlClient;
-use tonic::{
-    Code as GrpcCode, Request, Status,
-    transport::{Channel, Endpoint},
-};
+use mesh_proto::admin::{AdminAddress, AdminClient, ConnectError, root_cause};
+use tonic::{Code as GrpcCode, Request, Status};
 
 use crate::output::{Code, Failure};
 
-/// How long the connection may take.
-const CONNECT: Duration = Duration::from_secs(5);
 /// How long a question may take.
 pub(crate) const ASK: Duration = Duration::from_secs(20);
 /// How long an apply may take: the sidecar asks the broker many things.
@@ -19,20 +14,20 @@ pub(crate) const APPLY: Duration = Duration::from_secs(120);
 /// The largest answer, in bytes.
 const MAX_ANSWER: usize = 64 << 20;
 
+const NO_ADMIN: &str = "that is no admin listener of a mesh-sidecar, or it is of another version: see `listen.admin`";
+
 /// A client of `mesh.v1.Control`.
-pub(crate) type Client = ControlClient<Channel>;
+pub(crate) type Client = AdminClient;
 
 /// Connects to a sidecar.
-pub(crate) async fn connect(admin: &str) -> Result<Client, Failure> {
+pub(crate) async fn connect(admin: &AdminAddress) -> Result<Client, Failure> {
     let hint = "is mesh-sidecar running there? Its admin address is `listen.admin` in its config (default 127.0.0.1:4501). \
-                Another sidecar is chosen with --admin URL or MESH_ADMIN";
-    let endpoint = Endpoint::from_shared(admin.to_owned()).map_err(|error| Failure::new(format!("{admin}: {error}"), hint))?;
-    let channel = endpoint
-        .connect_timeout(CONNECT)
-        .connect()
-        .await
-        .map_err(|error| Failure::new(format!("no sidecar answers at {admin}: {}", root_cause(&error)), hint))?;
-    Ok(ControlClient::new(channel).max_decoding_message_size(MAX_ANSWER).max_encoding_message_size(MAX_ANSWER))
+                Another sidecar is chosen with --admin URL or MESH_ADMIN; https:// if it speaks TLS (`listen.tls.admin`)";
+    let client = admin.connect().await.map_err(|error| match error {
+        ConnectError::Unreachable(cause) => Failure::new(format!("no sidecar answers at {admin}: {cause}"), hint),
+        ConnectError::Unusable(problem) => Failure::new(problem, "see --token-file, --ca, --client-cert and --client-key"),
+    })?;
+    Ok(client.max_decoding_message_size(MAX_ANSWER).max_encoding_message_size(MAX_ANSWER))
 }
 
 /// A request with its deadline.
@@ -48,24 +43,22 @@ pub(crate) fn refused(status: &Status) -> Failure {
         Some(source) => format!("{}: {}", status.message(), root_cause(source)),
         None => status.message().to_owned(),
     };
+    // A listener of another protocol: tonic's words tell of bytes.
+    let foreign = status.code() == GrpcCode::Internal && message.starts_with("protocol error");
     let (code, hint) = match status.code() {
         GrpcCode::Aborted => (Code::Conflict, ""),
         GrpcCode::FailedPrecondition | GrpcCode::PermissionDenied => (Code::No, ""),
+        GrpcCode::Unauthenticated => (Code::Error, ""),
         GrpcCode::Unknown | GrpcCode::DeadlineExceeded | GrpcCode::Cancelled => (Code::Unknown, "`mesh-ctl status` tells what is in force"),
         GrpcCode::Unavailable => (Code::Error, "`mesh-ctl status` tells what the sidecar waits for"),
-        GrpcCode::Unimplemented => {
-            (Code::Error, "that is no admin listener of a mesh-sidecar, or it is of another version: see `listen.admin`")
-        }
+        GrpcCode::Unimplemented => (Code::Error, NO_ADMIN),
+        GrpcCode::Internal if foreign => (Code::Error, NO_ADMIN),
         _ => (Code::Error, ""),
     };
+    let message = match () {
+        () if foreign => "the listener does not answer in gRPC".to_owned(),
+        () if message.is_empty() => format!("the listener answers {:?}", status.code()),
+        () => message,
+    };
     Failure::Said { code, message, hint: hint.to_owned() }
-}
-
-/// The innermost error: the one that says what the system said.
-fn root_cause(error: &dyn std::error::Error) -> String {
-    let mut error = error;
-    while let Some(source) = error.source() {
-        error = source;
-    }
-    error.to_string()
 }

@@ -3,7 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use mesh_proto::v1::PartitionOffset;
+use mesh_proto::{admin::AdminAddress, v1::PartitionOffset};
 
 use crate::moment::Moment;
 
@@ -20,9 +20,12 @@ Exit codes:
   4  not known whether it was done, or not in force everywhere in time (`apply --wait`)
 
 Environment:
-  MESH_ADMIN     the admin address of a sidecar, as --admin
-  MESH_SIGN_KEY  the file of the key that signs tables, as --sign-key
-  NO_COLOR       if set and not empty: no colours";
+  MESH_ADMIN                         the admin address of a sidecar, as --admin
+  MESH_TOKEN_FILE                    the token's file, as --token-file
+  MESH_CA                            the authorities of its certificate, as --ca
+  MESH_CLIENT_CERT, MESH_CLIENT_KEY  what is shown to it, as --client-cert and --client-key
+  MESH_SIGN_KEY                      the file of the key that signs tables, as --sign-key
+  NO_COLOR                           if set and not empty: no colours";
 
 /// Controls an event mesh: checks, applies and shows routing tables, and tells the state of every instance and route.
 ///
@@ -33,6 +36,18 @@ pub(crate) struct Flags {
     /// The admin address of any sidecar of the mesh.
     #[arg(long, global = true, env = "MESH_ADMIN", value_name = "URL", default_value = "http://127.0.0.1:4501", value_parser = admin_url)]
     pub(crate) admin: String,
+    /// The file with the token that the admin listener asks for (`control.tokens` in the sidecar's config).
+    #[arg(long, global = true, env = "MESH_TOKEN_FILE", value_name = "FILE", help_heading = "Connection")]
+    pub(crate) token_file: Option<PathBuf>,
+    /// PEM file with the authorities of the listener's certificate; the system's without it.
+    #[arg(long, global = true, env = "MESH_CA", value_name = "FILE", help_heading = "Connection")]
+    pub(crate) ca: Option<PathBuf>,
+    /// PEM file with the certificate to show to the listener.
+    #[arg(long, global = true, env = "MESH_CLIENT_CERT", value_name = "FILE", requires = "client_key", help_heading = "Connection")]
+    pub(crate) client_cert: Option<PathBuf>,
+    /// PEM file with the key of --client-cert.
+    #[arg(long, global = true, env = "MESH_CLIENT_KEY", value_name = "FILE", requires = "client_cert", help_heading = "Connection")]
+    pub(crate) client_key: Option<PathBuf>,
     /// The form of the output; the default is for people.
     #[arg(short, long, global = true, value_name = "FORM")]
     pub(crate) output: Option<Form>,
@@ -42,6 +57,29 @@ pub(crate) struct Flags {
     /// What to do.
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+/// `mesh-ctl pause`.
+#[derive(Debug, Args)]
+pub(crate) struct Pause {
+    /// The route.
+    pub(crate) route: String,
+    /// Why, for those who look at `mesh-ctl status`.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: Option<String>,
+    /// Wait until every instance that runs the route has paused it, and nothing of it is at the service.
+    #[arg(long)]
+    pub(crate) wait: bool,
+    /// How long that may take.
+    #[arg(long, value_name = "TIME", default_value = "2m", value_parser = humantime::parse_duration)]
+    pub(crate) timeout: Duration,
+}
+
+/// `mesh-ctl resume`.
+#[derive(Debug, Args)]
+pub(crate) struct Resume {
+    /// The route.
+    pub(crate) route: String,
 }
 
 /// The form of the output.
@@ -82,6 +120,10 @@ pub(crate) enum Command {
     Reset(Reset),
     /// Let records go on whose attempts are used up (`on_exhausted: park` and `stop`), with what waits behind them.
     Release(Release),
+    /// Pause a route in the whole mesh: nothing is delivered until it is resumed, over restarts and new tables, too.
+    Pause(Pause),
+    /// Let a paused route go on.
+    Resume(Resume),
     /// List, show, send back and delete dead letters.
     #[command(subcommand)]
     Dlq(Dlq),
@@ -444,12 +486,24 @@ impl From<std::ffi::OsString> for Source {
     }
 }
 
-/// An address as tonic wants it: `http://host:port`; the scheme may be left out.
+impl Flags {
+    /// How the admin listener is reached.
+    pub(crate) fn admin_address(&self) -> AdminAddress {
+        AdminAddress {
+            url: self.admin.clone(),
+            token_file: self.token_file.clone(),
+            ca: self.ca.clone(),
+            identity: self.client_cert.clone().zip(self.client_key.clone()),
+        }
+    }
+}
+
+/// An address as tonic wants it: `http://host:port` or `https://host:port`; without a scheme it is the first.
 fn admin_url(value: &str) -> Result<String, String> {
     let url = match value.split_once("://") {
         None => format!("http://{value}"),
-        Some(("http", _)) => value.to_owned(),
-        Some((scheme, _)) => return Err(format!("the scheme {scheme:?} is not supported: use http://HOST:PORT")),
+        Some(("http" | "https", _)) => value.to_owned(),
+        Some((scheme, _)) => return Err(format!("the scheme {scheme:?} is not supported: use http://HOST:PORT or https://HOST:PORT")),
     };
     let uri: tonic::transport::Uri = url.parse().map_err(|error| format!("{error}: use http://HOST:PORT"))?;
     if uri.host().is_none_or(str::is_empty) || uri.path() != "/" || uri.query().is_some() {
@@ -487,7 +541,8 @@ mod tests {
     fn addresses() {
         assert_eq!(admin_url("10.0.0.1:4501").as_deref(), Ok("http://10.0.0.1:4501"));
         assert_eq!(admin_url("http://[::1]:4501").as_deref(), Ok("http://[::1]:4501"));
-        for wrong in ["https://a:1", "http://a", "http://a:1/x", "http://:1", "", "a b:1", "unix:///x"] {
+        assert_eq!(admin_url("https://a:1").as_deref(), Ok("https://a:1"));
+        for wrong in ["ftp://a:1", "http://a", "http://a:1/x", "http://:1", "", "a b:1", "unix:///x"] {
             assert!(admin_url(wrong).is_err(), "{wrong}");
         }
     }

@@ -15,6 +15,7 @@
 //! | `status` | every instance and every route: state, reason, lag, age |
 //! | `reset ROUTE --to-…` | lets a route read its sources from elsewhere; a dry run, unless `--execute` |
 //! | `release ROUTE` | lets records go on whose attempts are used up |
+//! | `pause ROUTE`, `resume ROUTE` | nothing is delivered, until it is resumed |
 //! | `dlq list, show, redrive, purge` | dead letters: counted, shown, sent back once, deleted |
 //! | `replay` | copies a range of a topic into another, or to one route |
 //! | `graph` | the routes as a graph, of a file or of the mesh: text, Mermaid, Graphviz |

@@ -92,6 +92,14 @@ impl v1::control_server::Control for Script {
         Ok(Response::new(v1::ReleaseResponse { released: if request.one_key { 1 } else { 2 }, missing, reason }))
     }
 
+    async fn pause(&self, _: Request<v1::PauseRequest>) -> Result<Response<v1::PauseResponse>, Status> {
+        Err(Status::not_found("there is no such route"))
+    }
+
+    async fn resume(&self, _: Request<v1::ResumeRequest>) -> Result<Response<v1::ResumeResponse>, Status> {
+        Err(Status::not_found("there is no such route"))
+    }
+
     async fn list_dead_letters(&self, _: Request<v1::ListDeadLettersRequest>) -> Result<Response<v1::ListDeadLettersResponse>, Status> {
         Err(Status::not_found("there is no such route"))
     }
@@ -602,7 +610,7 @@ async fn an_absent_sidecar_and_wrong_flags_come_with_hints() {
     assert!(said.err.starts_with("error: no sidecar answers at http://127.0.0.1:1: Connection refused"), "{}", said.err);
     assert!(said.err.contains("hint: ") && said.err.contains("MESH_ADMIN") && said.err.contains("listen.admin"), "{}", said.err);
 
-    let said = bench.run(&["--admin", "https://x:1", "status"]).await.ends(2);
+    let said = bench.run(&["--admin", "ftp://x:1", "status"]).await.ends(2);
     assert!(said.err.contains("http://HOST:PORT"), "{}", said.err);
     // The flag is stronger than the environment, and needs no scheme.
     bench.script.set(|state| state.status = vec![mesh(0, vec![instance("a", v1::InstanceState::Synced, 0)])]);

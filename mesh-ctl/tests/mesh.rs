@@ -10,7 +10,7 @@ use mesh_sidecar::{
         embedded::{EmbeddedBroker, EmbeddedConfig},
     },
     command,
-    config::{BrokerConfig, Config, ControlConfig, Limits, Listen, LogFormat, ServiceConfig, TelemetryConfig},
+    config::{BrokerConfig, Config, ControlConfig, Limits, Listen, ListenTls, LogFormat, ServiceConfig, TelemetryConfig},
     control::{Control, ControlHandle},
     status::{Board, RouteState, RouteStatus},
 };
@@ -41,8 +41,9 @@ impl Instance {
             state: folder.join(name),
             broker: BrokerConfig::Embedded { path: folder.to_owned() },
             table: pinned.map(Path::to_owned),
-            control: ControlConfig::default(),
             listen: Listen { api: address, admin: address, probe: address },
+            tls: ListenTls::default(),
+            control: ControlConfig::default(),
             telemetry: TelemetryConfig { otlp: None, log: String::new(), log_format: LogFormat::Json },
             limits: Limits {
                 record_bytes: 1 << 20,

@@ -5,6 +5,8 @@
 //! Invariant: generated code is committed, and `tests/fresh.rs` fails when it is stale, so a build needs no protoc.
 //! Invariant: field numbers never change meaning. What is removed is reserved.
 
+pub mod admin;
+
 /// Messages, clients and servers of the package `mesh.v1`.
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::disallowed_methods, rustdoc::all)]
 pub mod v1 {

@@ -18,6 +18,7 @@ pub mod lanes;
 mod mutation;
 pub mod outcome;
 pub mod parking;
+pub mod pause;
 pub mod publish;
 pub mod record;
 pub mod status;

@@ -38,6 +38,18 @@ enum Command {
         /// Its admin port.
         #[arg(long, env = "MESH_ADMIN", default_value = "http://127.0.0.1:4501", value_name = "URL")]
         admin: String,
+        /// The file with the token that it asks for.
+        #[arg(long, env = "MESH_TOKEN_FILE", value_name = "FILE")]
+        token_file: Option<PathBuf>,
+        /// PEM file with the authorities of its certificate; the system's without it.
+        #[arg(long, env = "MESH_CA", value_name = "FILE")]
+        ca: Option<PathBuf>,
+        /// PEM file with the certificate to show.
+        #[arg(long, env = "MESH_CLIENT_CERT", value_name = "FILE", requires = "client_key")]
+        client_cert: Option<PathBuf>,
+        /// PEM file with the key of --client-cert.
+        #[arg(long, env = "MESH_CLIENT_KEY", value_name = "FILE", requires = "client_cert")]
+        client_key: Option<PathBuf>,
         /// How long to wait, in seconds.
         #[arg(long, default_value_t = 60)]
         timeout: u64,
@@ -93,7 +105,8 @@ fn main() -> ExitCode {
                 Ok(config) => print(&config::print(&config)),
                 Err(code) => code,
             },
-            Command::Drain { admin, timeout } => {
+            Command::Drain { admin, token_file, ca, client_cert, client_key, timeout } => {
+                let admin = mesh_proto::admin::AdminAddress { url: admin, token_file, ca, identity: client_cert.zip(client_key) };
                 match mesh_sidecar::app::remote::drain(&admin, std::time::Duration::from_secs(timeout)).await {
                     Ok(()) => ExitCode::SUCCESS,
                     Err(error) => fail(FAILED, &error),

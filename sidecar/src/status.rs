@@ -26,6 +26,8 @@ pub enum RouteState {
     /// A partition stands still until somebody decides: records were deleted before they were processed (`on_gap: stop`),
     /// or the attempts of one are used up (`on_exhausted: stop`).
     Stopped,
+    /// Somebody paused it: it delivers nothing.
+    Paused,
     /// It drains.
     Draining,
 }

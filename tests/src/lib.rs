@@ -6,6 +6,7 @@
 
 pub mod bench;
 pub mod broker;
+pub mod certificates;
 pub mod conformance;
 pub mod grpc;
 pub mod http;

@@ -7,6 +7,7 @@ mod get;
 mod graph;
 mod history;
 mod keys;
+mod pause;
 mod propose;
 mod release;
 mod replay;
@@ -18,6 +19,7 @@ mod wait;
 
 use std::io::{self, IsTerminal as _, Read as _, Write as _};
 
+use mesh_proto::admin::AdminAddress;
 use mesh_routing::{RouteFields, Table};
 use serde::Serialize;
 
@@ -31,7 +33,7 @@ use crate::{
 /// What all commands share.
 #[derive(Debug)]
 pub(crate) struct Context {
-    admin: String,
+    admin: AdminAddress,
     form: Option<Form>,
     quiet: bool,
     /// Whether stdout is coloured.
@@ -58,6 +60,8 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<Code, Fai
         Command::Replay(flags) => replay::run(context, &flags).await,
         Command::Reset(flags) => reset::run(context, &flags).await,
         Command::Release(flags) => release::run(context, &flags).await,
+        Command::Pause(flags) => pause::pause(context, &flags).await,
+        Command::Resume(flags) => pause::resume(context, &flags).await,
     }
 }
 
@@ -66,7 +70,7 @@ impl Context {
         let wanted = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
             && std::env::var_os("TERM").is_none_or(|value| value != "dumb");
         Self {
-            admin: flags.admin.clone(),
+            admin: flags.admin_address(),
             form: flags.output,
             quiet: flags.quiet,
             colours: wanted && io::stdout().is_terminal(),

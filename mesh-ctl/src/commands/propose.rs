@@ -147,7 +147,7 @@ fn said(context: &Context, applied: &view::Applied) -> String {
 }
 
 /// Who runs this, for the history: `user@host`, as far as it is known.
-fn whoami() -> String {
+pub(super) fn whoami() -> String {
     let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
     let file = |path: &str| Some(std::fs::read_to_string(path).ok()?.trim().to_owned()).filter(|name| !name.is_empty());
     let user = variable("USER").or_else(|| variable("LOGNAME")).or_else(|| variable("USERNAME"));

@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
+use super::guard::Principal;
 use crate::{
     broker::{BrokerError, BrokerErrorKind},
     control::{ApplyError, ApplyOptions, Control, OperationError},
@@ -76,6 +77,7 @@ impl v1::control_server::Control for AdminService {
     }
 
     async fn apply(&self, request: Request<v1::ApplyRequest>) -> Result<Response<v1::ApplyResponse>, Status> {
+        let by = Principal::of(&request, &request.get_ref().applied_by);
         let request = request.into_inner();
         let table = source(request.table)?;
         check_signature(request.signature.as_ref())?;
@@ -83,24 +85,29 @@ impl v1::control_server::Control for AdminService {
             expected_generation: request.expected_generation,
             dry_run: request.dry_run,
             signature: request.signature,
-            applied_by: request.applied_by,
+            applied_by: by.clone(),
             message: request.message,
             rollback_to: Some(request.rollback_to).filter(|generation| *generation > 0),
         };
         let response = match self.control.apply(&table.file, &table.text, options).await {
-            Ok(applied) => v1::ApplyResponse {
-                generation: applied.generation,
-                digest: applied.digest,
-                changed: applied.changed,
-                warnings: faults(applied.warnings),
-                new_routes: applied
-                    .new_routes
-                    .into_iter()
-                    .map(|backlog| v1::RouteBacklog { route: backlog.route, records: backlog.records })
-                    .collect(),
-                changes: applied.changes,
-                faults: Vec::new(),
-            },
+            Ok(applied) => {
+                if applied.changed {
+                    tracing::info!(target: "audit", who = by, asked = "Apply", generation = applied.generation, digest = applied.digest, "a routing table was applied");
+                }
+                v1::ApplyResponse {
+                    generation: applied.generation,
+                    digest: applied.digest,
+                    changed: applied.changed,
+                    warnings: faults(applied.warnings),
+                    new_routes: applied
+                        .new_routes
+                        .into_iter()
+                        .map(|backlog| v1::RouteBacklog { route: backlog.route, records: backlog.records })
+                        .collect(),
+                    changes: applied.changes,
+                    faults: Vec::new(),
+                }
+            }
             Err(ApplyError::Faults(found)) => v1::ApplyResponse { faults: faults(found.0), ..Default::default() },
             Err(error) => return Err(status(&error)),
         };
@@ -173,6 +180,18 @@ impl v1::control_server::Control for AdminService {
     async fn replay(&self, request: Request<v1::ReplayRequest>) -> Result<Response<Self::ReplayStream>, Status> {
         let (control, request) = (self.control.clone(), request.into_inner());
         Ok(Response::new(streamed(|out| async move { control.replay(request, out).await })))
+    }
+
+    async fn pause(&self, request: Request<v1::PauseRequest>) -> Result<Response<v1::PauseResponse>, Status> {
+        let by = Principal::of(&request, &request.get_ref().by);
+        let v1::PauseRequest { route, reason, .. } = request.into_inner();
+        let changed = self.control.pause(&route, &by, &reason).await.map_err(|error| operation_status(&error))?;
+        Ok(Response::new(v1::PauseResponse { changed }))
+    }
+
+    async fn resume(&self, request: Request<v1::ResumeRequest>) -> Result<Response<v1::ResumeResponse>, Status> {
+        let changed = self.control.resume(&request.into_inner().route).await.map_err(|error| operation_status(&error))?;
+        Ok(Response::new(v1::ResumeResponse { changed }))
     }
 
     async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {

@@ -1,19 +1,14 @@
 //! Who calls: the service's name and its token.
-//!
-//! Invariant: tokens are compared as digests in constant time, and never logged.
 
-use std::{
-    io,
-    path::{Path, PathBuf},
-    sync::{Arc, PoisonError, RwLock},
+use std::{io, sync::Arc};
+
+use super::{
+    problem::ApiError,
+    token::{self, Token},
 };
-
-use sha2::{Digest, Sha256};
-
-use super::problem::ApiError;
 use crate::{config::ServiceConfig, publish::Caller};
 
-/// The services that may call, with the digests of their tokens.
+/// The services that may call, with their tokens.
 #[derive(Debug)]
 pub(super) struct Callers {
     services: Vec<Service>,
@@ -25,12 +20,6 @@ struct Service {
     token: Option<Token>,
 }
 
-#[derive(Debug)]
-struct Token {
-    file: PathBuf,
-    digest: RwLock<[u8; 32]>,
-}
-
 impl Callers {
     /// Reads the token files.
     ///
@@ -38,13 +27,7 @@ impl Callers {
     /// A file that cannot be read, or that is empty; names it.
     pub(super) fn new(services: &[ServiceConfig]) -> io::Result<Self> {
         let services = services.iter().map(|service| {
-            let token = match &service.token_file {
-                None => None,
-                Some(file) => {
-                    let text = std::fs::read(file).map_err(|error| unreadable(file, &error))?;
-                    Some(Token { file: file.clone(), digest: RwLock::new(digest_of_file(file, &text)?) })
-                }
-            };
+            let token = service.token_file.as_ref().map(|file| Token::read("services[].token_file", file)).transpose()?;
             Ok(Service { name: service.name.clone(), token })
         });
         Ok(Self { services: services.collect::<io::Result<_>>()? })
@@ -105,48 +88,21 @@ impl Callers {
     /// Reads the token files again, so that a token can be changed without a restart. What cannot be read stays as it was.
     pub(super) async fn reload(&self) {
         for token in self.services.iter().filter_map(|service| service.token.as_ref()) {
-            let read = match tokio::fs::read(&token.file).await {
-                Ok(text) => digest_of_file(&token.file, &text),
-                Err(error) => Err(unreadable(&token.file, &error)),
-            };
-            match read {
-                Ok(digest) => *token.digest.write().unwrap_or_else(PoisonError::into_inner) = digest,
-                Err(error) => tracing::warn!(%error, "the token that was read before stays in force"),
-            }
+            token.reload().await;
         }
-    }
-}
-
-impl Token {
-    fn is(&self, given: &[u8]) -> bool {
-        let digest = self.digest.read().unwrap_or_else(PoisonError::into_inner);
-        let given: [u8; 32] = Sha256::digest(given).into();
-        // Digests differ everywhere when tokens differ anywhere, and all bytes are looked at.
-        digest.iter().zip(given).fold(0, |differs, (a, b)| differs | (a ^ b)) == 0
     }
 }
 
 fn bearer(authorization: Option<&[u8]>) -> Result<Option<&[u8]>, ApiError> {
     let Some(text) = authorization else { return Ok(None) };
-    match text.split_at_checked(7) {
-        Some((scheme, token)) if scheme.eq_ignore_ascii_case(b"bearer ") => Ok(Some(token.trim_ascii())),
-        _ => Err(ApiError::Unauthenticated("`authorization` is no bearer token".to_owned())),
-    }
-}
-
-fn unreadable(file: &Path, error: &io::Error) -> io::Error {
-    io::Error::new(error.kind(), format!("services[].token_file: cannot read `{}`: {error}", file.display()))
-}
-
-fn digest_of_file(file: &Path, text: &[u8]) -> io::Result<[u8; 32]> {
-    match text.trim_ascii() {
-        [] => Err(io::Error::new(io::ErrorKind::InvalidData, format!("services[].token_file: `{}` is empty", file.display()))),
-        token => Ok(Sha256::digest(token).into()),
-    }
+    let wrong = || ApiError::Unauthenticated("`authorization` is no bearer token".to_owned());
+    token::bearer(text).map(Some).ok_or_else(wrong)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
 
     fn service(name: &str, token_file: Option<PathBuf>) -> ServiceConfig {

@@ -1,4 +1,5 @@
-//! One listener: an accept loop that serves HTTP/1.1 (keep-alive) and HTTP/2 with prior knowledge, bounds what a peer can hold, and drains.
+//! One listener: an accept loop that serves HTTP/1.1 (keep-alive) and HTTP/2 with prior knowledge or by TLS, bounds what a peer can hold, and
+//! drains.
 //! Serves any [`axum::Router`] ([`serve_router`]) or bare hyper service ([`serve`]): the API, the admin listener and the probes.
 //!
 //! Invariant: every connection, and every HTTP/2 stream, is a task that [`serve`] owns; when it returns, none is left.
@@ -24,10 +25,16 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::Semaphore,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::tls::{self, Tls};
+
+/// How long a TLS handshake may take.
+const HANDSHAKE: Duration = Duration::from_secs(10);
 
 /// The bounds of a listener.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +51,8 @@ pub struct Options {
     pub max_streams: u32,
     /// How long requests in flight may go on after the shutdown began; what is left then is cut.
     pub drain: Duration,
+    /// Each request carries a [`Peer`].
+    pub tell_peer: bool,
 }
 
 impl Options {
@@ -56,6 +65,7 @@ impl Options {
             max_header_bytes: 64 * 1024,
             max_streams: 1024,
             drain: Duration::from_secs(10),
+            tell_peer: false,
         }
     }
 
@@ -65,6 +75,35 @@ impl Options {
         self.drain = deadline;
         self
     }
+}
+
+/// A bound listener, and its TLS if it speaks that.
+#[derive(Debug)]
+pub struct Listener {
+    tcp: TcpListener,
+    tls: Option<Arc<Tls>>,
+}
+
+impl Listener {
+    /// A listener that speaks TLS if there is any.
+    pub fn new(tcp: TcpListener, tls: Option<Arc<Tls>>) -> Self {
+        Self { tcp, tls }
+    }
+}
+
+impl From<TcpListener> for Listener {
+    fn from(tcp: TcpListener) -> Self {
+        Self::new(tcp, None)
+    }
+}
+
+/// Who is at the other end of a connection; an extension of its requests.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// Its address.
+    pub address: SocketAddr,
+    /// The names of its certificate, in lower case; empty without one.
+    pub names: Arc<[String]>,
 }
 
 /// Binds a listener.
@@ -80,7 +119,7 @@ pub async fn bind(name: &str, address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 /// Serves a router until `shutdown`, then drains. Returns how many connections had to be cut at the deadline. See [`serve`].
-pub async fn serve_router(listener: TcpListener, router: Router, options: Options, shutdown: CancellationToken) -> usize {
+pub async fn serve_router(listener: impl Into<Listener>, router: Router, options: Options, shutdown: CancellationToken) -> usize {
     serve(listener, TowerToHyperService::new(router), options, shutdown).await
 }
 
@@ -88,27 +127,65 @@ pub async fn serve_router(listener: TcpListener, router: Router, options: Option
 /// [`Options::drain`], and what is left is cut. Returns how many connections were cut.
 ///
 /// Not cancel-safe: a future that is dropped leaves its connections to run until their peers leave. Cancel `shutdown` instead.
-pub async fn serve<S>(listener: TcpListener, service: S, options: Options, shutdown: CancellationToken) -> usize
+pub async fn serve<S>(listener: impl Into<Listener>, service: S, options: Options, shutdown: CancellationToken) -> usize
 where
     S: hyper::service::Service<Request<Incoming>, Response = Response<Body>, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send + 'static,
 {
+    let Listener { tcp: listener, tls } = listener.into();
     let tasks = TaskTracker::new();
     let cut = CancellationToken::new();
     let slots = Arc::new(Semaphore::new(options.max_connections));
     let builder = builder(options, Tracked { tasks: tasks.clone(), cut: cut.clone() });
-    while let Some((stream, slot)) = accept(&listener, &slots, &options, &shutdown).await {
-        // Acknowledgements are small and must not wait for a full segment.
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(listener = options.name, %error, "no TCP_NODELAY on a connection");
+    let accepting = async {
+        while let Some((stream, address, slot)) = accept(&listener, &slots, &options, &shutdown).await {
+            // Acknowledgements are small and must not wait for a full segment.
+            if let Err(error) = stream.set_nodelay(true) {
+                tracing::debug!(listener = options.name, %error, "no TCP_NODELAY on a connection");
+            }
+            let acceptor = tls.as_ref().map(|tls| tls.acceptor());
+            let seen = Arc::new(AtomicBool::new(false));
+            let mut service = Noting { inner: service.clone(), seen, peer: None };
+            let (builder, shutdown, cut) = (builder.clone(), shutdown.clone(), cut.clone());
+            tasks.spawn(async move {
+                let names: Arc<[String]> = Arc::default();
+                match acceptor {
+                    None => {
+                        service.peer = options.tell_peer.then_some(Peer { address, names });
+                        connection(stream, &builder, service, options, shutdown, cut).await;
+                    }
+                    Some(acceptor) => {
+                        let handshake = tokio::time::timeout(options.header_timeout.min(HANDSHAKE), acceptor.accept(stream));
+                        let stream = tokio::select! {
+                            stream = handshake => stream,
+                            () = shutdown.cancelled() => return,
+                        };
+                        match stream {
+                            Ok(Ok(stream)) => {
+                                let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+                                let names = certificate.map_or(names, |certificate| tls::names(certificate).into());
+                                service.peer = options.tell_peer.then_some(Peer { address, names });
+                                connection(stream, &builder, service, options, shutdown, cut).await;
+                            }
+                            // A peer without TLS, or without a certificate where one is asked for: its own matter, and frequent.
+                            Ok(Err(error)) => tracing::debug!(listener = options.name, %address, %error, "a TLS handshake failed"),
+                            Err(_) => tracing::debug!(listener = options.name, %address, "a TLS handshake took too long"),
+                        }
+                    }
+                }
+                drop(slot);
+            });
         }
-        let seen = Arc::new(AtomicBool::new(false));
-        let service = Noting { inner: service.clone(), seen: seen.clone() };
-        let (builder, shutdown, cut) = (builder.clone(), shutdown.clone(), cut.clone());
-        tasks.spawn(async move {
-            connection(stream, &builder, service, &seen, options, shutdown, cut).await;
-            drop(slot);
-        });
+    };
+    let fresh = async {
+        match &tls {
+            Some(tls) => tls.clone().keep_fresh().await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        () = accepting => {}
+        never = fresh => match never {},
     }
     drop(listener);
     tasks.close();
@@ -128,7 +205,7 @@ async fn accept(
     slots: &Arc<Semaphore>,
     options: &Options,
     shutdown: &CancellationToken,
-) -> Option<(TcpStream, tokio::sync::OwnedSemaphorePermit)> {
+) -> Option<(TcpStream, SocketAddr, tokio::sync::OwnedSemaphorePermit)> {
     let slot = tokio::select! {
         biased;
         () = shutdown.cancelled() => return None,
@@ -141,7 +218,7 @@ async fn accept(
             accepted = listener.accept() => accepted,
         };
         match accepted {
-            Ok((stream, _)) => return Some((stream, slot)),
+            Ok((stream, address)) => return Some((stream, address, slot)),
             // The peer's matter: it went away before it was accepted.
             Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {}
             Err(error) => {
@@ -176,18 +253,19 @@ fn builder(options: Options, executor: Tracked) -> auto::Builder<Tracked> {
     builder
 }
 
-async fn connection<S>(
-    stream: TcpStream,
+async fn connection<I, S>(
+    stream: I,
     builder: &auto::Builder<Tracked>,
     service: Noting<S>,
-    seen: &AtomicBool,
     options: Options,
     shutdown: CancellationToken,
     cut: CancellationToken,
 ) where
+    I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     S: hyper::service::Service<Request<Incoming>, Response = Response<Body>, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send + 'static,
 {
+    let seen = service.seen.clone();
     let connection = builder.serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
     // hyper's own timeout begins with the first byte; this one covers a peer that sends none.
@@ -236,11 +314,12 @@ where
     }
 }
 
-/// Notes that a request came.
+/// Notes that a request came, and tells it from whom.
 #[derive(Clone, Debug)]
 struct Noting<S> {
     inner: S,
     seen: Arc<AtomicBool>,
+    peer: Option<Peer>,
 }
 
 impl<S: hyper::service::Service<Request<Incoming>>> hyper::service::Service<Request<Incoming>> for Noting<S> {
@@ -248,8 +327,11 @@ impl<S: hyper::service::Service<Request<Incoming>>> hyper::service::Service<Requ
     type Error = S::Error;
     type Future = S::Future;
 
-    fn call(&self, request: Request<Incoming>) -> Self::Future {
+    fn call(&self, mut request: Request<Incoming>) -> Self::Future {
         self.seen.store(true, Ordering::Relaxed);
+        if let Some(peer) = &self.peer {
+            request.extensions_mut().insert(peer.clone());
+        }
         self.inner.call(request)
     }
 }
@@ -278,7 +360,10 @@ mod tests {
         let mut stream = TcpStream::connect(address).await.unwrap();
         stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").as_bytes()).await.unwrap();
         let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.unwrap();
+        let mut bytes = Vec::new();
+        // What is no HTTP may end with a reset.
+        let _ = stream.read_to_end(&mut bytes).await;
+        answer.push_str(&String::from_utf8_lossy(&bytes));
         answer
     }
 
@@ -331,6 +416,64 @@ mod tests {
         }
         shutdown.cancel();
         serving.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn tls_serves_and_tells_who_calls() {
+        use std::sync::Arc;
+
+        use tokio_rustls::{
+            TlsConnector,
+            rustls::{
+                ClientConfig, RootCertStore,
+                crypto::ring,
+                pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
+            },
+        };
+
+        use crate::api::tls::testing::Authority;
+
+        let authority = Authority::new();
+        let tls = Arc::new(Tls::load("listen.tls.test", &authority.files(true)).unwrap());
+        let tcp = bind("test", "127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let address = tcp.local_addr().unwrap();
+        let who = async |request: axum::extract::Request| {
+            let peer = request.extensions().get::<Peer>().cloned().unwrap();
+            assert!(peer.address.ip().is_loopback());
+            peer.names.first().cloned().unwrap_or_default()
+        };
+        let mut options = Options::new("test");
+        (options.tell_peer, options.header_timeout) = (true, Duration::from_millis(300));
+        let shutdown = CancellationToken::new();
+        let router = Router::new().route("/", get(who));
+        let serving = tokio::spawn(serve_router(Listener::new(tcp, Some(tls)), router, options, shutdown.clone()));
+
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_slice(authority.pem.as_bytes()).unwrap()).unwrap();
+        let client = ClientConfig::builder_with_provider(Arc::new(ring::default_provider())).with_safe_default_protocol_versions().unwrap();
+        let client = client.with_root_certificates(roots);
+        let (cert, key) = authority.sign("board.shop");
+        let cert = CertificateDer::from_pem_slice(cert.as_bytes()).unwrap();
+        let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap();
+        let known = client.clone().with_client_auth_cert(vec![cert], key).unwrap();
+        let ask = async |config: ClientConfig| -> std::io::Result<String> {
+            let stream = TcpStream::connect(address).await?;
+            let mut stream = TlsConnector::from(Arc::new(config)).connect(ServerName::try_from("localhost").unwrap(), stream).await?;
+            stream.write_all(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await?;
+            Ok(answer)
+        };
+        let answer = ask(known.clone()).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("board.shop"), "{answer}");
+        assert!(ask(client.with_no_client_auth()).await.is_err(), "a client without a certificate");
+        // Neither one that speaks in clear nor one that says nothing holds a connection for long.
+        assert!(!super::tests::ask(address, "/").await.starts_with("HTTP"));
+        let mut silent = TcpStream::connect(address).await.unwrap();
+        silent.read_to_end(&mut Vec::new()).await.unwrap();
+        assert!(ask(known).await.is_ok());
+        shutdown.cancel();
+        assert_eq!(serving.await.unwrap(), 0);
     }
 
     #[tokio::test]

@@ -10,7 +10,6 @@ use axum::body::Body;
 use futures_util::future::BoxFuture;
 use http::{Request, Response, header};
 use hyper::body::Incoming;
-use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 use tower::Service;
@@ -23,6 +22,7 @@ mod batch;
 mod fields;
 mod follow;
 mod grpc;
+pub mod guard;
 mod lines;
 pub mod listen;
 mod message;
@@ -34,6 +34,8 @@ mod pull;
 mod subscribe;
 #[cfg(test)]
 mod tests;
+pub mod tls;
+mod token;
 
 /// How often token files are read again.
 const TOKEN_RELOAD: Duration = Duration::from_secs(10);
@@ -92,7 +94,7 @@ impl Api {
     }
 
     /// Serves until `shutdown`, then drains under `limits.drain_timeout`. Returns how many connections had to be cut. Once.
-    pub async fn serve(self, listener: TcpListener, shutdown: CancellationToken) -> usize {
+    pub async fn serve(self, listener: impl Into<listen::Listener>, shutdown: CancellationToken) -> usize {
         let drain = self.inner.publisher.config().limits.drain_timeout;
         let (routes, health) = grpc::routes(&self);
         let ended = shutdown.clone();

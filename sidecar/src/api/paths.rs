@@ -84,8 +84,8 @@ async fn route(api: &Api, parts: &Parts, body: &mut Incoming) -> Result<Answer, 
     }
     if path == "/openapi.json" {
         return match parts.method {
-            Method::GET => Ok(json_response(Bytes::from_static(OPENAPI)).into()),
-            _ => Err(wrong_method(parts, "GET")),
+            Method::GET | Method::HEAD => Ok(json_response(Bytes::from_static(OPENAPI)).into()),
+            _ => Err(wrong_method(parts, "GET, HEAD")),
         };
     }
     Err(ApiError::UnknownPath(crate::record::clip(path)))

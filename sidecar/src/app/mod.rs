@@ -11,10 +11,16 @@ use tokio::{net::TcpListener, task::JoinHandle, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    api::{Api, admin, listen, probe},
+    api::{
+        Api, admin,
+        guard::Guard,
+        listen::{self, Listener},
+        probe,
+        tls::Tls,
+    },
     broker::{Broker, embedded, kafka},
     command,
-    config::{BrokerConfig, Config, Listen},
+    config::{BrokerConfig, Config, Listen, TlsFiles},
     consume::{self, Supervisor},
     control::{Control, ControlHandle},
     deliver::desk::Desks,
@@ -94,6 +100,12 @@ impl App {
         let probe_router = probe::router(health.clone(), metrics.clone());
         let probe = serve("probe", probe_listener, probe_router, &stop_probe);
 
+        let tls = ListenerTls::load(&config)?;
+        let guard = Arc::new(Guard::new(&config.control)?);
+        if config.tls.admin.is_none() && !config.listen.admin.ip().is_loopback() {
+            tracing::warn!(admin = %config.listen.admin, "tokens of the admin listener cross the network in clear: give listen.tls.admin");
+        }
+
         let broker = open_broker(&config)?;
         let stop_control = CancellationToken::new();
         let (commands, commanded) = command::channel();
@@ -118,6 +130,7 @@ impl App {
             desks: desks.clone(),
             metrics: metrics.clone(),
             tracer: tracer.clone(),
+            paused: control.paused(),
         };
         let routes = tokio::spawn(Supervisor::new(context, control.table(), commanded).run(stop_routes.clone()));
 
@@ -126,8 +139,8 @@ impl App {
         let api = Api::new(publisher, broker.clone(), desks, control.table(), stop_routes.clone())?;
         let admin_router = admin::router(admin::AdminService::new(control.control().clone(), board.clone(), drain.clone())).await?;
         let listeners = vec![
-            tokio::spawn(api.serve(api_listener, stop_listeners.clone())),
-            serve("admin", admin_listener, admin_router, &stop_listeners),
+            tokio::spawn(api.serve(Listener::new(api_listener, tls.api), stop_listeners.clone())),
+            tokio::spawn(guard.serve(Listener::new(admin_listener, tls.admin), admin_router, stop_listeners.clone())),
         ];
         let watcher = tokio::spawn(watch(health.clone(), metrics, broker.clone(), control.control().clone(), stop_listeners.clone()));
         tracing::info!(api = %listen.api, admin = %listen.admin, probe = %listen.probe, broker = broker.system(), mesh = %config.mesh, "listening");
@@ -211,6 +224,19 @@ fn address(listener: &TcpListener) -> std::io::Result<SocketAddr> {
     listener.local_addr()
 }
 
+/// The TLS of the listeners.
+struct ListenerTls {
+    api: Option<Arc<Tls>>,
+    admin: Option<Arc<Tls>>,
+}
+
+impl ListenerTls {
+    fn load(config: &Config) -> std::io::Result<Self> {
+        let load = |field, files: &Option<TlsFiles>| files.as_ref().map(|files| Tls::load(field, files).map(Arc::new)).transpose();
+        Ok(Self { api: load("listen.tls.api", &config.tls.api)?, admin: load("listen.tls.admin", &config.tls.admin)? })
+    }
+}
+
 fn serve(name: &'static str, listener: TcpListener, router: axum::Router, stop: &CancellationToken) -> JoinHandle<usize> {
     tokio::spawn(listen::serve_router(listener, router, listen::Options::new(name), stop.clone()))
 }
@@ -224,6 +250,8 @@ pub async fn check(config: &Config) -> Result<(), StartError> {
         kafka::KafkaBroker::check(keys.clone(), kafka::KafkaOptions::default())?;
     }
     crate::api::check_tokens(&config.services)?;
+    Guard::new(&config.control)?;
+    ListenerTls::load(config)?;
     crate::control::check_pinned(config).await?;
     Ok(())
 }

@@ -5,21 +5,22 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
 use hyper_util::rt::TokioIo;
-use mesh_proto::v1::{DrainRequest, control_client::ControlClient};
+use mesh_proto::{admin::AdminAddress, v1::DrainRequest};
 use tokio::time::{Instant, sleep};
 
 /// Asks for a drain, and waits until the sidecar has ended.
 ///
 /// # Errors
 /// If it cannot be reached, or has not ended in time; says what to do.
-pub async fn drain(admin: &str, timeout: Duration) -> Result<(), String> {
-    let mut client = ControlClient::connect(admin.to_owned())
+pub async fn drain(admin: &AdminAddress, timeout: Duration) -> Result<(), String> {
+    let mut client = admin
+        .connect()
         .await
         .map_err(|error| format!("no sidecar answers at {admin}: {error}; name its admin port with --admin or MESH_ADMIN"))?;
     client.drain(DrainRequest {}).await.map_err(|status| format!("{admin} refuses to drain: {}", status.message()))?;
     let deadline = Instant::now() + timeout;
     // The admin port closes when the routes are drained; there is no event to await in another process.
-    while ControlClient::connect(admin.to_owned()).await.is_ok() {
+    while admin.connect().await.is_ok() {
         if Instant::now() >= deadline {
             return Err(format!("{admin} has not drained within {timeout:?}: see its log for the service that does not answer"));
         }

@@ -99,6 +99,7 @@ pub(crate) fn config(services: &[&str]) -> Config {
         table: None,
         control: ControlConfig::default(),
         listen: Listen { api: address, admin: address, probe: address },
+        tls: ListenTls::default(),
         telemetry: TelemetryConfig { otlp: None, log: "info".into(), log_format: LogFormat::Pretty },
         limits: Limits {
             record_bytes: 1024 * 1024,

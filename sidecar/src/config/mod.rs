@@ -18,6 +18,7 @@ use std::{
 use mesh_routing::sign::PublicKey;
 
 mod fault;
+mod listeners;
 mod print;
 mod read;
 mod source;
@@ -69,10 +70,12 @@ pub struct Config {
     pub broker: BrokerConfig,
     /// A file that pins the table; without it the table comes from the mesh.
     pub table: Option<PathBuf>,
-    /// What tables of the mesh are taken.
-    pub control: ControlConfig,
     /// Where it listens.
     pub listen: Listen,
+    /// Which listeners speak TLS.
+    pub tls: ListenTls,
+    /// What tables are taken, and who may use the admin listener.
+    pub control: ControlConfig,
     /// Logs and traces.
     pub telemetry: TelemetryConfig,
     /// Bounds.
@@ -145,13 +148,6 @@ impl fmt::Debug for BrokerConfig {
     }
 }
 
-/// What tables of the mesh are taken.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ControlConfig {
-    /// A table must be signed by one of these; empty: none needs a signature. A pinned table is a local file, and needs none.
-    pub trusted_keys: Vec<PublicKey>,
-}
-
 /// The listeners.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Listen {
@@ -161,6 +157,75 @@ pub struct Listen {
     pub admin: SocketAddr,
     /// Probes and metrics.
     pub probe: SocketAddr,
+}
+
+/// Which listeners speak TLS; the others speak in clear.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ListenTls {
+    /// Of `listen.api`.
+    pub api: Option<TlsFiles>,
+    /// Of `listen.admin`.
+    pub admin: Option<TlsFiles>,
+}
+
+/// The PEM files of a listener's TLS. They are read again when they change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// The certificate, and those between it and its authority.
+    pub cert: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+    /// The authorities of clients: with them, a client without a certificate of theirs is refused (mTLS).
+    pub client_ca: Option<PathBuf>,
+}
+
+/// What tables are taken, and who may use the admin listener: everybody who reaches it, without tokens and certificates.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ControlConfig {
+    /// A table must be signed by one of these; empty: none needs a signature. A pinned table is a local file, and needs none.
+    pub trusted_keys: Vec<PublicKey>,
+    /// By token.
+    pub tokens: Vec<AdminToken>,
+    /// By a client's certificate.
+    pub certificates: Vec<AdminCertificate>,
+}
+
+/// Who shows this token.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdminToken {
+    /// The name in the audit record.
+    pub name: String,
+    /// The file that holds it; each line is a token that is valid.
+    pub file: PathBuf,
+    /// What it allows.
+    pub role: Role,
+}
+
+/// Who has this certificate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdminCertificate {
+    /// A DNS name or a URI of its subjectAltName, or `sha256:` and its fingerprint; in lower case.
+    pub name: String,
+    /// What it allows.
+    pub role: Role,
+}
+
+/// What somebody may do at the admin listener.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Role {
+    /// To look.
+    Read,
+    /// To change something, too.
+    Write,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Read => "read",
+            Self::Write => "write",
+        })
+    }
 }
 
 /// Logs and traces.

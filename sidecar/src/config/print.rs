@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt::Write, time::Duration};
 
-use super::{BrokerConfig, Config, LogFormat, ServiceConfig};
+use super::{BrokerConfig, Config, ControlConfig, ListenTls, LogFormat, ServiceConfig};
 
 /// What stands for a secret.
 const REDACTED: &str = "(redacted)";
@@ -40,12 +40,10 @@ pub fn print(config: &Config) -> String {
     if let Some(file) = &config.table {
         line(format!("table:\n  file: {}", quote(&file.to_string_lossy())));
     }
-    if !config.control.trusted_keys.is_empty() {
-        let keys: Vec<String> = config.control.trusted_keys.iter().map(|key| quote(&key.to_string())).collect();
-        line(format!("control:\n  trusted_keys: [{}]", keys.join(", ")));
-    }
     let listen = &config.listen;
     line(format!("listen:\n  api: \"{}\"\n  admin: \"{}\"\n  probe: \"{}\"", listen.api, listen.admin, listen.probe));
+    tls_lines(&config.tls).into_iter().for_each(&mut line);
+    control_lines(&config.control).into_iter().for_each(&mut line);
     line("telemetry:".into());
     let telemetry = &config.telemetry;
     if let Some(otlp) = &telemetry.otlp {
@@ -60,6 +58,45 @@ pub fn print(config: &Config) -> String {
     line(format!("limits:\n  record_size: {}\n  publish_timeout: {}", size(limits.record_bytes), duration(limits.publish_timeout)));
     line(format!("  drain_timeout: {}\n  buffer: {}", duration(limits.drain_timeout), size(limits.buffer_bytes)));
     out
+}
+
+fn tls_lines(tls: &ListenTls) -> Vec<String> {
+    let mut lines = Vec::new();
+    for (listener, files) in [("api", &tls.api), ("admin", &tls.admin)] {
+        let Some(files) = files else { continue };
+        if lines.is_empty() {
+            lines.push("  tls:".to_owned());
+        }
+        let files = [("cert", Some(&files.cert)), ("key", Some(&files.key)), ("client_ca", files.client_ca.as_ref())];
+        let field = |(name, file): (&str, Option<&std::path::PathBuf>)| Some(format!("{name}: {}", quote(&file?.to_string_lossy())));
+        lines.push(format!("    {listener}: {{ {} }}", files.into_iter().filter_map(field).collect::<Vec<_>>().join(", ")));
+    }
+    lines
+}
+
+fn control_lines(control: &ControlConfig) -> Vec<String> {
+    let mut lines = Vec::new();
+    if *control != ControlConfig::default() {
+        lines.push("control:".to_owned());
+    }
+    if !control.trusted_keys.is_empty() {
+        let keys: Vec<String> = control.trusted_keys.iter().map(|key| quote(&key.to_string())).collect();
+        lines.push(format!("  trusted_keys: [{}]", keys.join(", ")));
+    }
+    if !control.tokens.is_empty() {
+        lines.push("  tokens:".to_owned());
+    }
+    for token in &control.tokens {
+        let file = quote(&token.file.to_string_lossy());
+        lines.push(format!("  - {{ name: {}, file: {file}, role: {} }}", quote(&token.name), token.role));
+    }
+    if !control.certificates.is_empty() {
+        lines.push("  certificates:".to_owned());
+    }
+    for certificate in &control.certificates {
+        lines.push(format!("  - {{ name: {}, role: {} }}", quote(&certificate.name), certificate.role));
+    }
+    lines
 }
 
 fn service_fields(service: &ServiceConfig) -> Vec<String> {

@@ -1,16 +1,15 @@
 //! From the raw tree to the validated configuration: every field is read, every fault is kept.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
+use std::{collections::BTreeMap, path::PathBuf};
 
-use mesh_routing::sign::PublicKey;
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
 use super::{
-    BrokerConfig, Config, ConfigErrors, ControlConfig, Fault, Limits, Listen, LogFormat, Place, ServiceConfig, TelemetryConfig,
+    BrokerConfig, Config, ConfigErrors, Fault, Limits, LogFormat, Place, ServiceConfig, TelemetryConfig,
     fault::did_you_mean,
     print::is_secret,
     source::{self, Entry, Node, SERVICE_FIELDS, Value},
-    values::{app, duration, http_address, name, path, shown, size, socket, topic},
+    values::{app, duration, http_address, name, path, shown, size, topic},
 };
 
 /// Reads text and environment; the text has the name of its file.
@@ -41,33 +40,33 @@ pub(super) fn read(text: Option<(&str, &str)>, env: impl Iterator<Item = (String
     }
 }
 
-struct Reader {
+pub(super) struct Reader {
     faults: Vec<Fault>,
     /// Where something that is missing would be.
     whole: Place,
 }
 
 /// The fields of a map that were not read yet.
-struct Fields {
-    path: String,
-    place: Place,
-    entries: Vec<Entry>,
+pub(super) struct Fields {
+    pub(super) path: String,
+    pub(super) place: Place,
+    pub(super) entries: Vec<Entry>,
 }
 
 impl Fields {
-    fn take(&mut self, name: &str) -> Option<(String, Node)> {
+    pub(super) fn take(&mut self, name: &str) -> Option<(String, Node)> {
         let at = self.entries.iter().position(|entry| entry.name == name)?;
         let node = self.entries.remove(at).node;
         if matches!(node.value, Value::Null) { None } else { Some((join(&self.path, name), node)) }
     }
 }
 
-fn join(path: &str, name: &str) -> String {
+pub(super) fn join(path: &str, name: &str) -> String {
     if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") }
 }
 
 impl Reader {
-    fn fault(&mut self, place: &Place, field: &str, value: Option<&str>, problem: impl Into<String>, hint: impl Into<String>) {
+    pub(super) fn fault(&mut self, place: &Place, field: &str, value: Option<&str>, problem: impl Into<String>, hint: impl Into<String>) {
         self.faults.push(Fault {
             place: place.clone(),
             field: field.to_owned(),
@@ -78,7 +77,7 @@ impl Reader {
     }
 
     /// The fields of a map; reports the unknown and the repeated ones.
-    fn fields(&mut self, path: &str, node: Node, known: &[&str]) -> Option<Fields> {
+    pub(super) fn fields(&mut self, path: &str, node: Node, known: &[&str]) -> Option<Fields> {
         let Value::Map(entries) = node.value else {
             self.fault(&node.place, path, None, "must be a map of fields", format!("the fields are {}", known.join(", ")));
             return None;
@@ -97,7 +96,7 @@ impl Reader {
         Some(fields)
     }
 
-    fn text(&mut self, path: &str, node: &Node) -> Option<String> {
+    pub(super) fn text(&mut self, path: &str, node: &Node) -> Option<String> {
         match &node.value {
             Value::Scalar { text, exact: true } => Some(text.clone()),
             Value::Scalar { text, exact: false } => {
@@ -112,7 +111,11 @@ impl Reader {
     }
 
     /// A field that is text and that a function understands; the function gives problem and hint.
-    fn parsed<T>(&mut self, field: Option<(String, Node)>, parse: impl FnOnce(&str) -> Result<T, (String, String)>) -> Option<T> {
+    pub(super) fn parsed<T>(
+        &mut self,
+        field: Option<(String, Node)>,
+        parse: impl FnOnce(&str) -> Result<T, (String, String)>,
+    ) -> Option<T> {
         let (path, node) = field?;
         let text = self.text(&path, &node)?;
         match parse(&text) {
@@ -126,7 +129,7 @@ impl Reader {
 
     fn config(&mut self, root: Node, from_file: bool) -> Option<Config> {
         const KNOWN: [&str; 12] =
-            ["apiVersion", "kind", "mesh", "services", "instance", "state", "broker", "table", "control", "listen", "telemetry", "limits"];
+            ["apiVersion", "kind", "mesh", "services", "instance", "state", "broker", "table", "listen", "control", "telemetry", "limits"];
         let mut fields = self.fields("", root, &KNOWN)?;
         self.head(&mut fields, from_file);
         let mesh = match fields.take("mesh") {
@@ -148,7 +151,7 @@ impl Reader {
             self.parsed(fields.take("file"), path)
         });
         let control = self.control(fields.take("control"));
-        let listen = self.listen(fields.take("listen"), services.as_deref().unwrap_or_default());
+        let (listen, tls) = self.listen(fields.take("listen"), services.as_deref().unwrap_or_default(), &control);
         let telemetry = self.telemetry(fields.take("telemetry"));
         let limits = self.limits(fields.take("limits"));
         Some(Config {
@@ -158,8 +161,9 @@ impl Reader {
             state,
             broker: broker?,
             table,
-            control,
             listen,
+            tls,
+            control,
             telemetry,
             limits,
         })
@@ -310,87 +314,6 @@ impl Reader {
             self.fault(&place, &join(path, "bootstrap.servers"), None, "is missing", "give host:port of the brokers, with commas between");
         }
         Some(BrokerConfig::Kafka(settings))
-    }
-
-    fn control(&mut self, field: Option<(String, Node)>) -> ControlConfig {
-        let mut control = ControlConfig::default();
-        let Some((at, node)) = field else { return control };
-        let Some(fields) = self.fields(&at, node, &["trusted_keys"]) else { return control };
-        // Not `take`: a list that somebody emptied would let everything in.
-        for entry in fields.entries {
-            control.trusted_keys = self.keys(&join(&at, &entry.name), entry.node);
-        }
-        control
-    }
-
-    fn keys(&mut self, path: &str, node: Node) -> Vec<PublicKey> {
-        let mut keys = Vec::new();
-        let items = match node.value {
-            Value::List(items) if !items.is_empty() => items,
-            _ => {
-                let hint = "as in [\"ed25519:…\"]; without the field no table needs a signature";
-                self.fault(&node.place, path, None, "must be a list of public keys, and not an empty one", hint);
-                return keys;
-            }
-        };
-        for (index, item) in items.into_iter().enumerate() {
-            let path = format!("{path}[{index}]");
-            let Some(text) = self.text(&path, &item) else { continue };
-            match text.parse::<PublicKey>() {
-                Ok(key) if keys.contains(&key) => self.fault(&item.place, &path, Some(&text), "is named twice", "remove one of the two"),
-                Ok(key) => keys.push(key),
-                // The value is not shown: it may be a private key.
-                Err(error) => {
-                    self.fault(&item.place, &path, None, error.to_string(), "give the public key that `mesh-ctl keys generate` printed");
-                }
-            }
-        }
-        keys
-    }
-
-    fn listen(&mut self, field: Option<(String, Node)>, services: &[ServiceConfig]) -> Listen {
-        let default = |port| SocketAddr::from(([127, 0, 0, 1], port));
-        let mut listen = Listen { api: default(4500), admin: default(4501), probe: default(4502) };
-        let Some((path, node)) = field else { return listen };
-        let Some(mut fields) = self.fields(&path, node, &["api", "admin", "probe"]) else { return listen };
-        let mut taken: Vec<(&str, SocketAddr)> = Vec::new();
-        for (name, address) in [("api", &mut listen.api), ("admin", &mut listen.admin), ("probe", &mut listen.probe)] {
-            let field = fields.take(name);
-            let place = field.as_ref().map_or_else(|| fields.place.clone(), |(_, node)| node.place.clone());
-            if let Some(given) = self.parsed(field, socket) {
-                *address = given;
-            }
-            let (at, text) = (join(&path, name), address.to_string());
-            let closed = services.iter().all(|service| service.token_file.is_some()) && !services.is_empty();
-            if !address.ip().is_loopback() {
-                match name {
-                    "api" if !closed => {
-                        let hint = "bind 127.0.0.1, or give every service a token_file; there is no TLS on this listener yet";
-                        self.fault(&place, &at, Some(&text), "is reachable from other machines, and asks callers for no token", hint);
-                    }
-                    "admin" => {
-                        let hint = "bind 127.0.0.1 and reach it through a tunnel (kubectl port-forward, ssh -L); there is neither TLS nor a token on this listener yet";
-                        self.fault(
-                            &place,
-                            &at,
-                            Some(&text),
-                            "is reachable from other machines, and whoever reaches it rewires the mesh",
-                            hint,
-                        );
-                    }
-                    _ => {}
-                }
-            }
-            let clashes = |other: &SocketAddr| {
-                let overlap = other.ip() == address.ip() || other.ip().is_unspecified() || address.ip().is_unspecified();
-                address.port() != 0 && other.port() == address.port() && overlap
-            };
-            if let Some((other, _)) = taken.iter().find(|(_, other)| clashes(other)) {
-                self.fault(&place, &at, Some(&text), format!("is also the address of {path}.{other}"), "give each listener its own port");
-            }
-            taken.push((name, *address));
-        }
-        listen
     }
 
     fn telemetry(&mut self, field: Option<(String, Node)>) -> TelemetryConfig {

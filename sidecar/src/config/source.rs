@@ -11,7 +11,8 @@ use super::fault::{Fault, Place, did_you_mean};
 pub(super) const PREFIX: &str = "MESH_";
 
 /// Variables that begin so and belong to somebody else: `mesh-ctl`, and the command line's own.
-const FOREIGN: [&str; 4] = ["MESH_ADMIN", "MESH_CONFIG", "MESH_OUTPUT", "MESH_SIGN_KEY"];
+const FOREIGN: [&str; 8] =
+    ["MESH_ADMIN", "MESH_CA", "MESH_CLIENT_CERT", "MESH_CLIENT_KEY", "MESH_CONFIG", "MESH_OUTPUT", "MESH_SIGN_KEY", "MESH_TOKEN_FILE"];
 
 /// A value and where it was written.
 #[derive(Clone, Debug)]
@@ -180,7 +181,7 @@ impl<'de> Visitor<'de> for RawVisitor {
 }
 
 /// The fields that the environment can set, by their paths. A path that has fields of its own takes YAML.
-const FIELDS: [&[&str]; 25] = [
+const FIELDS: [&[&str]; 36] = [
     &["mesh"],
     &["services"],
     &["instance"],
@@ -191,12 +192,23 @@ const FIELDS: [&[&str]; 25] = [
     &["broker", "kafka"],
     &["table"],
     &["table", "file"],
-    &["control"],
-    &["control", "trusted_keys"],
     &["listen"],
     &["listen", "api"],
     &["listen", "admin"],
     &["listen", "probe"],
+    &["listen", "tls"],
+    &["listen", "tls", "api"],
+    &["listen", "tls", "api", "cert"],
+    &["listen", "tls", "api", "key"],
+    &["listen", "tls", "api", "client_ca"],
+    &["listen", "tls", "admin"],
+    &["listen", "tls", "admin", "cert"],
+    &["listen", "tls", "admin", "key"],
+    &["listen", "tls", "admin", "client_ca"],
+    &["control"],
+    &["control", "trusted_keys"],
+    &["control", "tokens"],
+    &["control", "certificates"],
     &["telemetry"],
     &["telemetry", "otlp"],
     &["telemetry", "log"],
@@ -278,9 +290,11 @@ fn service_field(name: &str) -> Option<(usize, &'static str)> {
 /// Reads a variable: YAML where the field has fields of its own, a list of names where it is one, else plain text.
 fn read(path: &[&str], value: &str, place: &Place) -> Result<Node, Box<Fault>> {
     match path {
-        ["services" | "broker" | "table" | "control" | "listen" | "telemetry" | "limits"] | ["broker", "embedded" | "kafka"] => {
-            parse(value, &|_, _| place.clone())
-        }
+        ["services" | "broker" | "table" | "listen" | "control" | "telemetry" | "limits"]
+        | ["broker", "embedded" | "kafka"]
+        | ["listen", "tls"]
+        | ["listen", "tls", "api" | "admin"]
+        | ["control", "tokens" | "certificates"] => parse(value, &|_, _| place.clone()),
         [.., field] => Ok(list_or_scalar(field, value, place)),
         [] => Ok(Node::scalar(place.clone(), value)),
     }

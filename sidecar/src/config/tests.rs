@@ -214,6 +214,38 @@ fn listeners_are_closed_to_others() {
 }
 
 #[test]
+fn a_listener_with_tls_or_its_own_tokens_may_be_open() {
+    let with = |more: &str| load_text(&format!("{SMALL}{more}\n"), &[]);
+    let problem = |more: &str| with(more).unwrap_err().to_string();
+    let config = with("listen: {api: '0.0.0.0:4500', tls: {api: {cert: /c, key: /k}}}").unwrap();
+    assert_eq!(config.tls.api, Some(TlsFiles { cert: "/c".into(), key: "/k".into(), client_ca: None }));
+    assert!(
+        problem("listen: {admin: '0.0.0.0:4501', tls: {admin: {cert: /c, key: /k}}}").contains("client_ca"),
+        "TLS alone lets everybody in"
+    );
+    assert!(with("listen: {admin: '0.0.0.0:4501', tls: {admin: {cert: /c, key: /k, client_ca: /ca}}}").is_ok());
+    let tokens = "control: {tokens: [{name: ci, file: /t, role: write}, {name: board, file: /u, role: read}]}";
+    let config = with(&format!("listen: {{admin: '0.0.0.0:4501'}}\n{tokens}")).unwrap();
+    assert_eq!(config.control.tokens[1], AdminToken { name: "board".into(), file: "/u".into(), role: Role::Read });
+    assert!(problem("listen: {tls: {api: {cert: /c}}}").contains("listen.tls.api.key: is missing"));
+    assert!(problem("listen: {tls: {probe: {cert: /c}}}").contains("listen.tls.probe: is no field"));
+    assert!(problem("control: {tokens: [{name: ci, file: /t}]}").contains("control.tokens[0].role: is missing; give read or write"));
+    assert!(problem("control: {tokens: [{name: ci, file: /t, role: admin}]}").contains("\"admin\" is no role"));
+    assert!(problem("control: {tokens: [{file: /t, role: read}]}").contains("control.tokens[0].name: is missing"));
+    assert!(problem("control: {tokens: [{name: a, file: /t, role: read}, {name: a, file: /u, role: read}]}").contains("names two tokens"));
+    assert!(problem("control: {certificates: [{name: 'sha256:ab', role: read}]}").contains("is no fingerprint"));
+    assert!(problem("control: {tokens: x}").contains("control.tokens: must be a list"));
+    let env = [
+        ("MESH_LISTEN_TLS_ADMIN_CERT", "/c"),
+        ("MESH_LISTEN_TLS_ADMIN_KEY", "/k"),
+        ("MESH_CONTROL_TOKENS", "[{name: a, file: /t, role: read}]"),
+    ];
+    let config = load_text(SMALL, &env).unwrap();
+    assert_eq!(config.tls.admin.unwrap().key, Path::new("/k"));
+    assert_eq!(config.control.tokens.len(), 1);
+}
+
+#[test]
 fn addresses_of_services_hold_no_surprises() {
     let app = |app: &str| load_text(&SMALL.replace("{name: pricing}", &format!("{{name: pricing, app: '{app}'}}")), &[]);
     for (text, good) in [
@@ -385,6 +417,22 @@ fn brokers() -> impl Strategy<Value = BrokerConfig> {
     prop_oneof![paths().prop_map(|path| BrokerConfig::Embedded { path }), settings]
 }
 
+fn tls() -> impl Strategy<Value = ListenTls> {
+    let files = || (paths(), paths(), option::of(paths())).prop_map(|(cert, key, client_ca)| TlsFiles { cert, key, client_ca });
+    (option::of(files()), option::of(files())).prop_map(|(api, admin)| ListenTls { api, admin })
+}
+
+fn control() -> impl Strategy<Value = ControlConfig> {
+    let role = || prop_oneof![Just(Role::Read), Just(Role::Write)];
+    let tokens = collection::btree_map("[a-z][a-z0-9.-]{0,9}", (paths(), role()), 0..3);
+    let certificates = collection::btree_map(prop_oneof!["[a-z][a-z0-9.-]{0,20}", "spiffe://[a-z]{1,9}/[a-z]{1,9}"], role(), 0..3);
+    (tokens, certificates).prop_map(|(tokens, certificates)| ControlConfig {
+        tokens: tokens.into_iter().map(|(name, (file, role))| AdminToken { name, file, role }).collect(),
+        certificates: certificates.into_iter().map(|(name, role)| AdminCertificate { name, role }).collect(),
+        ..ControlConfig::default()
+    })
+}
+
 prop_compose! {
     fn configs()(
         mesh in "[a-zA-Z0-9][a-zA-Z0-9._-]{0,20}",
@@ -402,6 +450,7 @@ prop_compose! {
         publish_ms in 1_u64..3_600_000,
         drain_ms in 0_u64..3_600_000,
         buffer_bytes in 100_usize << 20..1 << 30,
+        (tls, control) in (tls(), control()),
     ) -> Config {
         let local = |port| SocketAddr::from(([127, 0, 0, 1], port));
         Config {
@@ -411,8 +460,9 @@ prop_compose! {
             state,
             broker,
             table,
-            control: ControlConfig { trusted_keys: keys.into_iter().map(key).collect() },
             listen: Listen { api: local(ports.0), admin: local(ports.1), probe: SocketAddr::from(([0, 0, 0, 0, 0, 0, 0, 0], ports.2)) },
+            tls,
+            control: ControlConfig { trusted_keys: keys.into_iter().map(key).collect(), ..control },
             telemetry: TelemetryConfig {
                 otlp: otlp.map(|at| format!("http://{at}")),
                 log: log.into(),

@@ -372,6 +372,7 @@ pub(super) mod tests {
             route: changes,
             applied_ms: 0,
             commands: crate::command::channel().1,
+            paused: crate::pause::never(),
             instance: None,
             transactional_id: "test".to_owned(),
             buffer_bytes: 1 << 20,

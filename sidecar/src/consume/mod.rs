@@ -25,6 +25,7 @@ use crate::{
     command::{self as commands, Command},
     config::Config,
     deliver::{Leaf, desk::Desks},
+    pause::PauseWatch,
     status::{Board, RouteState, RouteStatus},
     table::{ActiveTable, TableWatch},
     telemetry::{metrics::Metrics, trace::Tracer},
@@ -73,6 +74,8 @@ pub struct Context {
     pub metrics: Metrics,
     /// Traces.
     pub tracer: Tracer,
+    /// The routes that are paused.
+    pub paused: PauseWatch,
 }
 
 impl std::fmt::Debug for Context {
@@ -281,6 +284,7 @@ impl Supervisor {
             board: context.board.clone(),
             route: changes,
             commands,
+            paused: context.paused.clone(),
             applied_ms: self.applied_ms,
             instance: context.config.instance.clone(),
             transactional_id: format!("{}/{}/{}", context.config.mesh, route.name, self.identity),

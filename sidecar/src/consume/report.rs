@@ -180,6 +180,9 @@ impl RouteLoop {
         if let Some(error) = self.route.topics().find_map(|topic| self.parts.broker.trouble_of(topic)) {
             return (RouteState::WaitingForBroker, error.to_string());
         }
+        if let Some(pause) = &self.paused {
+            return (RouteState::Paused, format!("{pause}; `mesh-ctl resume {}` lets it go on", self.route.name));
+        }
         let stopped = self.owned().find_map(|(_, slot)| slot.gap.map(|(from, to)| (&slot.partition, from, to)));
         if let Some((partition, from, to)) = stopped {
             let (name, last) = (&self.route.name, to.saturating_sub(1));

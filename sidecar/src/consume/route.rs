@@ -6,6 +6,7 @@
 //! Invariant: an offset completes only when its record has its disposition: replies and dead letters are acknowledged before.
 //! Invariant: what belongs to an assignment that ended (another epoch) changes no offset.
 //! Invariant: records that are read and not complete are bounded per partition, by number and bytes; beyond that the partition is held.
+//! Invariant: a paused route hands nothing to its service; everything else goes on.
 //! Invariant: before a partition is given away the loop stops delivering from it and waits for what is at the service, for a bounded time.
 
 use std::{
@@ -45,6 +46,7 @@ use crate::{
     lanes::{JobId, Lanes},
     mutation::{self, Mutation},
     outcome::{Answer, Delivery, Disposition},
+    pause::{Pause, PauseWatch},
     record::{Record, TopicPartition, header},
     status::{Board, RouteStatus},
     telemetry::{
@@ -75,6 +77,8 @@ pub(crate) struct Parts {
     pub(crate) drain_timeout: Duration,
     /// Commands to this route.
     pub(crate) commands: mpsc::Receiver<Command>,
+    /// Which routes are paused.
+    pub(crate) paused: PauseWatch,
     /// Cancelled to drain.
     pub(crate) stop: CancellationToken,
     /// A number that nobody outside knows: the lanes' hashes, the ids of deliveries and the order in which what is ready is looked at follow
@@ -109,11 +113,12 @@ enum Woken {
     Time,
     Changed,
     Command(Command),
+    Paused,
     Stop,
 }
 
 /// How many things a wait waits for.
-const SOURCES: u64 = 12;
+const SOURCES: u64 = 13;
 
 /// A record in a lane.
 pub(super) struct Job {
@@ -227,6 +232,8 @@ pub(crate) struct RouteLoop {
     pub(super) revoke: Option<Revoke>,
     /// Commands that are not answered yet.
     pub(super) ordered: Vec<Ordered>,
+    /// Set while somebody wants nothing to be delivered.
+    pub(super) paused: Option<Pause>,
     /// Draining, until this time.
     pub(super) draining: Option<Instant>,
     pub(super) broker_trouble: Option<BrokerError>,
@@ -305,6 +312,7 @@ impl RouteLoop {
             lag_due: now,
             revoke: None,
             ordered: Vec::new(),
+            paused: None,
             draining: None,
             broker_trouble: None,
             service_trouble: None,
@@ -320,6 +328,7 @@ impl RouteLoop {
     /// Runs until it is stopped and drained.
     pub(crate) async fn run(mut self) {
         let (mut answers, mut done) = (Vec::new(), Vec::new());
+        self.pause();
         loop {
             let now = Instant::now();
             self.turn(now);
@@ -339,6 +348,7 @@ impl RouteLoop {
                 Woken::Time => {}
                 Woken::Changed => self.swap(),
                 Woken::Command(command) => self.on_command(command),
+                Woken::Paused => self.pause(),
                 Woken::Stop => self.drain(),
             }
         }
@@ -351,7 +361,7 @@ impl RouteLoop {
         self.waits = self.waits.wrapping_add(1);
         let first = (self.parts.seed ^ self.waits).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
         let draining = self.draining.is_some();
-        let Parts { leaf, route, commands, stop, .. } = &mut self.parts;
+        let Parts { leaf, route, commands, paused, stop, .. } = &mut self.parts;
         let mut event = pin!(self.consumer.next());
         let mut answered = pin!(leaf.answers(answers));
         let mut published = pin!(self.outbox.acknowledged(done));
@@ -374,6 +384,12 @@ impl RouteLoop {
                 None => pending().await,
             }
         });
+        let mut paused = pin!(async {
+            if paused.changed().await.is_err() {
+                // Nobody pauses any more.
+                pending::<()>().await;
+            }
+        });
         let mut stopped = pin!(async {
             if draining {
                 pending::<()>().await;
@@ -394,6 +410,7 @@ impl RouteLoop {
                     8 => commanded.as_mut().poll(cx).map(Woken::Command),
                     9 => side.as_mut().poll(cx).map(Woken::Side),
                     10 => looked.as_mut().poll(cx).map(Woken::Looked),
+                    11 => paused.as_mut().poll(cx).map(|()| Woken::Paused),
                     _ => stopped.as_mut().poll(cx).map(|()| Woken::Stop),
                 };
                 if ready.is_ready() {
@@ -414,7 +431,9 @@ impl RouteLoop {
             self.lanes.put_back(id);
         }
         self.turn_sides(now);
-        self.dispatch(now);
+        if self.paused.is_none() {
+            self.dispatch(now);
+        }
         if !self.transactional || mutation::is(Mutation::OutsideTransaction) {
             self.outbox.flush(now);
         }
@@ -478,12 +497,13 @@ impl RouteLoop {
         at(self.command_wake());
         at(self.draining);
         if let Allowance::Wait(until) = self.breaker.allowance(now)
+            && self.paused.is_none()
             && (self.lanes.has_ready() || self.has_gathered())
         {
             at(Some(until));
         }
         // One that is due and did not leave waits for something else, which wakes the loop.
-        if let Some(batch) = self.route.batch {
+        if let Some(batch) = self.route.batch.filter(|_| self.paused.is_none()) {
             at(self.gathered_due(batch).filter(|due| *due > now));
         }
         wake
@@ -504,6 +524,23 @@ impl RouteLoop {
             self.pass_gap(index);
             self.hold_or_release(index);
         }
+    }
+
+    /// Takes over whether the route is paused. What is at the service is finished.
+    fn pause(&mut self) {
+        let paused = self.parts.paused.borrow_and_update().get(&*self.route.name).cloned();
+        if paused == self.paused {
+            return;
+        }
+        match &paused {
+            Some(pause) => {
+                tracing::info!(route = %self.route.name, "the route is {pause}");
+                self.give_back(0);
+            }
+            None => tracing::info!(route = %self.route.name, "the route is resumed"),
+        }
+        self.paused = paused;
+        self.post_due = Instant::now();
     }
 
     /// Counts records of a partition that are at the service or on their way to the broker.

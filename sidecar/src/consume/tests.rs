@@ -15,8 +15,9 @@ use crate::{
         ConsumerConfig, Event, NewTopic, Outgoing, StartOffset,
         embedded::{EmbeddedBroker, EmbeddedConfig},
     },
-    config::{BrokerConfig, ControlConfig, Limits, Listen, LogFormat, ServiceConfig, TelemetryConfig},
+    config::{BrokerConfig, ControlConfig, Limits, Listen, ListenTls, LogFormat, ServiceConfig, TelemetryConfig},
     outcome::{Answer, Delivery, Disposition, Outcome, Reply, ReplyRecord},
+    pause::{Pause, Pauses},
     record::{Record, TopicPartition},
     table::TableOrigin,
 };
@@ -28,6 +29,7 @@ pub(super) struct Mesh {
     pub(super) desks: Desks,
     pub(super) table: watch::Sender<Option<Arc<ActiveTable>>>,
     pub(super) ask: crate::command::Commands,
+    pub(super) pause: watch::Sender<Arc<Pauses>>,
     pub(super) stop: CancellationToken,
     pub(super) running: JoinHandle<()>,
 }
@@ -41,8 +43,9 @@ fn config() -> Config {
         state: PathBuf::new(),
         broker: BrokerConfig::Embedded { path: PathBuf::new() },
         table: None,
-        control: ControlConfig::default(),
         listen: Listen { api: any, admin: any, probe: any },
+        tls: ListenTls::default(),
+        control: ControlConfig::default(),
         telemetry: TelemetryConfig { otlp: None, log: "off".to_owned(), log_format: LogFormat::Pretty },
         limits: Limits::default(),
     }
@@ -62,6 +65,7 @@ impl Mesh {
     pub(super) fn on(broker: Arc<EmbeddedBroker>, routes: &str) -> Self {
         let (table, watch) = watch::channel(active(routes));
         let (ask, commands) = crate::command::channel();
+        let (pause, pauses) = watch::channel(Arc::default());
         let (board, desks, stop) = (Board::default(), Desks::default(), CancellationToken::new());
         let context = Context {
             config: Arc::new(config()),
@@ -70,9 +74,10 @@ impl Mesh {
             desks: desks.clone(),
             metrics: Metrics::new(),
             tracer: Tracer::disabled(),
+            paused: pauses,
         };
         let running = tokio::spawn(Supervisor::new(context, watch, commands).run(stop.clone()));
-        Self { broker, board, desks, table, ask, stop, running }
+        Self { broker, board, desks, table, ask, pause, stop, running }
     }
 
     pub(super) async fn desk(&self, route: &str) -> Arc<crate::deliver::desk::Desk> {
@@ -590,6 +595,50 @@ async fn exactly_once_survives_crashes_at_any_moment() {
 }
 
 /// The broker deletes records before they are processed: the route counts them and goes on, or stands still until somebody decides.
+#[tokio::test(start_paused = true)]
+async fn a_paused_route_delivers_nothing_and_finishes_what_is_out() {
+    let mesh = Mesh::on(broker(), "  - { name: work, service: worker, deliver: stream, from: [in], to: void, concurrency: 4 }");
+    let (desk, none) = (mesh.desk("work").await, Duration::from_secs(30));
+    let state = async |wanted: RouteState| loop {
+        match mesh.board.routes().pop() {
+            Some(status) if status.state == wanted => return status,
+            _ => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    };
+    let ignored = |taken: Vec<Delivery>| taken.into_iter().map(|delivery| Answer { id: delivery.id, outcome: Outcome::Ignore }).collect();
+    mesh.publish("in", (0..10).map(|n| (format!("k{n}"), n.to_string()))).await;
+    let out = desk.take(2, none).await.unwrap();
+    assert!(!out.is_empty());
+    let pause = Pause { by: "ann".to_owned(), since_ms: 0, reason: "migration".to_owned() };
+    mesh.pause.send_replace(Arc::new(Pauses::from([("work".to_owned(), pause)])));
+    let paused = state(RouteState::Paused).await;
+    assert_eq!(paused.reason, "paused by ann: migration; `mesh-ctl resume work` lets it go on");
+    // What was handed to the desk before may be fetched; nothing is after it.
+    let mut seen = out.len() as u64;
+    desk.answer(ignored(out));
+    loop {
+        let taken = desk.take(100, none).await.unwrap();
+        if taken.is_empty() {
+            break;
+        }
+        seen += taken.len() as u64;
+        desk.answer(ignored(taken));
+    }
+    assert!(seen < 10, "{seen} of 10 were delivered");
+    mesh.ended("work", seen).await;
+    assert_eq!(state(RouteState::Paused).await.in_flight, 0);
+    mesh.pause.send_replace(Arc::default());
+    while seen < 10 {
+        let taken = desk.take(100, none).await.unwrap();
+        assert!(!taken.is_empty(), "the route does not go on");
+        seen += taken.len() as u64;
+        desk.answer(ignored(taken));
+    }
+    assert_eq!(mesh.ended("work", 10).await, BTreeMap::from([(Disposition::Ignored, 10)]));
+    state(RouteState::Running).await;
+    mesh.end().await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_gap_is_counted_by_range_and_stops_the_partition_if_the_route_says_so() {
     let route = |on_gap: &str| format!("  - {{ name: work, service: worker, deliver: stream, from: [in], to: void, on_gap: {on_gap} }}");

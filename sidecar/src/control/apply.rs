@@ -445,7 +445,8 @@ fn listed(changes: &[String]) -> String {
     changes.iter().map(|change| format!("\n  {change}")).collect()
 }
 
-fn possibly_stored(kind: ProduceErrorKind) -> bool {
+/// Whether a record that was not acknowledged may be stored.
+pub(super) fn possibly_stored(kind: ProduceErrorKind) -> bool {
     matches!(kind, ProduceErrorKind::TimedOut | ProduceErrorKind::Fatal)
 }
 

@@ -15,6 +15,7 @@ use std::{
 use mesh_routing::sign::PublicKey;
 
 use super::snapshot::{Snapshot, SnapshotError};
+use crate::pause::Pauses;
 
 /// The newest copy's name within the state folder.
 pub(crate) const FILE: &str = "table.json";
@@ -42,19 +43,45 @@ pub(crate) enum CacheError {
     },
 }
 
+/// The file of the pauses, beside it.
+pub(crate) const PAUSES: &str = "pauses.json";
+
 /// Writes the newest copy. The one that was there is kept as the copy before it, if it is good.
 pub(crate) fn store(state: &Path, snapshot: &Snapshot, trusted: &[PublicKey]) -> Result<(), CacheError> {
-    let path = state.join(FILE);
     let kept = load(state, FILE, &snapshot.mesh, trusted).is_ok_and(|old| old.is_some_and(|old| old.generation < snapshot.generation));
+    write(state, FILE, snapshot, kept.then_some(PREVIOUS))
+}
+
+/// Writes the pauses.
+pub(crate) fn store_pauses(state: &Path, pauses: &Pauses) -> Result<(), CacheError> {
+    write(state, PAUSES, pauses, None)
+}
+
+/// Reads the pauses; none if there is no file.
+///
+/// # Errors
+/// The disk's, or what is wrong with the content, in words.
+pub(crate) fn load_pauses(state: &Path) -> Result<Pauses, String> {
+    let path = state.join(PAUSES);
+    match fs::read(&path) {
+        Ok(json) => serde_json::from_slice(&json).map_err(|error| format!("{}: {error}", path.display())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Pauses::new()),
+        Err(error) => Err(format!("{}: {error}", path.display())),
+    }
+}
+
+/// Writes a file, whole or not at all; the one that was there gets another name, if it is to be kept.
+fn write(state: &Path, name: &str, content: &impl serde::Serialize, keep: Option<&str>) -> Result<(), CacheError> {
+    let path = state.join(name);
     let write = || -> io::Result<()> {
         fs::create_dir_all(state)?;
-        let temporary = state.join(format!("{FILE}.{}.tmp", std::process::id()));
+        let temporary = state.join(format!("{name}.{}.tmp", std::process::id()));
         let mut file = File::create(&temporary)?;
-        file.write_all(&serde_json::to_vec(snapshot)?)?;
+        file.write_all(&serde_json::to_vec(content)?)?;
         file.sync_all()?;
-        if kept {
+        if let Some(keep) = keep {
             // Should the next step never come, this copy is still found.
-            fs::rename(&path, state.join(PREVIOUS))?;
+            fs::rename(&path, state.join(keep))?;
         }
         fs::rename(&temporary, &path)?;
         // The renames are durable only once the folder is.

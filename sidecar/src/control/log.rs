@@ -1,21 +1,27 @@
 //! The control log: which record of `__mesh.control` carries the table in force. Pure.
 //!
-//! A record is a proposal for one generation, under a key of its own: `<mesh>/<generation>/<id>`.
+//! A record is a proposal for one generation, under a key of its own: `<mesh>/<generation>/<id>`; or a route's pause: `<mesh>/pause/<route>`, whose
+//! last record counts.
 //!
 //! Invariant: the first record of a generation in log order wins it, whatever its value is. A reader that cannot read the value
 //! comes to the same winner as one that can, and refuses the table, not the generation.
 //! Invariant: the generation in force is the highest one that was claimed; it never goes back.
 //! Invariant: only generations that are [`KEEP`] or more behind are deleted, so a compacted log has the same head as the whole one.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use bytes::Bytes;
+
+use crate::pause::Pauses;
 
 /// How many generations are kept in the log.
 pub(crate) const KEEP: u64 = 50;
 
 /// How many beaten or stray keys are remembered for deletion, so that a broken writer cannot fill the memory.
 const MAX_LOSERS: usize = 1_024;
+
+/// How many routes can be paused at once: more than a mesh has.
+const MAX_PAUSES: usize = 100_000;
 
 /// The key of a proposal.
 pub(crate) fn proposal_key(mesh: &str, generation: u64, id: &str) -> String {
@@ -29,6 +35,17 @@ fn parse_key(mesh: &str, key: &[u8]) -> Option<u64> {
     let canonical = generation == "0" || !generation.starts_with(['0', '+']);
     let generation = generation.parse::<u64>().ok().filter(|generation| canonical && *generation > 0)?;
     (!id.is_empty() && !id.contains('/')).then_some(generation)
+}
+
+/// The key of a route's pause.
+pub(crate) fn pause_key(mesh: &str, route: &str) -> String {
+    format!("{mesh}/pause/{route}")
+}
+
+/// The route that a key is the pause of.
+fn parse_pause<'a>(mesh: &str, key: &'a [u8]) -> Option<&'a str> {
+    let route = std::str::from_utf8(key).ok()?.strip_prefix(mesh)?.strip_prefix("/pause/")?;
+    (!route.is_empty() && !route.contains('/')).then_some(route)
 }
 
 /// A record that won its generation.
@@ -53,6 +70,8 @@ pub(crate) enum Meaning {
     Deleted,
     /// It asked to delete the record in force, which is never done: this is somebody's mistake.
     DeletedHead,
+    /// It pauses this route, or lets it go on.
+    Pause(String),
     /// It is not of this mesh.
     Foreign,
 }
@@ -65,18 +84,22 @@ pub(crate) struct Log {
     head: u64,
     winners: BTreeMap<u64, Winner>,
     losers: BTreeMap<Bytes, u64>,
+    pauses: Arc<Pauses>,
 }
 
 impl Log {
     /// An empty log of a mesh.
     pub(crate) fn new(mesh: &str) -> Self {
-        Self { mesh: mesh.to_owned(), next_offset: 0, head: 0, winners: BTreeMap::new(), losers: BTreeMap::new() }
+        Self { mesh: mesh.to_owned(), next_offset: 0, head: 0, winners: BTreeMap::new(), losers: BTreeMap::new(), pauses: Arc::default() }
     }
 
     /// Takes the next record. One that was taken before changes nothing, so a reader may begin again; and a topic that was deleted and
     /// created anew, whose offsets begin anew, goes on where the old one ended.
     pub(crate) fn push(&mut self, offset: i64, key: Option<&Bytes>, value: Option<&Bytes>) -> Meaning {
         self.next_offset = offset + 1;
+        if let Some(route) = key.and_then(|key| parse_pause(&self.mesh, key)) {
+            return self.pause(route, value);
+        }
         let Some((key, generation)) = key.and_then(|key| Some((key, parse_key(&self.mesh, key)?))) else {
             return Meaning::Foreign;
         };
@@ -103,6 +126,22 @@ impl Log {
             self.winners.remove(&generation);
         }
         Meaning::Deleted
+    }
+
+    /// The last record of a route says whether it is paused. What cannot be read pauses it all the same: somebody wanted that.
+    fn pause(&mut self, route: &str, value: Option<&Bytes>) -> Meaning {
+        let pauses = Arc::make_mut(&mut self.pauses);
+        match value {
+            None => drop(pauses.remove(route)),
+            Some(_) if pauses.len() >= MAX_PAUSES && !pauses.contains_key(route) => {}
+            Some(value) => drop(pauses.insert(route.to_owned(), serde_json::from_slice(value).unwrap_or_default())),
+        }
+        Meaning::Pause(route.to_owned())
+    }
+
+    /// The routes that are paused.
+    pub(crate) fn pauses(&self) -> Arc<Pauses> {
+        self.pauses.clone()
     }
 
     /// Notes that everything below this offset was passed.
@@ -184,6 +223,23 @@ mod tests {
         assert_eq!(log.push(20, None, Some(&Bytes::new())), Meaning::Foreign);
         assert_eq!(log.push(21, Some(&Bytes::from_static(b"\xff/1/a")), None), Meaning::Foreign);
         assert_eq!(log.head(), 0);
+    }
+
+    #[test]
+    fn the_last_word_on_a_pause_counts() {
+        let mut log = Log::new("shop");
+        let pause = r#"{"by":"ann","sinceMs":5,"reason":"migration"}"#;
+        assert_eq!(push(&mut log, 0, "shop/pause/work", Some(pause)), Meaning::Pause("work".to_owned()));
+        assert_eq!(log.pauses()["work"].to_string(), "paused by ann at 1970-01-01T00:00:00Z: migration");
+        push(&mut log, 1, "shop/pause/other", Some("what is that"));
+        assert_eq!(log.pauses()["other"].to_string(), "paused");
+        let seen = log.pauses();
+        push(&mut log, 2, "shop/pause/work", None);
+        assert_eq!(log.pauses().keys().collect::<Vec<_>>(), ["other"]);
+        assert_eq!(seen.len(), 2, "what somebody looks at stays");
+        assert_eq!(push(&mut log, 3, "other/pause/work", Some(pause)), Meaning::Foreign);
+        assert_eq!(push(&mut log, 4, "shop/pause/a/b", Some(pause)), Meaning::Foreign);
+        assert_eq!((log.head(), log.next_offset()), (0, 5));
     }
 
     #[test]

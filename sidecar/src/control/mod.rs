@@ -24,6 +24,7 @@ mod history;
 mod letters;
 mod log;
 mod owners;
+mod pause;
 mod range;
 mod read;
 mod redrive;
@@ -61,6 +62,7 @@ use crate::{
     broker::Broker,
     command::Commands,
     config::Config,
+    pause::PauseWatch,
     status::Board,
     table::{TableOrigin, TableWatch},
 };
@@ -144,6 +146,7 @@ impl Control {
             None => None,
         };
         let shared = Arc::new(Shared::new(broker, config, board, commands));
+        pause::load(&shared).await;
         let stop = shutdown.child_token();
         let tasks = TaskTracker::new();
         tasks.spawn(read::run(shared.clone(), stop.clone()));
@@ -151,6 +154,7 @@ impl Control {
             Some(pinned) => tasks.spawn(adopt::run_pinned(shared.clone(), pinned, stop.clone())),
             None => tasks.spawn(adopt::run(shared.clone(), stop.clone())),
         };
+        tasks.spawn(pause::keep(shared.clone(), stop.clone()));
         tasks.spawn(report::read(shared.clone(), stop.clone()));
         tasks.spawn(commands::run(shared.clone(), stop.clone()));
         tasks.spawn(report::publish(shared.clone(), stop.clone()));
@@ -161,6 +165,11 @@ impl Control {
     /// The table in force here.
     pub fn table(&self) -> TableWatch {
         self.0.table.subscribe()
+    }
+
+    /// The routes that are paused.
+    pub fn paused(&self) -> PauseWatch {
+        self.0.pauses.subscribe()
     }
 
     /// Whether a table, or the knowledge that there is none, is there: `None` when ready, else what is waited for.
@@ -231,6 +240,11 @@ impl ControlHandle {
     /// The table in force here.
     pub fn table(&self) -> TableWatch {
         self.control.table()
+    }
+
+    /// The routes that are paused.
+    pub fn paused(&self) -> PauseWatch {
+        self.control.paused()
     }
 
     /// Becomes `true` once, when the control plane is ready.

@@ -162,6 +162,7 @@ fn route(status: &RouteStatus) -> v1::RouteStatus {
             RouteState::WaitingForBroker => v1::RouteState::WaitingForBroker,
             RouteState::WaitingForTopic => v1::RouteState::WaitingForTopic,
             RouteState::Stopped => v1::RouteState::Stopped,
+            RouteState::Paused => v1::RouteState::Paused,
             RouteState::Draining => v1::RouteState::Draining,
         }
         .into(),

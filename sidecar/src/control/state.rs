@@ -17,6 +17,7 @@ use crate::{
     broker::Broker,
     command::Commands,
     config::Config,
+    pause::Pauses,
     status::Board,
     table::{ActiveTable, TableOrigin},
 };
@@ -74,6 +75,8 @@ pub(super) struct Shared {
     pub(super) progress: watch::Sender<Progress>,
     pub(super) local: watch::Sender<Local>,
     pub(super) table: watch::Sender<Option<Arc<ActiveTable>>>,
+    /// The routes that are paused.
+    pub(super) pauses: watch::Sender<Arc<Pauses>>,
     pub(super) ready: watch::Sender<bool>,
     /// What is waited for, by subject.
     waiting: Mutex<BTreeMap<&'static str, String>>,
@@ -108,6 +111,7 @@ impl Shared {
             progress: watch::Sender::default(),
             local: watch::Sender::default(),
             table: watch::Sender::default(),
+            pauses: watch::Sender::default(),
             ready: watch::Sender::default(),
             waiting: Mutex::default(),
             peers: Mutex::default(),

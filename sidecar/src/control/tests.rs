@@ -13,7 +13,7 @@ use super::{
     topics::CONTROL_TOPIC,
 };
 use crate::{
-    config::{BrokerConfig, Config, ControlConfig, Limits, Listen, LogFormat, ServiceConfig, TelemetryConfig},
+    config::{BrokerConfig, Config, ControlConfig, Limits, Listen, ListenTls, LogFormat, ServiceConfig, TelemetryConfig},
     record::Record,
     status::{Board, RouteState, RouteStatus},
     table::TableOrigin,
@@ -32,6 +32,7 @@ fn config(instance: &str, state: &Path, table: Option<&Path>) -> Arc<Config> {
         table: table.map(Path::to_owned),
         control: ControlConfig::default(),
         listen: Listen { api: address, admin: address, probe: address },
+        tls: ListenTls::default(),
         telemetry: TelemetryConfig { otlp: None, log: String::new(), log_format: LogFormat::Json },
         limits: Limits {
             record_bytes: 1 << 20,

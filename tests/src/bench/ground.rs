@@ -71,6 +71,13 @@ impl Bench {
         Ok(Self { broker: Broker::Kafka(handle.bootstrap().to_owned()), kafka: Some((handle, topics)), effort, capacity: OnceCell::new() })
     }
 
+    /// The same with a further variable in the sidecar's environment.
+    pub(super) fn with_env(&self, name: &str, value: &str) -> Self {
+        let mut effort = self.effort.clone();
+        effort.env.push((name.to_owned(), value.to_owned()));
+        Self { broker: self.broker.clone(), kafka: self.kafka.clone(), effort, capacity: OnceCell::new() }
+    }
+
     /// Measures a row. One that fails says so in its place.
     pub async fn measure(&self, kind: Kind) -> Row {
         let mut row = Row::new(kind, self.name());
@@ -88,6 +95,8 @@ impl Bench {
             Kind::Start => self.start(&mut row).await,
             Kind::Swap => self.swap(&mut row).await,
             Kind::Kill => self.kill(&mut row).await,
+            Kind::TlsHttp | Kind::TlsStream => self.tls(&mut row).await,
+            Kind::TraceHttp => self.traced(&mut row).await,
         };
         row.failed = result.err().map(|error| format!("{error:#}"));
         row

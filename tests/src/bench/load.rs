@@ -2,6 +2,7 @@
 
 use std::{
     net::SocketAddr,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -18,12 +19,21 @@ use mesh_proto::v1::{
     self, handler_client::HandlerClient, mesh_client::MeshClient, outcome, publish_result, subscribe_request, subscribe_response,
 };
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     net::TcpStream,
     sync::mpsc,
     task::JoinSet,
 };
+use tokio_rustls::{
+    TlsConnector,
+    rustls::{
+        ClientConfig, RootCertStore,
+        crypto::ring,
+        pki_types::{CertificateDer, ServerName, pem::PemObject as _},
+    },
+};
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
 
 use super::{
     ground::Filling,
@@ -94,18 +104,33 @@ async fn measure(span: Span, shared: Arc<Shared>, mut tasks: JoinSet<Result<()>>
 ///
 /// # Errors
 /// If one is not answered with 200.
-pub async fn http(address: SocketAddr, path: String, connections: usize, span: Span) -> Result<Measured> {
+pub async fn http(address: SocketAddr, path: String, connections: usize, ca: Option<PathBuf>, span: Span) -> Result<Measured> {
+    let tls = ca.as_deref().map(tls).transpose()?;
     let shared = Arc::new(Shared::default());
     let mut tasks = JoinSet::new();
     for connection in 0..connections {
         let stream = TcpStream::connect(address).await?;
         stream.set_nodelay(true)?;
-        tasks.spawn(posts(stream, path.clone(), connection as u64, shared.clone()));
+        match &tls {
+            None => tasks.spawn(posts(stream, path.clone(), connection as u64, shared.clone())),
+            Some(tls) => {
+                let stream = tls.connect(ServerName::try_from("localhost")?, stream).await?;
+                tasks.spawn(posts(stream, path.clone(), connection as u64, shared.clone()))
+            }
+        };
     }
     measure(span, shared, tasks).await
 }
 
-async fn posts(mut stream: TcpStream, path: String, mut number: u64, shared: Arc<Shared>) -> Result<()> {
+/// TLS with this authority.
+fn tls(ca: &Path) -> Result<TlsConnector> {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_file(ca)?)?;
+    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider())).with_safe_default_protocol_versions()?;
+    Ok(TlsConnector::from(Arc::new(config.with_root_certificates(roots).with_no_client_auth())))
+}
+
+async fn posts(mut stream: impl AsyncRead + AsyncWrite + Unpin, path: String, mut number: u64, shared: Arc<Shared>) -> Result<()> {
     let head = format!(
         "POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\nmesh-key: k",
         service::VALUE
@@ -129,7 +154,7 @@ async fn posts(mut stream: TcpStream, path: String, mut number: u64, shared: Arc
 }
 
 /// Reads one answer with a `content-length`, and checks that it is a 200.
-async fn read_answer(stream: &mut TcpStream, buffer: &mut [u8]) -> Result<()> {
+async fn read_answer(stream: &mut (impl AsyncRead + Unpin), buffer: &mut [u8]) -> Result<()> {
     let mut filled = 0;
     loop {
         let read = stream.read(&mut buffer[filled..]).await?;
@@ -249,8 +274,21 @@ pub async fn unary(url: String, topic: String, calls: usize, span: Span) -> Resu
 ///
 /// # Errors
 /// If one is not stored.
-pub async fn publish_stream(url: String, topic: String, window: usize, batch: u64, span: Span) -> Result<Measured> {
-    let mut client = mesh(url).await?;
+pub async fn publish_stream(
+    url: String,
+    topic: String,
+    (window, batch): (usize, u64),
+    ca: Option<PathBuf>,
+    span: Span,
+) -> Result<Measured> {
+    let mut client = match ca {
+        None => mesh(url).await?,
+        Some(ca) => {
+            let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(std::fs::read(ca)?)).domain_name("localhost");
+            let channel = Endpoint::from_shared(url.replacen("http:", "https:", 1))?.tls_config(tls)?.connect().await?;
+            MeshClient::new(channel).max_decoding_message_size(64 << 20).max_encoding_message_size(usize::MAX)
+        }
+    };
     let shared = Arc::new(Shared::default());
     let mut tasks = JoinSet::new();
     let counted = shared.clone();

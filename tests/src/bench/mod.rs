@@ -4,6 +4,7 @@
 //! Invariant: a row and its floors alternate in every round, so that both meet the machine in the same mood; ratios are medians of the
 //! rounds' own ratios.
 
+mod cost;
 pub mod curves;
 pub mod ground;
 pub mod guard;

@@ -156,6 +156,9 @@ fn title(kind: Kind) -> &'static str {
         Kind::Start => "start of the process to ready",
         Kind::Swap => "swap of a table of 1,000 routes",
         Kind::Kill => "three `kill -9` in 20,000 records",
+        Kind::TlsHttp => "publish over HTTP with TLS",
+        Kind::TlsStream => "publish on a gRPC stream with TLS",
+        Kind::TraceHttp => "push over HTTP/1.1, every record traced",
     }
 }
 
@@ -168,7 +171,7 @@ fn goal(kind: Kind) -> &'static str {
         Kind::PublishUnary => "≥ 30,000/s",
         Kind::PublishStream => "≥ 0.7 of librdkafka",
         Kind::Hop | Kind::HopIdle => "p50 ≤ 0.7 ms, p99 ≤ direct + 2 ms",
-        Kind::Hop10 | Kind::Hop50 | Kind::Hop80 => "",
+        Kind::Hop10 | Kind::Hop50 | Kind::Hop80 | Kind::TlsHttp | Kind::TlsStream | Kind::TraceHttp => "",
         Kind::Idle => "≤ 25 MB",
         Kind::Memory => "≤ 25 MB with one idle route, ≤ 1 MB each further one, ≤ 60 MB under a push",
         Kind::Start => "≤ 150 ms on Kafka, ≤ 100 ms embedded",

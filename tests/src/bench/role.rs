@@ -2,7 +2,7 @@
 
 use std::{
     net::SocketAddr,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
 };
@@ -57,10 +57,15 @@ pub enum Role {
         path: String,
         /// Connections.
         connections: usize,
+        /// With TLS, and this authority.
+        #[arg(long)]
+        ca: Option<PathBuf>,
         /// When and whom it measures.
         #[command(flatten)]
         span: SpanArgs,
     },
+    /// Takes spans, and forgets them.
+    Collector,
     /// Calls an HTTP service as the sidecar does.
     LoadHop {
         /// The service.
@@ -93,6 +98,9 @@ pub enum Role {
         window: usize,
         /// Records a request.
         batch: u64,
+        /// With TLS, and this authority.
+        #[arg(long)]
+        ca: Option<PathBuf>,
         /// When and whom it measures.
         #[command(flatten)]
         span: SpanArgs,
@@ -216,13 +224,14 @@ impl Role {
             Self::Subscriber { url, route, credits } => return runtime(1)?.block_on(service::subscriber(url, route, credits)),
             Self::Work { work, records } => return runtime(1)?.block_on(work.run(records)),
             Self::Pipe { bootstrap, from, to } => return kafka::pipe(&bootstrap, &from, &to),
-            Self::LoadHttp { address, path, connections, span } => {
-                runtime(1)?.block_on(load::http(address, path, connections, span.span()?))
+            Self::Collector => return runtime(1)?.block_on(service::collector()),
+            Self::LoadHttp { address, path, connections, ca, span } => {
+                runtime(1)?.block_on(load::http(address, path, connections, ca, span.span()?))
             }
             Self::LoadHop { address, connections, span } => runtime(1)?.block_on(load::hop(address, connections, span.span()?)),
             Self::LoadUnary { url, topic, calls, span } => runtime(1)?.block_on(load::unary(url, topic, calls, span.span()?)),
-            Self::LoadStream { url, topic, window, batch, span } => {
-                runtime(1)?.block_on(load::publish_stream(url, topic, window, batch, span.span()?))
+            Self::LoadStream { url, topic, window, batch, ca, span } => {
+                runtime(1)?.block_on(load::publish_stream(url, topic, (window, batch), ca, span.span()?))
             }
             Self::LoadHandle { url, window, batch, span } => runtime(1)?.block_on(load::handle_stream(url, window, batch, span.span()?)),
             Self::LoadSubscribe { url, topic, count, records, span } => {

@@ -44,6 +44,12 @@ pub enum Kind {
     Swap,
     /// Duplicates after three `kill -9`.
     Kill,
+    /// Publishing over HTTP with TLS; its floor is the same in clear.
+    TlsHttp,
+    /// Publishing on one gRPC stream with TLS; its floor is the same in clear.
+    TlsStream,
+    /// A push over HTTP with a span of every record; its floor is the same without.
+    TraceHttp,
 }
 
 impl Kind {

@@ -17,6 +17,10 @@ use hyper_util::rt::TokioIo;
 use mesh_proto::v1::{
     self, handler_server, mesh_client::MeshClient, mesh_server, outcome, publish_result, subscribe_request, subscribe_response,
 };
+use opentelemetry_proto::tonic::collector::trace::v1::{
+    ExportTraceServiceRequest, ExportTraceServiceResponse,
+    trace_service_server::{TraceService, TraceServiceServer},
+};
 use serde::{Deserialize, Serialize};
 use tokio::{net::TcpListener, sync::mpsc};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
@@ -140,6 +144,25 @@ pub async fn grpc() -> Result<()> {
         .serve_with_incoming(listener)
         .await?;
     Ok(())
+}
+
+/// An OTLP collector that forgets what it gets.
+///
+/// # Errors
+/// If it cannot listen.
+pub async fn collector() -> Result<()> {
+    let listener = TcpListenerStream::new(listen().await?);
+    tonic::transport::Server::builder().add_service(TraceServiceServer::new(Forget)).serve_with_incoming(listener).await?;
+    Ok(())
+}
+
+struct Forget;
+
+#[tonic::async_trait]
+impl TraceService for Forget {
+    async fn export(&self, _: tonic::Request<ExportTraceServiceRequest>) -> Result<tonic::Response<ExportTraceServiceResponse>, Status> {
+        Ok(tonic::Response::new(ExportTraceServiceResponse::default()))
+    }
 }
 
 struct Echo;

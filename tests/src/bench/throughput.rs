@@ -1,5 +1,7 @@
 //! Throughput: backlogs that are pushed, and publishing.
 
+use std::path::Path;
+
 use anyhow::Result;
 
 use super::{
@@ -9,7 +11,7 @@ use super::{
     role,
     rows::{Kind, Row},
 };
-use crate::{process::Process, stage::Stage};
+use crate::{certificates::Authority, process::Process, stage::Stage};
 
 /// Deliveries that are out at once: HTTP, and gRPC, whose messages carry up to 32.
 const CONCURRENCY: [u32; 2] = [64, 1024];
@@ -110,17 +112,6 @@ impl Bench {
         for round in 0..self.effort.rounds {
             let topic = stage.topic(&format!("publish{round}"));
             self.create(&topic).await?;
-            let (connections, window, batch) = (CONNECTIONS.to_string(), WINDOW.to_string(), BATCH.to_string());
-            let arguments = |address: &str| -> Vec<String> {
-                let url = format!("http://{address}");
-                let path = format!("/v1/topics/{topic}/records");
-                let arguments: [&str; 5] = match kind {
-                    Kind::PublishHttp => ["load-http", address, &path, &connections, ""],
-                    Kind::PublishUnary => ["load-unary", &url, &topic, &connections, ""],
-                    _ => ["load-stream", &url, &topic, &window, &batch],
-                };
-                arguments.iter().filter(|argument| !argument.is_empty()).map(|argument| (*argument).to_owned()).collect()
-            };
             let role: &[&str] = match kind {
                 Kind::PublishHttp => &["service-http", "position", "--threads", "2"],
                 _ => &["service-grpc", "--threads", "2"],
@@ -129,7 +120,7 @@ impl Bench {
             if !librdkafka {
                 let (floor, port) = role::serve(stage.folder(), role).await?;
                 let watch = Watch::default().with("service", floor.id());
-                let arguments = arguments(&format!("127.0.0.1:{port}"));
+                let arguments = publish_arguments(kind, &format!("127.0.0.1:{port}"), &topic, None);
                 let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
                 let name = match kind {
                     Kind::PublishHttp => "bare hyper server",
@@ -142,15 +133,41 @@ impl Bench {
                 let arguments = ["produce", handle.bootstrap(), &topic];
                 row.floor("librdkafka alone", role::measure(&arguments, warmup, seconds, &self.watch()).await?);
             }
-            let table = format!("topics: {{ {topic}: {{ partitions: 4 }} }}\nroutes: []\n");
-            let mut sidecar = self.sidecar(&stage, &format!("sidecar{round}")).client("client").pinned(&table).start().await?;
-            let watch = self.watch().with("sidecar", sidecar.process()?.id());
-            let arguments = arguments(&sidecar.api_address().to_string());
-            let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-            row.mesh.push(role::measure(&arguments, warmup, seconds, &watch).await?);
-            sidecar.finish().await?;
+            row.mesh.push(self.publish_round(kind, &stage, &format!("round{round}"), None).await?);
             self.delete(&[&topic]).await?;
         }
         Ok(())
     }
+    /// Publishes to a sidecar of its own; over TLS with an authority.
+    pub(super) async fn publish_round(&self, kind: Kind, stage: &Stage, name: &str, authority: Option<&Authority>) -> Result<Measured> {
+        let topic = stage.topic(name);
+        self.create(&topic).await?;
+        let table = format!("topics: {{ {topic}: {{ partitions: 4 }} }}\nroutes: []\n");
+        let mut builder = self.sidecar(stage, name).client("client").pinned(&table);
+        if let Some(authority) = authority {
+            let (cert, key) = authority.sign("localhost")?;
+            builder = builder.env("MESH_LISTEN_TLS_API", &format!("{{ cert: {cert:?}, key: {key:?} }}"));
+        }
+        let mut sidecar = builder.start().await?;
+        let watch = self.watch().with("sidecar", sidecar.process()?.id());
+        let ca = authority.map(Authority::file);
+        let arguments = publish_arguments(kind, &sidecar.api_address().to_string(), &topic, ca.as_deref());
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let measured = role::measure(&arguments, self.effort.warmup, self.effort.seconds, &watch).await?;
+        sidecar.finish().await?;
+        self.delete(&[&topic]).await?;
+        Ok(measured)
+    }
+}
+
+/// What the load of a row is told.
+fn publish_arguments(kind: Kind, address: &str, topic: &str, ca: Option<&Path>) -> Vec<String> {
+    let (url, path) = (format!("http://{address}"), format!("/v1/topics/{topic}/records"));
+    let mut arguments: Vec<String> = match kind {
+        Kind::PublishHttp => vec!["load-http".to_owned(), address.to_owned(), path, CONNECTIONS.to_string()],
+        Kind::PublishUnary => vec!["load-unary".to_owned(), url, topic.to_owned(), CONNECTIONS.to_string()],
+        _ => vec!["load-stream".to_owned(), url, topic.to_owned(), WINDOW.to_string(), BATCH.to_string()],
+    };
+    arguments.extend(ca.map(|file| format!("--ca={}", file.display())));
+    arguments
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use mesh_proto::v1::{GetStatusResponse, InstanceState};
+use mesh_proto::v1::{GetStatusResponse, InstanceState, RouteState};
 use mesh_tests::{
     broker::Broker,
     load::Load,
@@ -30,6 +30,43 @@ fn table(to: &str) -> String {
 fn synced(status: &GetStatusResponse, instances: usize, generation: u64) -> bool {
     let at = status.instances.iter().filter(|one| one.state() == InstanceState::Synced && one.generation == generation);
     status.generation == generation && at.count() == instances
+}
+
+on_both!(a_pause_holds_over_restarts_and_new_tables_until_the_route_is_resumed, pause_and_resume);
+
+async fn pause_and_resume(stage: Stage) -> Result<()> {
+    let service = Service::native(Scenario::new()).await?;
+    let mut sidecar = stage.sidecar("sidecar").service("work", &service).start().await?;
+    sidecar.apply(&table("%out")).await?;
+    sidecar.wait_running(&["work"]).await?;
+    let said = sidecar.ctl(&["pause", "work", "--reason", "a migration", "--wait"]).await?.success()?;
+    ensure!(said == "route work is paused\n", "{said}");
+    let again = sidecar.ctl(&["pause", "work", "--wait", "-o", "json"]).await?.success()?;
+    let again: Value = serde_json::from_str(&again)?;
+    ensure!(again == json!({ "route": "work", "paused": true, "changed": false, "delivering": [] }), "{again}");
+    let unknown = sidecar.ctl(&["pause", "wrok"]).await?;
+    ensure!(
+        unknown.status == Some(2) && unknown.stderr.contains("there is no route wrok") && unknown.stderr.contains("work"),
+        "{unknown:?}"
+    );
+
+    sidecar.publish(&stage.topic("in"), Some("k"), "application/json", "{}").await?;
+    sidecar.kill9().await?;
+    sidecar.start().await?;
+    sidecar.apply(&table("%out, %copy")).await?;
+    let paused = |status: &GetStatusResponse| {
+        mesh_tests::sidecar::routes_of(status)
+            .any(|route| route.state() == RouteState::Paused && route.partitions > 0 && route.lag_records == 1)
+    };
+    let status = sidecar.wait_status("paused, with a record that waits", MINUTE, paused).await?;
+    let reason = mesh_tests::sidecar::routes_of(&status).map(|route| route.reason.clone()).collect::<Vec<_>>().join(" ");
+    ensure!(reason.contains("paused") && reason.contains("`mesh-ctl resume work`"), "{reason}");
+    ensure!(service.total().await? == 0, "a paused route delivers");
+    ensure!(sidecar.ctl(&["resume", "work"]).await?.success()? == "route work goes on\n");
+    sidecar.wait_done(&["work"], MINUTE).await?;
+    ensure!(service.total().await? == 1);
+    ensure!(sidecar.ctl(&["resume", "work"]).await?.success()? == "route work was not paused\n");
+    sidecar.finish().await
 }
 
 on_both!(a_table_applied_at_one_sidecar_reaches_all_and_survives_restarts, apply_and_restart);

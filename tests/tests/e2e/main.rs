@@ -3,6 +3,7 @@
 //! One binary, so that all of it shares one Kafka. `MESH_FULL=1` runs the full lengths: 100,000 records where 10,000 are run otherwise, two
 //! minutes of outage where 20 s are. `MESH_KEEP=1` keeps the folders of the tests. `MESH_BIN_DIR` names ready-made binaries.
 
+mod access;
 mod api;
 mod batch;
 mod broker_away;

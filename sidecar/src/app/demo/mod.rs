@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{App, remote};
 use crate::{
-    config::{AppAddress, BrokerConfig, Config, ControlConfig, Limits, Listen, LogFormat, ServiceConfig, TelemetryConfig},
+    config::{AppAddress, BrokerConfig, Config, ControlConfig, Limits, Listen, ListenTls, LogFormat, ServiceConfig, TelemetryConfig},
     control::ApplyOptions,
     outcome::Disposition,
     telemetry::logs,
@@ -157,8 +157,9 @@ fn config(args: &Args, folder: PathBuf, telemetry: TelemetryConfig, services: Ve
         state: folder.join("state"),
         broker: BrokerConfig::Embedded { path: folder.join("data") },
         table: None,
-        control: ControlConfig::default(),
         listen: Listen { api: at(0), admin: at(1), probe: at(2) },
+        tls: ListenTls::default(),
+        control: ControlConfig::default(),
         telemetry,
         limits: Limits::default(),
     }

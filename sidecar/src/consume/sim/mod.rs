@@ -289,6 +289,7 @@ impl Stage {
             route: changes,
             applied_ms: 0,
             commands: commanded,
+            paused: crate::pause::never(),
             instance: None,
             transactional_id: format!("sim/{name}"),
             buffer_bytes: 1 << 20,

@@ -121,13 +121,14 @@ const ENDS: [(Disposition, &str); 12] = [
     (Disposition::DeadLettered, "schema"),
 ];
 
-const STATES: [(RouteState, &str); 7] = [
+const STATES: [(RouteState, &str); 8] = [
     (RouteState::Joining, "joining"),
     (RouteState::Running, "running"),
     (RouteState::WaitingForService, "waiting_for_service"),
     (RouteState::WaitingForBroker, "waiting_for_broker"),
     (RouteState::WaitingForTopic, "waiting_for_topic"),
     (RouteState::Stopped, "stopped"),
+    (RouteState::Paused, "paused"),
     (RouteState::Draining, "draining"),
 ];
 

@@ -15,6 +15,7 @@ use mesh_sidecar::{
     deliver::desk::Desks,
     lanes::{Lane, Lanes},
     outcome::Disposition,
+    pause,
     publish::{Caller, Draft, Publisher, TraceHeaders},
     record::Record,
     status::Board,
@@ -160,8 +161,15 @@ async fn route(records: u64) -> Result<()> {
     let (_table, watch) = watch::channel(Some(Arc::new(active)));
     let (_commands, commanded) = command::channel();
     let (board, stop) = (Board::default(), CancellationToken::new());
-    let context =
-        Context { config, broker, board: board.clone(), desks: Desks::default(), metrics: Metrics::new(), tracer: Tracer::disabled() };
+    let context = Context {
+        config,
+        broker,
+        board: board.clone(),
+        desks: Desks::default(),
+        metrics: Metrics::new(),
+        tracer: Tracer::disabled(),
+        paused: pause::never(),
+    };
     let running = tokio::spawn(Supervisor::new(context, watch, commanded).run(stop.clone()));
     let forwarded = || board.routes().iter().filter_map(|route| route.dispositions.get(&Disposition::Forwarded)).sum::<u64>();
     let all = async {
