@@ -13,8 +13,8 @@ pub(crate) use tables::{Apply, Diff, History, How, Keys, KeysGenerate, KeysShow,
 
 const EXIT_CODES: &str = "\
 Exit codes:
-  0  done; `diff`: no difference
-  1  the answer is no: faults in a table, a table refused, a reset refused, `diff`: there are differences
+  0  done; `diff`, `plan`: no difference
+  1  the answer is no: faults in a table, a table refused, a reset refused, `diff`, `plan`: there are differences
   2  an error: wrong usage, an unreadable file, no sidecar at the admin address
   3  a conflict: somebody else applied, or another generation is in force than expected
   4  not known whether it was done, or not in force everywhere in time (`apply --wait`)
@@ -129,6 +129,13 @@ pub(crate) enum Command {
     Dlq(Dlq),
     /// Copy a range of a topic into another, or to one route. A preview, unless --execute is given.
     Replay(Replay),
+    /// Run the last records of the sources through a routing table that is not applied: what would be delivered, filtered or sent elsewhere.
+    /// Nothing is delivered. Exits with 0 if nothing would change, 1 if something would, 2 or more on errors.
+    Plan(Plan),
+    /// Tell what each route did, or would do, with a record, and what became of it.
+    Explain(Explain),
+    /// Follow a flow over its hops, from the records alone: by a trace id or a mesh-id.
+    Trace(Trace),
 }
 
 /// `validate`.
@@ -460,6 +467,78 @@ impl std::str::FromStr for Offsets {
     }
 }
 
+/// `plan`.
+#[derive(Debug, Args)]
+#[command(after_help = PLAN_HELP)]
+pub(crate) struct Plan {
+    /// The file; `-` is stdin.
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) file: Source,
+    /// The records of the last so long. Without this, --records and --from: 10m.
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, conflicts_with_all = ["records", "from"])]
+    pub(crate) last: Option<Duration>,
+    /// The last N records of each partition.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), conflicts_with = "from")]
+    pub(crate) records: Option<u64>,
+    /// The records from this time on: a time as in `reset --to-datetime`.
+    #[arg(long, value_name = "TIME")]
+    pub(crate) from: Option<Moment>,
+    /// Only this route.
+    #[arg(long, value_name = "ROUTE")]
+    pub(crate) route: Option<String>,
+    /// Show at most so many records of each route that would end otherwise.
+    #[arg(long, value_name = "N", default_value = "5", value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub(crate) samples: u32,
+}
+
+const PLAN_HELP: &str = "\
+Up to the call of the service, what a route does with a record follows from the record alone: filter, max_hops,
+mesh-only-route. That is told exactly. Where the answer goes may depend on the answer; then the replies that are
+stored are judged by both tables. What they cannot tell (the status and headers of an answer are not stored) is
+counted as undecided, with the reason. At most 200,000 records are read, the newest; what was left out is said.
+
+  mesh-ctl plan -f routes.yaml
+  mesh-ctl plan -f routes.yaml --last 1h --route price --samples 20
+  mesh-ctl plan -f routes.yaml --records 1000 -o json";
+
+/// `explain`.
+#[derive(Debug, Args)]
+pub(crate) struct Explain {
+    /// The record.
+    #[arg(value_name = "TOPIC/PARTITION/OFFSET")]
+    pub(crate) record: RecordPlace,
+}
+
+/// A place with its topic.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct RecordPlace(pub(crate) mesh_proto::v1::Position);
+
+impl std::str::FromStr for RecordPlace {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parsed = text.rsplit_once('/').and_then(|(rest, offset)| {
+            let (topic, partition) = rest.rsplit_once('/').filter(|(topic, _)| !topic.is_empty())?;
+            Some((topic.to_owned(), partition.parse().ok().filter(|n: &i32| *n >= 0)?, offset.parse().ok().filter(|n: &i64| *n >= 0)?))
+        });
+        let (topic, partition, offset) = parsed.ok_or("use TOPIC/PARTITION/OFFSET, such as orders/3/1042")?;
+        Ok(Self(mesh_proto::v1::Position { topic, partition, offset }))
+    }
+}
+
+/// `trace`.
+#[derive(Debug, Args)]
+pub(crate) struct Trace {
+    /// A trace id (32 hexadecimal digits, as in `traceparent`), or the mesh-id of any record of the flow.
+    pub(crate) id: String,
+    /// Among the records of the last so long. Without this and --from: 1h.
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, conflicts_with = "from")]
+    pub(crate) last: Option<Duration>,
+    /// Among the records from this time on: a time as in `reset --to-datetime`.
+    #[arg(long, value_name = "TIME")]
+    pub(crate) from: Option<Moment>,
+}
+
 /// The language of a graph.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum GraphFormat {
@@ -534,6 +613,16 @@ mod tests {
         assert_eq!("orders/3=5".parse(), Ok(Offsets::Each(vec![at("orders", 3, 5)])));
         for wrong in ["", "a", "0=", "=1", "0=1,", "0:1", "orders=1"] {
             assert!(wrong.parse::<Offsets>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn places_of_records() {
+        let place = |topic: &str, partition, offset| RecordPlace(mesh_proto::v1::Position { topic: topic.to_owned(), partition, offset });
+        assert_eq!("orders/3/1042".parse(), Ok(place("orders", 3, 1042)));
+        assert_eq!("shop.orders-v1/0/0".parse(), Ok(place("shop.orders-v1", 0, 0)));
+        for wrong in ["", "orders", "orders/3", "orders/x/1", "orders/-1/1", "orders/1/-1", "/1/2", "orders/1/"] {
+            assert!(wrong.parse::<RecordPlace>().is_err(), "{wrong}");
         }
     }
 

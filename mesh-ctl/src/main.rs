@@ -18,6 +18,9 @@
 //! | `pause ROUTE`, `resume ROUTE` | nothing is delivered, until it is resumed |
 //! | `dlq list, show, redrive, purge` | dead letters: counted, shown, sent back once, deleted |
 //! | `replay` | copies a range of a topic into another, or to one route |
+//! | `plan -f FILE` | what a table would do with the last records of its sources |
+//! | `explain TOPIC/PARTITION/OFFSET` | what each route did with a record |
+//! | `trace ID` | a flow over its hops, from the records alone |
 //! | `graph` | the routes as a graph, of a file or of the mesh: text, Mermaid, Graphviz |
 //!
 //! Exit codes: 0 done (`diff`: the same); 1 the answer is no: faults, refused, `diff` differs; 2 an error: usage, files, no sidecar;

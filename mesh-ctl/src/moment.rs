@@ -12,6 +12,12 @@ pub(crate) struct Moment {
 }
 
 impl Moment {
+    /// So long ago; the beginning of 1970 if that is longer than time is.
+    pub(crate) fn ago(ago: Duration) -> Self {
+        let time = SignedDuration::try_from(ago).ok().and_then(|ago| Timestamp::now().checked_sub(ago).ok());
+        Self { time: time.unwrap_or(Timestamp::UNIX_EPOCH), how: "UTC, counted from now" }
+    }
+
     /// In milliseconds since 1970-01-01 UTC.
     pub(crate) fn millis(&self) -> i64 {
         self.time.as_millisecond()

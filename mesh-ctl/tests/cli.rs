@@ -45,6 +45,11 @@ struct State {
     history: v1::GetHistoryResponse,
     reset: Option<Result<v1::ResetResponse, Status>>,
     resets: Vec<v1::ResetRequest>,
+    plan: Vec<v1::PlanProgress>,
+    planned: Vec<v1::PlanRequest>,
+    explained: Option<v1::ExplainResponse>,
+    traced: Vec<v1::TraceRequest>,
+    flow: v1::TraceResponse,
 }
 
 #[tonic::async_trait]
@@ -124,6 +129,27 @@ impl v1::control_server::Control for Script {
 
     async fn replay(&self, _: Request<v1::ReplayRequest>) -> Result<Response<Self::ReplayStream>, Status> {
         Err(Status::not_found("there is no such route"))
+    }
+
+    type PlanStream = tokio_stream::Iter<std::vec::IntoIter<Result<v1::PlanProgress, Status>>>;
+
+    async fn plan(&self, request: Request<v1::PlanRequest>) -> Result<Response<Self::PlanStream>, Status> {
+        let mut state = self.0.lock().unwrap();
+        state.planned.push(request.into_inner());
+        let said: Vec<_> = state.plan.iter().cloned().map(Ok).collect();
+        Ok(Response::new(tokio_stream::iter(said)))
+    }
+
+    async fn explain(&self, request: Request<v1::ExplainRequest>) -> Result<Response<v1::ExplainResponse>, Status> {
+        let state = self.0.lock().unwrap();
+        let at = request.into_inner().position.unwrap();
+        state.explained.clone().map(Response::new).ok_or_else(|| Status::invalid_argument(format!("there is no topic {}", at.topic)))
+    }
+
+    async fn trace(&self, request: Request<v1::TraceRequest>) -> Result<Response<v1::TraceResponse>, Status> {
+        let mut state = self.0.lock().unwrap();
+        state.traced.push(request.into_inner());
+        Ok(Response::new(state.flow.clone()))
     }
 
     async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
@@ -687,4 +713,94 @@ async fn reset_says_what_it_would_do_and_what_it_did() {
     }
     let asked = bench.script.0.lock().unwrap().resets.pop().unwrap();
     assert!(asked.execute && matches!(asked.to, Some(v1::reset_request::To::Offsets(offsets)) if offsets.offsets.len() == 2));
+}
+
+#[tokio::test]
+async fn plan_tells_by_its_code_whether_anything_would_change() {
+    let bench = Bench::new().await;
+    bench.file("routes.yaml", TABLE);
+    let route = |change: v1::RouteChange, changed| v1::RoutePlan {
+        route: "price".to_owned(),
+        change: change.into(),
+        changed,
+        ..Default::default()
+    };
+    let planned = |route| {
+        let result = v1::PlanResult { generation: 3, routes: vec![route], ..Default::default() };
+        vec![
+            v1::PlanProgress { read: 1, in_range: 2, ..Default::default() },
+            v1::PlanProgress { finished: true, result: Some(result), ..Default::default() },
+        ]
+    };
+    bench.script.set(|state| state.plan = planned(route(v1::RouteChange::Changed, 0)));
+    let said = bench.run(&["plan", "-f", "routes.yaml", "--records", "7", "--route", "price"]).await.ends(0);
+    assert!(said.out.contains("beside generation 3") && said.err.is_empty(), "{said:?}");
+    let asked = bench.script.0.lock().unwrap().planned.pop().unwrap();
+    assert_eq!((asked.last_records, asked.since_ms, &*asked.route, asked.samples), (7, None, "price", 5));
+    assert_eq!(asked.table.unwrap().file, "routes.yaml");
+    let before = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as i64;
+    bench.run(&["plan", "-f", "routes.yaml"]).await.ends(0);
+    let since = bench.script.0.lock().unwrap().planned.pop().unwrap().since_ms.unwrap();
+    assert!((before - 600_000 - since).abs() < 60_000, "ten minutes, where nothing is said");
+
+    bench.script.set(|state| state.plan = planned(route(v1::RouteChange::Changed, 1)));
+    let json = bench.run(&["plan", "-f", "routes.yaml", "-o", "json"]).await.ends(1).json();
+    assert_eq!((&json["changes"], &json["routes"][0]["change"], &json["generation"]), (&true.into(), &"changed".into(), &3.into()));
+    bench.script.set(|state| state.plan = planned(route(v1::RouteChange::Removed, 0)));
+    bench.run(&["plan", "-f", "routes.yaml"]).await.ends(1);
+
+    let fault = v1::Fault {
+        file: "routes.yaml".to_owned(),
+        line: 6,
+        column: 5,
+        message: "no".to_owned(),
+        code: "value".to_owned(),
+        ..Default::default()
+    };
+    bench.script.set(|state| state.plan = vec![v1::PlanProgress { finished: true, faults: vec![fault], ..Default::default() }]);
+    let said = bench.run(&["plan", "-f", "routes.yaml"]).await.ends(1);
+    assert!(
+        said.out.is_empty() && said.err.contains("routes.yaml:6:5: error[value]: no") && said.err.contains("nothing was read"),
+        "{said:?}"
+    );
+    // A sidecar that goes away has not planned.
+    bench.script.set(|state| state.plan = Vec::new());
+    bench.run(&["plan", "-f", "routes.yaml"]).await.ends(2);
+    bench.run(&["plan", "-f", "routes.yaml", "--last", "1h", "--records", "3"]).await.ends(2);
+    bench.run(&["plan", "-f", "absent.yaml"]).await.ends(2);
+}
+
+#[tokio::test]
+async fn explain_and_trace_show_what_was_found() {
+    let bench = Bench::new().await;
+    let said = bench.run(&["explain", "nope/0/1"]).await.ends(2);
+    assert!(said.err.contains("there is no topic nope"), "{said:?}");
+    bench.run(&["explain", "orders/1"]).await.ends(2);
+    let at = |topic: &str, offset| Some(v1::Position { topic: topic.to_owned(), partition: 1, offset });
+    let flow =
+        v1::FlowRecord { position: at("orders", 5), mesh_id: "a".to_owned(), kind: v1::FlowKind::Published.into(), ..Default::default() };
+    let reply = v1::FlowRecord {
+        position: at("priced", 2),
+        source: at("orders", 5),
+        kind: v1::FlowKind::Reply.into(),
+        route: "price".to_owned(),
+        ..Default::default()
+    };
+    let explained = v1::ExplainResponse { flow: Some(flow.clone()), found: vec![reply.clone()], ..Default::default() };
+    bench.script.set(|state| state.explained = Some(explained));
+    let said = bench.run(&["explain", "orders/1/5"]).await.ends(0);
+    assert!(said.out.starts_with("orders/1/5  published") && said.out.contains("priced/1/2  reply of price"), "{said:?}");
+    let json = bench.run(&["explain", "orders/1/5", "-o", "json"]).await.ends(0).json();
+    assert_eq!((&json["record"]["mesh_id"], &json["record"]["made"][0]["route"]), (&"a".into(), &"price".into()));
+
+    let said = bench.run(&["trace", "a"]).await.ends(1);
+    assert!(said.out.is_empty() && said.err.contains("no such record"), "{said:?}");
+    bench.script.set(|state| state.flow = v1::TraceResponse { records: vec![flow, reply], ..Default::default() });
+    let said = bench.run(&["trace", "a", "--last", "2h"]).await.ends(0);
+    assert!(said.out.starts_with("orders/1/5  published") && said.out.contains("\n└─ priced/1/2  reply of price"), "{said:?}");
+    let json = bench.run(&["trace", "a", "--from", "2026-11-21", "-o", "json"]).await.ends(0).json();
+    assert_eq!((&json["records"], &json["flow"][0]["made"][0]["topic"]), (&2.into(), &"priced".into()));
+    let asked: Vec<i64> = bench.script.0.lock().unwrap().traced.iter().map(|asked| asked.since_ms).collect();
+    assert!(asked[1] < asked[0] && asked[2] == 1_795_219_200_000, "{asked:?}");
+    bench.run(&["trace"]).await.ends(2);
 }

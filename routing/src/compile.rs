@@ -302,6 +302,52 @@ impl Route {
         }
         Ok(if good { Decision::Forward(&self.to) } else { Decision::NotAccepted })
     }
+
+    /// Where an answer with a body that is accepted may go, before there is one: as [`Route::decide`] would say, as far as the record alone tells.
+    ///
+    /// # Errors
+    ///
+    /// When a `when` that is asked of every good answer fails on this record.
+    pub fn foresee(&self, record: &RecordView<'_>) -> Result<Foreseen<'_>, ExpressionError> {
+        let mut foreseen = Foreseen { destinations: Vec::new(), by_reply: false };
+        for case in &self.cases {
+            let holds = match &case.when {
+                Some(when) if when.asks_for_reply() => None,
+                Some(when) => match when.evaluate(record, None) {
+                    Ok(false) => continue,
+                    Ok(true) => Some(true),
+                    // Asked only of answers with the case's status.
+                    Err(_) if case.status.is_some() => None,
+                    Err(error) => return Err(error),
+                },
+                None => Some(true),
+            };
+            foreseen.add(&case.to);
+            match (case.status, holds) {
+                (None, Some(_)) => return Ok(foreseen),
+                _ => foreseen.by_reply = true,
+            }
+        }
+        foreseen.add(&self.to);
+        Ok(foreseen)
+    }
+}
+
+/// Where an answer may go, before there is one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Foreseen<'a> {
+    /// Where, each once, in the order in which they are asked.
+    pub destinations: Vec<&'a Destinations>,
+    /// Whether the answer itself is asked which of them it is.
+    pub by_reply: bool,
+}
+
+impl<'a> Foreseen<'a> {
+    fn add(&mut self, destinations: &'a Destinations) {
+        if !self.destinations.contains(&destinations) {
+            self.destinations.push(destinations);
+        }
+    }
 }
 
 impl CompiledTable {

@@ -1,8 +1,8 @@
 //! The event mesh sidecar. See `ARCHITECTURE.md` for the house and the life of a record.
 //!
 //! Floors, from the top: `app` · `api` · `consume`, `publish`, `control` · `deliver` · `broker` · `config`, `telemetry` ·
-//! `record`, `json`, `outcome`, `completed`, `watermark`, `lanes`, `mutation`, `parking`, `status`, `table`, `command`. A module imports only from floors below
-//! its own (a test reads the imports).
+//! `record`, `json`, `outcome`, `judge`, `tiers`, `completed`, `watermark`, `lanes`, `mutation`, `parking`, `status`, `table`, `command`. A module
+//! imports only from floors below its own (a test reads the imports).
 
 pub mod api;
 pub mod app;
@@ -14,6 +14,7 @@ pub mod consume;
 pub mod control;
 pub mod deliver;
 mod json;
+mod judge;
 pub mod lanes;
 mod mutation;
 pub mod outcome;
@@ -24,4 +25,5 @@ pub mod record;
 pub mod status;
 pub mod table;
 pub mod telemetry;
+mod tiers;
 pub mod watermark;

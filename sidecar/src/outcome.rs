@@ -140,3 +140,24 @@ impl Disposition {
         }
     }
 }
+
+/// A delivery of `in/0/<offset>` on a route `work` to `out`, with these further fields.
+#[cfg(test)]
+pub(crate) fn test_delivery(fields: &str, offset: i64) -> Delivery {
+    let comma = if fields.is_empty() { "" } else { ", " };
+    let text = format!(
+        "apiVersion: mesh/v1\nkind: RoutingTable\nmetadata: {{ mesh: test }}\nspec:\n  routes:\n  - {{ name: work, service: worker, from: [in], handler: /work, to: [out]{comma}{fields} }}\n"
+    );
+    let table = mesh_routing::parse("test.yaml", &text).and_then(|table| mesh_routing::compile(&table)).unwrap();
+    let position = Position { partition: crate::record::TopicPartition::new("in", 0), offset };
+    Delivery {
+        id: 0,
+        route: table.routes[0].clone(),
+        record: Arc::default(),
+        mesh_id: crate::record::mesh_id(&Record::default(), &position),
+        position,
+        attempt: 1,
+        hops: 0,
+        traceparent: Bytes::new(),
+    }
+}

@@ -172,6 +172,48 @@ pub(crate) fn derived_id(position: &Position) -> Bytes {
     Bytes::copy_from_slice(id.hyphenated().encode_lower(&mut buffer).as_bytes())
 }
 
+/// A record's identity: the one it carries, or, for one that was published past the mesh, one that follows from its place.
+pub(crate) fn mesh_id(record: &Record, position: &Position) -> Bytes {
+    match record.header(header::MESH_ID) {
+        Some(id) if !id.is_empty() => id.clone(),
+        _ => derived_id(position),
+    }
+}
+
+/// How many routes a record went through, from its header.
+pub(crate) fn hops(record: &Record) -> u32 {
+    record.header_str(header::MESH_HOPS).and_then(|hops| hops.parse().ok()).unwrap_or(0)
+}
+
+/// What a reply was made of, as its `mesh-cause` says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Cause {
+    /// The route.
+    pub(crate) route: String,
+    /// The record that it processed.
+    pub(crate) source: Position,
+    /// The index of the reply within the answer, from 0.
+    pub(crate) index: u32,
+}
+
+impl Cause {
+    /// The cause of a record; `None` if it is no reply.
+    pub(crate) fn of(record: &Record) -> Option<Self> {
+        let (rest, index) = record.header_str(header::MESH_CAUSE)?.rsplit_once(' ')?;
+        let (route, source) = rest.rsplit_once(' ')?;
+        Some(Self { route: route.to_owned(), source: Position::parse(source)?, index: index.parse().ok()? })
+    }
+}
+
+/// The beginning of a text, of at most so many bytes.
+pub(crate) fn shorten(text: &str, most: usize) -> String {
+    let mut end = text.len().min(most);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text[..end].to_owned()
+}
+
 /// A partition of a topic.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TopicPartition {
@@ -195,12 +237,21 @@ impl fmt::Display for TopicPartition {
 }
 
 /// Where a record is stored.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Position {
     /// The partition.
     pub partition: TopicPartition,
     /// The offset within it, from 0; -1 of a record that was stored while the broker did not tell where.
     pub offset: i64,
+}
+
+impl Position {
+    /// Reads `topic/partition/offset`, as it is displayed.
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        let (rest, offset) = text.rsplit_once('/')?;
+        let (topic, partition) = rest.rsplit_once('/')?;
+        Some(Self { partition: TopicPartition::new(topic, partition.parse().ok()?), offset: offset.parse().ok()? })
+    }
 }
 
 impl fmt::Display for Position {
@@ -216,4 +267,20 @@ pub struct Batch {
     pub partition: TopicPartition,
     /// The records with their offsets, ascending. May be empty, if only gaps were passed.
     pub records: Vec<(i64, Record)>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_is_read_as_it_is_written() {
+        let of = |text: &'static str| Cause::of(&Record { headers: vec![Header::new(header::MESH_CAUSE, text)], ..Record::default() });
+        let cause = of("price orders.v1/3/17 2").unwrap();
+        assert_eq!((&*cause.route, cause.source.to_string().as_str(), cause.index), ("price", "orders.v1/3/17", 2));
+        for wrong in ["", "price", "price orders/3 2", "price orders/3/17", "price orders/3/17 x", "orders/3/17 2"] {
+            assert_eq!(of(wrong), None, "{wrong}");
+        }
+        assert_eq!(Cause::of(&Record::default()), None);
+    }
 }

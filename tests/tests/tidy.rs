@@ -10,7 +10,22 @@ use std::{
 
 /// The floors of `sidecar/src`, from the bottom. A module imports from floors below its own, or from its own floor; on floor 4 not even that.
 const FLOORS: [&[&str]; 7] = [
-    &["record", "json", "outcome", "completed", "watermark", "lanes", "mutation", "parking", "pause", "status", "table", "command"],
+    &[
+        "record",
+        "json",
+        "outcome",
+        "judge",
+        "tiers",
+        "completed",
+        "watermark",
+        "lanes",
+        "mutation",
+        "parking",
+        "pause",
+        "status",
+        "table",
+        "command",
+    ],
     &["config", "telemetry"],
     &["broker"],
     &["deliver"],

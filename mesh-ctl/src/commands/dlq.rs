@@ -102,7 +102,7 @@ async fn list(context: &Context, flags: &DlqList) -> Result<Code, Failure> {
 }
 
 /// Text, or base64 under another name.
-fn put(to: &mut serde_json::Map<String, Value>, name: &str, bytes: Option<&[u8]>) {
+pub(super) fn put(to: &mut serde_json::Map<String, Value>, name: &str, bytes: Option<&[u8]>) {
     match bytes.map(std::str::from_utf8) {
         None => drop(to.insert(name.to_owned(), Value::Null)),
         Some(Ok(text)) => drop(to.insert(name.to_owned(), json!(text))),
@@ -162,7 +162,7 @@ fn text(letter: &v1::DeadLetter) -> String {
 }
 
 /// Bytes for a terminal: one line, not long, and nothing that drives it.
-fn shown(bytes: &[u8]) -> String {
+pub(super) fn shown(bytes: &[u8]) -> String {
     const MOST: usize = 200;
     let Ok(text) = std::str::from_utf8(bytes) else {
         return format!("({} of binary data; -o json shows them)", count(bytes.len() as u64, "byte"));

@@ -3,17 +3,20 @@
 mod apply;
 mod diff;
 mod dlq;
+mod explain;
 mod get;
 mod graph;
 mod history;
 mod keys;
 mod pause;
+mod plan;
 mod propose;
 mod release;
 mod replay;
 mod reset;
 mod rollback;
 mod status;
+mod trace;
 mod validate;
 mod wait;
 
@@ -62,6 +65,9 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<Code, Fai
         Command::Release(flags) => release::run(context, &flags).await,
         Command::Pause(flags) => pause::pause(context, &flags).await,
         Command::Resume(flags) => pause::resume(context, &flags).await,
+        Command::Plan(flags) => plan::run(context, &flags).await,
+        Command::Explain(flags) => explain::run(context, &flags).await,
+        Command::Trace(flags) => trace::run(context, &flags).await,
     }
 }
 

@@ -2186,6 +2186,320 @@ pub struct ResumeResponse {
     #[prost(bool, tag = "1")]
     pub changed: bool,
 }
+/// Asks what a table would do with records that exist.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PlanRequest {
+    /// The table.
+    #[prost(message, optional, tag = "1")]
+    pub table: ::core::option::Option<TableSource>,
+    /// The records of this time and later, in milliseconds since 1970-01-01 UTC. Absent: see `last_records`; without both, those of ten minutes.
+    #[prost(int64, optional, tag = "2")]
+    pub since_ms: ::core::option::Option<i64>,
+    /// The last so many of each partition; 0: by time.
+    #[prost(uint64, tag = "3")]
+    pub last_records: u64,
+    /// Only this route. Empty: all of both tables.
+    #[prost(string, tag = "4")]
+    pub route: ::prost::alloc::string::String,
+    /// So many samples of changed records a route at most; 0: 5.
+    #[prost(uint32, tag = "5")]
+    pub samples: u32,
+}
+/// How far a plan is. The last one says so, and has the result.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PlanProgress {
+    /// Records that were read so far.
+    #[prost(uint64, tag = "1")]
+    pub read: u64,
+    /// Offsets that are to be read.
+    #[prost(uint64, tag = "2")]
+    pub in_range: u64,
+    /// Whether this is the end.
+    #[prost(bool, tag = "3")]
+    pub finished: bool,
+    /// What forbids the table. Not empty: nothing was read.
+    #[prost(message, repeated, tag = "4")]
+    pub faults: ::prost::alloc::vec::Vec<Fault>,
+    /// The result, at the end.
+    #[prost(message, optional, tag = "5")]
+    pub result: ::core::option::Option<PlanResult>,
+}
+/// What a table would do with records that exist.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PlanResult {
+    /// The generation in force, which it is compared with; 0: there is no table yet, or a pinned one.
+    #[prost(uint64, tag = "1")]
+    pub generation: u64,
+    /// The digest of the proposed table.
+    #[prost(string, tag = "2")]
+    pub digest: ::prost::alloc::string::String,
+    /// The routes of both tables.
+    #[prost(message, repeated, tag = "3")]
+    pub routes: ::prost::alloc::vec::Vec<RoutePlan>,
+    /// What was read of the source topics.
+    #[prost(message, repeated, tag = "4")]
+    pub sources: ::prost::alloc::vec::Vec<Scanned>,
+    /// What was read of destination topics, for stored replies.
+    #[prost(message, repeated, tag = "5")]
+    pub replies: ::prost::alloc::vec::Vec<Scanned>,
+    /// Records that do not match the schema that the proposed table gives their topic.
+    #[prost(message, repeated, tag = "6")]
+    pub schemas: ::prost::alloc::vec::Vec<SchemaPlan>,
+    /// From when records were read, in milliseconds since 1970-01-01 UTC. Absent: by number.
+    #[prost(int64, optional, tag = "7")]
+    pub since_ms: ::core::option::Option<i64>,
+}
+/// What a route would do with records that exist.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct RoutePlan {
+    /// The route.
+    #[prost(string, tag = "1")]
+    pub route: ::prost::alloc::string::String,
+    /// How it differs.
+    #[prost(enumeration = "RouteChange", tag = "2")]
+    pub change: i32,
+    /// By the table in force.
+    #[prost(message, optional, tag = "3")]
+    pub before: ::core::option::Option<PlanCounts>,
+    /// By the proposed table.
+    #[prost(message, optional, tag = "4")]
+    pub after: ::core::option::Option<PlanCounts>,
+    /// Records that would end otherwise.
+    #[prost(uint64, tag = "5")]
+    pub changed: u64,
+    /// Those, by what changes: `newly_delivered`, `newly_filtered`, `newly_dead_lettered`, `no_longer_delivered`, `other_destination`,
+    /// `other_service`.
+    #[prost(map = "string, uint64", tag = "6")]
+    pub changes: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
+    /// Records of which it is not known whether their destination changes: it depends on the reply, and the stored replies do not tell.
+    #[prost(uint64, tag = "7")]
+    pub undecided: u64,
+    /// Records whose destination was decided by their stored replies.
+    #[prost(uint64, tag = "8")]
+    pub by_stored_reply: u64,
+    /// The first records that would end otherwise, or are undecided.
+    #[prost(message, repeated, tag = "9")]
+    pub samples: ::prost::alloc::vec::Vec<PlanSample>,
+    /// Why stored replies do not tell. Empty if they do, or none were needed.
+    #[prost(string, tag = "10")]
+    pub undecided_why: ::prost::alloc::string::String,
+}
+/// What becomes of records on a route.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PlanCounts {
+    /// Records that it reads.
+    #[prost(uint64, tag = "1")]
+    pub read: u64,
+    /// Of these, delivered to the service.
+    #[prost(uint64, tag = "2")]
+    pub delivered: u64,
+    /// Of these, not admitted by the filter.
+    #[prost(uint64, tag = "3")]
+    pub filtered: u64,
+    /// Of these, copies for another route, which are passed over.
+    #[prost(uint64, tag = "4")]
+    pub other_route: u64,
+    /// Of these, dead-lettered before a call, by reason (`expression`, `hops`).
+    #[prost(map = "string, uint64", tag = "5")]
+    pub dead_letters: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
+    /// Of those delivered, where an accepted answer with a body goes: topics, joined by `+`; `void`; `by reply`, followed by what there is to choose from;
+    /// or `dead letter: expression` where a `when` fails.
+    #[prost(map = "string, uint64", tag = "6")]
+    pub destinations: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
+}
+/// A record that would end otherwise.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PlanSample {
+    /// Where it lies.
+    #[prost(message, optional, tag = "1")]
+    pub position: ::core::option::Option<Position>,
+    /// Its key, up to 1,024 bytes of it.
+    #[prost(bytes = "bytes", optional, tag = "2")]
+    pub key: ::core::option::Option<::prost::bytes::Bytes>,
+    /// What changes, in a word: as in `RoutePlan.changes`, or `undecided`.
+    #[prost(string, tag = "3")]
+    pub change: ::prost::alloc::string::String,
+    /// What becomes of it by the table in force.
+    #[prost(string, tag = "4")]
+    pub before: ::prost::alloc::string::String,
+    /// What becomes of it by the proposed table.
+    #[prost(string, tag = "5")]
+    pub after: ::prost::alloc::string::String,
+}
+/// Records of a topic that do not match the schema of a table.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SchemaPlan {
+    /// The topic.
+    #[prost(string, tag = "1")]
+    pub topic: ::prost::alloc::string::String,
+    /// Records that were checked.
+    #[prost(uint64, tag = "2")]
+    pub checked: u64,
+    /// Those that do not match.
+    #[prost(uint64, tag = "3")]
+    pub mismatched: u64,
+    /// The first of them, and why.
+    #[prost(string, tag = "4")]
+    pub first: ::prost::alloc::string::String,
+}
+/// What was read of a topic, for a question that is bounded.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Scanned {
+    /// The topic.
+    #[prost(string, tag = "1")]
+    pub topic: ::prost::alloc::string::String,
+    /// Its partitions in which there was something to read.
+    #[prost(uint32, tag = "2")]
+    pub partitions: u32,
+    /// Records that were read.
+    #[prost(uint64, tag = "3")]
+    pub records: u64,
+    /// Offsets that were to be read and were not, since the bound was reached.
+    #[prost(uint64, tag = "4")]
+    pub left_out: u64,
+    /// Which, by partition, the first few.
+    #[prost(string, tag = "5")]
+    pub which: ::prost::alloc::string::String,
+}
+/// A record of a flow.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct FlowRecord {
+    /// Where it lies.
+    #[prost(message, optional, tag = "1")]
+    pub position: ::core::option::Option<Position>,
+    /// Its time, in milliseconds since 1970-01-01 UTC.
+    #[prost(int64, tag = "2")]
+    pub timestamp_ms: i64,
+    /// What it is.
+    #[prost(enumeration = "FlowKind", tag = "3")]
+    pub kind: i32,
+    /// The route that wrote it. Empty if none did.
+    #[prost(string, tag = "4")]
+    pub route: ::prost::alloc::string::String,
+    /// The record that it was made of. Absent: it was published.
+    #[prost(message, optional, tag = "5")]
+    pub source: ::core::option::Option<Position>,
+    /// Of a reply, its index within the answer.
+    #[prost(uint32, tag = "6")]
+    pub index: u32,
+    /// Its identity over copies.
+    #[prost(string, tag = "7")]
+    pub mesh_id: ::prost::alloc::string::String,
+    /// The trace. Empty: it carries none.
+    #[prost(string, tag = "8")]
+    pub trace_id: ::prost::alloc::string::String,
+    /// How many routes its ancestors went through.
+    #[prost(uint32, tag = "9")]
+    pub hops: u32,
+    /// Its key, up to 1,024 bytes of it; as are the texts below.
+    #[prost(bytes = "bytes", optional, tag = "10")]
+    pub key: ::core::option::Option<::prost::bytes::Bytes>,
+    /// Of a copy in a retry or park topic, or a dead letter: attempts that were made.
+    #[prost(uint32, tag = "11")]
+    pub attempts: u32,
+    /// Of a dead letter, the reason, in a word.
+    #[prost(string, tag = "12")]
+    pub reason: ::prost::alloc::string::String,
+    /// What happened.
+    #[prost(string, tag = "13")]
+    pub detail: ::prost::alloc::string::String,
+    /// Of a copy in a retry topic, when its next attempt is due, in milliseconds since 1970-01-01 UTC; 0: none is.
+    #[prost(int64, tag = "14")]
+    pub due_ms: i64,
+    /// Of a copy in a retry or park topic: how far its route is with it.
+    #[prost(enumeration = "FlowProgress", tag = "15")]
+    pub progress: i32,
+    /// What the routes that read its topic do with it, by the table in force.
+    #[prost(message, repeated, tag = "16")]
+    pub routes: ::prost::alloc::vec::Vec<FlowRoute>,
+}
+/// What a route does with a record.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FlowRoute {
+    /// The route.
+    #[prost(string, tag = "1")]
+    pub route: ::prost::alloc::string::String,
+    /// Its service.
+    #[prost(string, tag = "2")]
+    pub service: ::prost::alloc::string::String,
+    /// Its consumer group.
+    #[prost(string, tag = "3")]
+    pub group: ::prost::alloc::string::String,
+    /// What becomes of the record before the call, by the table in force: `delivered`, `filtered`, `other_route` or `dead_letter`.
+    #[prost(string, tag = "4")]
+    pub verdict: ::prost::alloc::string::String,
+    /// Why: the filter with its value, the hops.
+    #[prost(string, tag = "5")]
+    pub detail: ::prost::alloc::string::String,
+    /// How far the group is.
+    #[prost(enumeration = "FlowProgress", tag = "6")]
+    pub progress: i32,
+    /// The group's committed offset in the partition. Absent: it has committed nothing.
+    #[prost(int64, optional, tag = "7")]
+    pub committed: ::core::option::Option<i64>,
+    /// What became of it, in a word: `forwarded`, `dead_lettered`, `retrying`, `parked`, `filtered`, `other_route`, `void`, `waiting`, `pending`, or
+    /// `done` where the records do not tell.
+    #[prost(string, tag = "8")]
+    pub disposition: ::prost::alloc::string::String,
+    /// The same in words.
+    #[prost(string, tag = "9")]
+    pub note: ::prost::alloc::string::String,
+}
+/// Asks what became of a record.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ExplainRequest {
+    /// Where it lies.
+    #[prost(message, optional, tag = "1")]
+    pub position: ::core::option::Option<Position>,
+}
+/// What became of a record.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ExplainResponse {
+    /// The record.
+    #[prost(message, optional, tag = "1")]
+    pub record: ::core::option::Option<Record>,
+    /// The same, as part of its flow, with what each route does with it.
+    #[prost(message, optional, tag = "2")]
+    pub flow: ::core::option::Option<FlowRecord>,
+    /// What was made of it: replies, dead letters, copies in retry and park topics, copies that were redriven or replayed.
+    #[prost(message, repeated, tag = "3")]
+    pub found: ::prost::alloc::vec::Vec<FlowRecord>,
+    /// What was read for that.
+    #[prost(message, repeated, tag = "4")]
+    pub scanned: ::prost::alloc::vec::Vec<Scanned>,
+    /// From when it was read, in milliseconds since 1970-01-01 UTC.
+    #[prost(int64, tag = "5")]
+    pub since_ms: i64,
+    /// Whether more was made of it than is told.
+    #[prost(bool, tag = "6")]
+    pub more: bool,
+}
+/// Asks for a flow.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TraceRequest {
+    /// A trace id (32 hexadecimal digits), or a `mesh-id`.
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+    /// Among records of this time and later, in milliseconds since 1970-01-01 UTC.
+    #[prost(int64, tag = "2")]
+    pub since_ms: i64,
+}
+/// A flow.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct TraceResponse {
+    /// Its records; each after the one that it was made of, as far as that was found.
+    #[prost(message, repeated, tag = "1")]
+    pub records: ::prost::alloc::vec::Vec<FlowRecord>,
+    /// Whether there are more than are told.
+    #[prost(bool, tag = "2")]
+    pub more: bool,
+    /// What was read.
+    #[prost(message, repeated, tag = "3")]
+    pub scanned: ::prost::alloc::vec::Vec<Scanned>,
+    /// The traces that its records carry: each is a question of its own, and may have more records.
+    #[prost(string, repeated, tag = "4")]
+    pub traces: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
 /// Where a table came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -2330,6 +2644,137 @@ impl RouteState {
             "ROUTE_STATE_WAITING_FOR_TOPIC" => Some(Self::WaitingForTopic),
             "ROUTE_STATE_STOPPED" => Some(Self::Stopped),
             "ROUTE_STATE_PAUSED" => Some(Self::Paused),
+            _ => None,
+        }
+    }
+}
+/// How a route differs between two tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum RouteChange {
+    /// Not said.
+    Unspecified = 0,
+    /// It is the same.
+    Same = 1,
+    /// It is written otherwise.
+    Changed = 2,
+    /// Only the proposed table has it.
+    Added = 3,
+    /// Only the table in force has it.
+    Removed = 4,
+}
+impl RouteChange {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "ROUTE_CHANGE_UNSPECIFIED",
+            Self::Same => "ROUTE_CHANGE_SAME",
+            Self::Changed => "ROUTE_CHANGE_CHANGED",
+            Self::Added => "ROUTE_CHANGE_ADDED",
+            Self::Removed => "ROUTE_CHANGE_REMOVED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "ROUTE_CHANGE_UNSPECIFIED" => Some(Self::Unspecified),
+            "ROUTE_CHANGE_SAME" => Some(Self::Same),
+            "ROUTE_CHANGE_CHANGED" => Some(Self::Changed),
+            "ROUTE_CHANGE_ADDED" => Some(Self::Added),
+            "ROUTE_CHANGE_REMOVED" => Some(Self::Removed),
+            _ => None,
+        }
+    }
+}
+/// What a record is in a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum FlowKind {
+    /// Not said.
+    Unspecified = 0,
+    /// A service, or somebody outside of the mesh, published it.
+    Published = 1,
+    /// A route published it as a reply.
+    Reply = 2,
+    /// A copy that waits in a retry topic, or waited there.
+    Retry = 3,
+    /// A copy in a park topic.
+    Parked = 4,
+    /// A dead letter.
+    DeadLetter = 5,
+    /// A copy of a dead letter that was sent back.
+    Redriven = 6,
+    /// A copy that was replayed.
+    Replayed = 7,
+}
+impl FlowKind {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "FLOW_KIND_UNSPECIFIED",
+            Self::Published => "FLOW_KIND_PUBLISHED",
+            Self::Reply => "FLOW_KIND_REPLY",
+            Self::Retry => "FLOW_KIND_RETRY",
+            Self::Parked => "FLOW_KIND_PARKED",
+            Self::DeadLetter => "FLOW_KIND_DEAD_LETTER",
+            Self::Redriven => "FLOW_KIND_REDRIVEN",
+            Self::Replayed => "FLOW_KIND_REPLAYED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "FLOW_KIND_UNSPECIFIED" => Some(Self::Unspecified),
+            "FLOW_KIND_PUBLISHED" => Some(Self::Published),
+            "FLOW_KIND_REPLY" => Some(Self::Reply),
+            "FLOW_KIND_RETRY" => Some(Self::Retry),
+            "FLOW_KIND_PARKED" => Some(Self::Parked),
+            "FLOW_KIND_DEAD_LETTER" => Some(Self::DeadLetter),
+            "FLOW_KIND_REDRIVEN" => Some(Self::Redriven),
+            "FLOW_KIND_REPLAYED" => Some(Self::Replayed),
+            _ => None,
+        }
+    }
+}
+/// How far a route's group is with a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum FlowProgress {
+    /// Not said, or not known.
+    Unspecified = 0,
+    /// The group is past it: it has its disposition, or lies in a retry or park topic; or a start or a reset skipped it.
+    Done = 1,
+    /// Later ones are done and it is not: it is at the service, or waits its turn or its next attempt.
+    Waiting = 2,
+    /// It is not done, nor is a later one.
+    Pending = 3,
+}
+impl FlowProgress {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "FLOW_PROGRESS_UNSPECIFIED",
+            Self::Done => "FLOW_PROGRESS_DONE",
+            Self::Waiting => "FLOW_PROGRESS_WAITING",
+            Self::Pending => "FLOW_PROGRESS_PENDING",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "FLOW_PROGRESS_UNSPECIFIED" => Some(Self::Unspecified),
+            "FLOW_PROGRESS_DONE" => Some(Self::Done),
+            "FLOW_PROGRESS_WAITING" => Some(Self::Waiting),
+            "FLOW_PROGRESS_PENDING" => Some(Self::Pending),
             _ => None,
         }
     }
@@ -2759,6 +3204,70 @@ pub mod control_client {
             req.extensions_mut().insert(GrpcMethod::new("mesh.v1.Control", "Resume"));
             self.inner.unary(req, path, codec).await
         }
+        /// Runs the last records of the source topics through a table that is not applied, beside the one in force: what each route would do up to the
+        /// call of its service. Delivers, commits and writes nothing. A client that goes stops it.
+        pub async fn plan(
+            &mut self,
+            request: impl tonic::IntoRequest<super::PlanRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::PlanProgress>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/mesh.v1.Control/Plan");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("mesh.v1.Control", "Plan"));
+            self.inner.server_streaming(req, path, codec).await
+        }
+        /// Tells what each route did, or would do, with one record, and what became of it, from the records alone.
+        pub async fn explain(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ExplainRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ExplainResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/mesh.v1.Control/Explain");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("mesh.v1.Control", "Explain"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Follows a flow over its hops, from the records alone.
+        pub async fn trace(
+            &mut self,
+            request: impl tonic::IntoRequest<super::TraceRequest>,
+        ) -> std::result::Result<tonic::Response<super::TraceResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/mesh.v1.Control/Trace");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("mesh.v1.Control", "Trace"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -2892,6 +3401,28 @@ pub mod control_server {
             &self,
             request: tonic::Request<super::ResumeRequest>,
         ) -> std::result::Result<tonic::Response<super::ResumeResponse>, tonic::Status>;
+        /// Server streaming response type for the Plan method.
+        type PlanStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::PlanProgress, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Runs the last records of the source topics through a table that is not applied, beside the one in force: what each route would do up to the
+        /// call of its service. Delivers, commits and writes nothing. A client that goes stops it.
+        async fn plan(
+            &self,
+            request: tonic::Request<super::PlanRequest>,
+        ) -> std::result::Result<tonic::Response<Self::PlanStream>, tonic::Status>;
+        /// Tells what each route did, or would do, with one record, and what became of it, from the records alone.
+        async fn explain(
+            &self,
+            request: tonic::Request<super::ExplainRequest>,
+        ) -> std::result::Result<tonic::Response<super::ExplainResponse>, tonic::Status>;
+        /// Follows a flow over its hops, from the records alone.
+        async fn trace(
+            &self,
+            request: tonic::Request<super::TraceRequest>,
+        ) -> std::result::Result<tonic::Response<super::TraceResponse>, tonic::Status>;
     }
     /// Control distributes routing tables and tells their state.
     #[derive(Debug)]
@@ -3616,6 +4147,138 @@ pub mod control_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = ResumeSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/mesh.v1.Control/Plan" => {
+                    #[allow(non_camel_case_types)]
+                    struct PlanSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::ServerStreamingService<super::PlanRequest>
+                    for PlanSvc<T> {
+                        type Response = super::PlanProgress;
+                        type ResponseStream = T::PlanStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::PlanRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::plan(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = PlanSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/mesh.v1.Control/Explain" => {
+                    #[allow(non_camel_case_types)]
+                    struct ExplainSvc<T: Control>(pub Arc<T>);
+                    impl<T: Control> tonic::server::UnaryService<super::ExplainRequest>
+                    for ExplainSvc<T> {
+                        type Response = super::ExplainResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ExplainRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::explain(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ExplainSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/mesh.v1.Control/Trace" => {
+                    #[allow(non_camel_case_types)]
+                    struct TraceSvc<T: Control>(pub Arc<T>);
+                    impl<T: Control> tonic::server::UnaryService<super::TraceRequest>
+                    for TraceSvc<T> {
+                        type Response = super::TraceResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::TraceRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::trace(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = TraceSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

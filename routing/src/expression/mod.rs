@@ -70,8 +70,21 @@ impl Expression {
     }
 
     /// Whether it asks for `reply.status`, so that it means failures too.
-    pub(crate) fn asks_for_status(&self) -> bool {
+    pub fn asks_for_status(&self) -> bool {
         self.0.slots.iter().any(|(_, slot)| matches!(slot, walk::Slot::Status))
+    }
+
+    /// Whether it asks for the reply's headers.
+    pub fn asks_for_reply_headers(&self) -> bool {
+        use walk::{Side::Reply, Slot};
+        self.0.slots.iter().any(|(_, slot)| matches!(slot, Slot::Headers(Reply) | Slot::Header(Reply, _) | Slot::HasHeader(Reply, _)))
+    }
+
+    /// Whether it asks for anything of the reply; one that does not follows from the record alone.
+    pub fn asks_for_reply(&self) -> bool {
+        use walk::{Side::Reply, Slot};
+        let body = |slot: &Slot| matches!(slot, Slot::Size(Reply) | Slot::HasValue(Reply) | Slot::HasJson(Reply, _));
+        self.asks_for_status() || self.asks_for_body() || self.asks_for_reply_headers() || self.0.slots.iter().any(|(_, slot)| body(slot))
     }
 
     /// Whether it asks for what only an answer with a body has.

@@ -78,3 +78,29 @@ fn a_when_without_a_status_is_about_good_answers_unless_it_asks() {
     assert_eq!(of("reply.status == 409", 409), Ok(true));
     assert_eq!(of("reply.status == 409 && reply.json.x == 1", 500), Ok(false));
 }
+
+#[test]
+fn what_the_record_alone_decides_is_foreseen() {
+    let foresee = |cases: &str, value: &str| {
+        let text = with_routes(&format!("  - {{ name: a, service: s, from: [x], handler: /h, to: [t], cases: [{cases}] }}\n"));
+        let compiled = compile(&parse("t", &text).unwrap()).unwrap();
+        let foreseen = compiled.routes[0].foresee(&record(value.as_bytes())).map_err(|error| error.message)?;
+        let word = |to: &&Destinations| match to {
+            Destinations::Void => "void".to_owned(),
+            Destinations::Topics(topics) => topics.join("+"),
+        };
+        let words: Vec<String> = foreseen.destinations.iter().map(word).collect();
+        Ok::<_, String>(format!("{}{}", words.join("|"), if foreseen.by_reply { "?" } else { "" }))
+    };
+    assert_eq!(foresee("", "{}"), Ok("t".to_owned()));
+    let by_record = "{ when: 'record.json.n > 1', to: [big] }";
+    assert_eq!(foresee(by_record, r#"{"n": 2}"#), Ok("big".to_owned()));
+    assert_eq!(foresee(by_record, r#"{"n": 1}"#), Ok("t".to_owned()));
+    assert!(foresee(by_record, "{}").unwrap_err().contains("record.json.n"));
+    assert_eq!(foresee("{ status: 202, to: void }", "{}"), Ok("void|t?".to_owned()));
+    assert_eq!(foresee("{ status: 202, when: 'record.json.n > 1', to: void }", "{}"), Ok("void|t?".to_owned()), "asked of 202 alone");
+    assert_eq!(foresee("{ when: 'has(reply.json.x)', to: [y] }, { when: 'record.size > 0', to: [z] }", "{}"), Ok("y|z?".to_owned()));
+    for asks in ["reply.status == 200", "reply.size > 1", "has(reply.headers.a)", "reply.text == \"\"", "has(reply.json.a)"] {
+        assert_eq!(foresee(&format!("{{ when: '{asks}', to: [y] }}"), "{}"), Ok("y|t?".to_owned()), "{asks}");
+    }
+}

@@ -194,6 +194,31 @@ impl v1::control_server::Control for AdminService {
         Ok(Response::new(v1::ResumeResponse { changed }))
     }
 
+    type PlanStream = Streamed<v1::PlanProgress>;
+
+    async fn plan(&self, request: Request<v1::PlanRequest>) -> Result<Response<Self::PlanStream>, Status> {
+        let (control, mut request) = (self.control.clone(), request.into_inner());
+        let table = source(request.table.take())?;
+        match control.validate(&table.file, &table.text).await {
+            Ok(_) => {}
+            Err(ApplyError::Faults(found)) => {
+                let refused = v1::PlanProgress { finished: true, faults: faults(found.0), ..v1::PlanProgress::default() };
+                return Ok(Response::new(stream::iter([Ok(refused)]).boxed()));
+            }
+            Err(error) => return Err(status(&error)),
+        }
+        request.table = Some(table);
+        Ok(Response::new(streamed(|out| async move { control.plan(request, out).await })))
+    }
+
+    async fn explain(&self, request: Request<v1::ExplainRequest>) -> Result<Response<v1::ExplainResponse>, Status> {
+        self.control.explain(request.into_inner()).await.map(Response::new).map_err(|error| operation_status(&error))
+    }
+
+    async fn trace(&self, request: Request<v1::TraceRequest>) -> Result<Response<v1::TraceResponse>, Status> {
+        self.control.trace(request.into_inner()).await.map(Response::new).map_err(|error| operation_status(&error))
+    }
+
     async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
         let in_flight = self.board.routes().iter().map(|route| route.in_flight).sum();
         tracing::info!(in_flight, "a drain was asked for");

@@ -27,7 +27,8 @@ use crate::config::{AdminCertificate, ControlConfig, Role};
 const RELOAD: Duration = Duration::from_secs(10);
 
 /// What only looks, of `mesh.v1.Control`.
-const LOOKS: [&str; 6] = ["Validate", "GetTable", "GetHistory", "GetStatus", "ListDeadLetters", "ReadDeadLetters"];
+const LOOKS: [&str; 9] =
+    ["Validate", "GetTable", "GetHistory", "GetStatus", "ListDeadLetters", "ReadDeadLetters", "Plan", "Explain", "Trace"];
 
 /// Who asks; an extension of the request.
 #[derive(Clone, Debug, PartialEq, Eq)]

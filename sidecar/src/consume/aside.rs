@@ -10,20 +10,20 @@ use mesh_routing::{OnExhausted, Order};
 use tokio::time::Instant;
 
 use super::{
-    judge::Reason,
     outbox::{Publication, What},
     park::{AGAIN, LONGEST, Role, Stage, Stopped, Waiting},
     route::{Behind, Job, RouteLoop, Slot, parent},
-    tiers::{Kind, Why},
 };
 use crate::{
     command::Released,
     deliver::breaker::Allowance,
+    judge::Reason,
     lanes::JobId,
     mutation::{self, Mutation},
     parking::{Meeting, Release, Sizes},
     record::now_ms,
     telemetry::trace::TraceContext,
+    tiers::{Kind, Why},
 };
 
 impl RouteLoop {

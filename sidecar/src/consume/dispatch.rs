@@ -3,7 +3,6 @@
 use std::{cmp::Reverse, sync::Arc, time::Duration};
 
 use super::{
-    judge::{self, Verdict},
     outbox::What,
     route::{Behind, RouteLoop, parent},
 };
@@ -13,6 +12,7 @@ use crate::{
         limit::Limit,
         retry,
     },
+    judge::{self, Verdict},
     lanes::JobId,
     mutation::{self, Mutation},
     outcome::{Answer, Delivery, Disposition},

@@ -7,18 +7,17 @@ use mesh_routing::OnGap;
 use tokio::time::Instant;
 
 use super::{
-    judge::{self, Reason},
     outbox::What,
     park::{Role, Stage, TRACKED},
-    reply,
     route::{Job, RouteLoop, Slot},
 };
 use crate::{
     broker::{Assigned, Event},
+    judge::{self, Intake},
     mutation::{self, Mutation},
     outcome::{Delivery, Disposition},
     parking::Meeting,
-    record::{Batch, Position, Record, TopicPartition, header},
+    record::{Batch, Position, Record, TopicPartition, hops, mesh_id},
     watermark::{Entered, Watermark},
 };
 
@@ -105,37 +104,30 @@ impl RouteLoop {
             return;
         }
         let epoch = slot.watermark.epoch();
-        if record.header(header::MESH_ONLY_ROUTE).is_some_and(|only| **only != *self.route.name.as_bytes()) {
+        let hops = hops(&record);
+        let refused = match judge::intake(&self.route, &record, &slot.partition, offset, hops) {
+            Intake::Deliver => None,
             // A copy for another route: redriven, or replayed.
-            self.complete(index, epoch, offset, Disposition::Filtered, "other_route");
-            return;
-        }
-        let position = Position { partition: slot.partition.clone(), offset };
-        let admitted = match &self.route.filter {
-            None => Ok(true),
-            Some(_) => self.route.admits(&judge::view(&record, &position.partition, offset)),
+            Intake::OtherRoute => {
+                self.complete(index, epoch, offset, Disposition::Filtered, "other_route");
+                return;
+            }
+            Intake::Filtered => {
+                self.complete(index, epoch, offset, Disposition::Filtered, "");
+                return;
+            }
+            Intake::DeadLetter { reason, detail } => Some((reason, detail)),
         };
-        if let Ok(false) = admitted {
-            self.complete(index, epoch, offset, Disposition::Filtered, "");
-            return;
-        }
-        let hops = reply::hops(&record);
+        let position = Position { partition: slot.partition.clone(), offset };
         let delivery = Delivery {
             id: 0,
-            mesh_id: reply::mesh_id(&record, &position),
+            mesh_id: mesh_id(&record, &position),
             route: self.route.clone(),
             record: Arc::new(record),
             position,
             attempt: 1,
             hops,
             traceparent: Bytes::new(),
-        };
-        let refused = match admitted {
-            Err(error) => Some((Reason::Expression, error.to_string())),
-            Ok(_) if self.route.max_hops > 0 && hops >= self.route.max_hops => {
-                Some((Reason::Hops, format!("it went through {hops} routes; the route's max_hops is {}", self.route.max_hops)))
-            }
-            Ok(_) => None,
         };
         let key = self.key_of(&delivery.record, offset);
         let job = Job::new(index, epoch, offset, key, delivery);

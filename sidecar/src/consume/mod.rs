@@ -37,7 +37,6 @@ mod command;
 mod commit;
 mod dispatch;
 mod intake;
-mod judge;
 mod outbox;
 mod park;
 mod reply;
@@ -51,10 +50,12 @@ mod sim;
 pub mod subscription;
 #[cfg(test)]
 mod tests;
-mod tiers;
 mod transaction;
 
 use route::{Parts, RouteLoop};
+
+#[cfg(test)]
+use crate::outcome::test_delivery;
 
 /// The pause before a route that could not start, or that failed, is started again.
 const RESTART: Duration = Duration::from_secs(1);
@@ -344,26 +345,5 @@ async fn sleep_until(time: Option<Instant>) {
     match time {
         Some(time) => tokio::time::sleep_until(time).await,
         None => std::future::pending().await,
-    }
-}
-
-/// A delivery of `in/0/<offset>` on a route `work` to `out`, with these further fields.
-#[cfg(test)]
-fn test_delivery(fields: &str, offset: i64) -> crate::outcome::Delivery {
-    let comma = if fields.is_empty() { "" } else { ", " };
-    let text = format!(
-        "apiVersion: mesh/v1\nkind: RoutingTable\nmetadata: {{ mesh: test }}\nspec:\n  routes:\n  - {{ name: work, service: worker, from: [in], handler: /work, to: [out]{comma}{fields} }}\n"
-    );
-    let table = mesh_routing::parse("test.yaml", &text).and_then(|table| mesh_routing::compile(&table)).unwrap();
-    let position = crate::record::Position { partition: crate::record::TopicPartition::new("in", 0), offset };
-    crate::outcome::Delivery {
-        id: 0,
-        route: table.routes[0].clone(),
-        record: Arc::default(),
-        mesh_id: reply::mesh_id(&crate::record::Record::default(), &position),
-        position,
-        attempt: 1,
-        hops: 0,
-        traceparent: bytes::Bytes::new(),
     }
 }

@@ -18,18 +18,16 @@ use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::Fu
 use tokio::time::Instant;
 
 pub(crate) use self::parcel::Parcel;
-use super::{
-    judge::Reason,
-    reply::{self, Cut},
-    tiers::{self, Why},
-};
+use super::reply::{self, Cut};
 use crate::{
     broker::{Outgoing, ProduceError, ProduceErrorKind, Producer},
+    judge::Reason,
     lanes::{Lane, LaneHasher},
     mutation::{self, Mutation},
     outcome::{Delivery, Disposition, Reply},
     record::{Position, now_ms},
     telemetry::trace::{Span, SpanKind, TraceContext, Tracer},
+    tiers::{self, Why},
 };
 
 mod parcel;
@@ -290,7 +288,9 @@ impl Outbox {
             }
             What::Aside { topic, attempts, why } => {
                 trace(topic);
-                vec![tiers::write(&publication.delivery, topic.clone(), *attempts, why)]
+                let partition = publication.delivery.position.partition.partition;
+                let record = tiers::write(&publication.delivery, *attempts, why);
+                vec![Outgoing { topic: topic.clone(), partition: Some(partition), record }]
             }
         };
         let before = records.len();

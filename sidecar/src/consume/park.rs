@@ -18,16 +18,14 @@ use futures_util::{FutureExt as _, future::BoxFuture};
 use mesh_routing::{OnExhausted, Order, Route};
 use tokio::time::Instant;
 
-use super::{
-    route::{Job, RouteLoop, Slot},
-    tiers::{self, Kind},
-};
+use super::route::{Job, RouteLoop, Slot};
 use crate::{
     broker::{Admin, BrokerError, Consumer, ConsumerConfig, Event, StartOffset},
     lanes::Lane,
     mutation::{self, Mutation},
     parking::{Parking, Release, Sizes},
     record::TopicPartition,
+    tiers::{self, Kind},
     watermark::Watermark,
 };
 

@@ -10,24 +10,16 @@ use bytestring::ByteString;
 use mesh_routing::ForwardHeaders;
 use uuid::Uuid;
 
-use super::judge::Reason;
 use crate::{
     broker::Outgoing,
+    judge::Reason,
     outcome::{Delivery, Reply, ReplyRecord},
-    record::{Header, ID_NAMESPACE, Position, Record, derived_id, header},
+    record::{Header, ID_NAMESPACE, Record, header, shorten},
     telemetry::trace::TraceContext,
 };
 
 /// The longest detail of a dead letter, in bytes.
 const DETAIL: usize = 1024;
-
-/// A record's identity: the one it carries, or, for one that was published past the mesh, one that follows from its place.
-pub(crate) fn mesh_id(record: &Record, position: &Position) -> Bytes {
-    match record.header(header::MESH_ID) {
-        Some(id) if !id.is_empty() => id.clone(),
-        _ => derived_id(position),
-    }
-}
 
 /// The identity of a reply: follows from its source's, the route and the index within the answer.
 fn reply_id(source: &[u8], route: &str, index: usize) -> Bytes {
@@ -42,11 +34,6 @@ fn reply_id(source: &[u8], route: &str, index: usize) -> Bytes {
 fn hyphenated(id: Uuid) -> Bytes {
     let mut buffer = [0; uuid::fmt::Hyphenated::LENGTH];
     Bytes::copy_from_slice(id.hyphenated().encode_lower(&mut buffer).as_bytes())
-}
-
-/// How many routes a record went through, from its header.
-pub(crate) fn hops(record: &Record) -> u32 {
-    record.header_str(header::MESH_HOPS).and_then(|hops| hops.parse().ok()).unwrap_or(0)
 }
 
 /// The records of an answer for all topics: for each record, each topic in order. `context` gives the trace context of each.
@@ -177,13 +164,4 @@ pub(crate) fn dead_letter(delivery: &Delivery, reason: Reason, detail: &str, now
     let value = source.value.clone().filter(|_| cut == Cut::Nothing);
     let record = Record { key, value, headers, timestamp_ms: None };
     Outgoing { topic: delivery.route.dead_letter.clone(), partition: None, record }
-}
-
-/// The beginning of a text, of at most so many bytes.
-pub(crate) fn shorten(detail: &str, most: usize) -> String {
-    let mut end = detail.len().min(most);
-    while !detail.is_char_boundary(end) {
-        end -= 1;
-    }
-    detail[..end].to_owned()
 }

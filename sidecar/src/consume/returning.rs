@@ -10,9 +10,7 @@ use tokio::time::Instant;
 
 use super::{
     park::{LONGEST, Role, Stage, Waiting},
-    reply,
     route::{Job, RouteLoop, Slot},
-    tiers::{self, Kind, Stored, Why},
 };
 use crate::{
     broker::Event,
@@ -20,7 +18,8 @@ use crate::{
     mutation::{self, Mutation},
     outcome::{Delivery, Disposition},
     parking::{Found, FoundRetry, Release},
-    record::{Batch, Position, Record, now_ms},
+    record::{Batch, Position, Record, hops, now_ms},
+    tiers::{self, Kind, Stored, Why},
     watermark::Entered,
 };
 
@@ -116,7 +115,7 @@ impl RouteLoop {
             id: 0,
             mesh_id: stored.mesh_id,
             route: self.route.clone(),
-            hops: reply::hops(&stored.record),
+            hops: hops(&stored.record),
             record: Arc::new(stored.record),
             position: Position { partition, offset: stored.origin.offset },
             attempt: stored.attempts.saturating_add(1),

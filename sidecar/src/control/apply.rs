@@ -151,9 +151,9 @@ pub enum ApplyError {
 }
 
 /// A table, checked and compiled.
-struct Candidate {
+pub(super) struct Candidate {
     table: Table,
-    compiled: CompiledTable,
+    pub(super) compiled: CompiledTable,
     json: String,
     warnings: Vec<Fault>,
 }
@@ -258,7 +258,7 @@ impl Control {
         Ok(Applied { generation, digest, changed, warnings: candidate.warnings, new_routes, changes })
     }
 
-    async fn check(&self, file: &str, text: &str) -> Result<Candidate, ApplyError> {
+    pub(super) async fn check(&self, file: &str, text: &str) -> Result<Candidate, ApplyError> {
         let (file, text, mesh) = (file.to_owned(), text.to_owned(), self.0.config.mesh.clone());
         spawn_blocking(move || {
             let table = mesh_routing::parse(&file, &text)?;

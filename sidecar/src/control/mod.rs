@@ -21,6 +21,7 @@ mod apply;
 mod cache;
 mod commands;
 mod history;
+mod insight;
 mod letters;
 mod log;
 mod owners;

@@ -82,7 +82,7 @@ impl Control {
         table.map(|table| table.compiled.routes.clone()).ok_or_else(|| self.no_table())
     }
 
-    fn no_table(&self) -> OperationError {
+    pub(super) fn no_table(&self) -> OperationError {
         OperationError::NoTable(self.waiting().unwrap_or_else(|| "`mesh-ctl apply -f FILE` gives it one".into()))
     }
 

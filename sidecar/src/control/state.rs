@@ -22,6 +22,9 @@ use crate::{
     table::{ActiveTable, TableOrigin},
 };
 
+/// How many may read topics at once for a plan, an explanation or a trace; others wait.
+const READINGS: usize = 2;
+
 /// How far the control topic was read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Progress {
@@ -87,6 +90,8 @@ pub(super) struct Shared {
     pub(super) waiting_commands: Waiting,
     /// One apply at a time here; what others do is settled by the log.
     pub(super) applying: Semaphore,
+    /// Those who read topics for a plan, an explanation or a trace: some at once, since each keeps some MiB.
+    pub(super) reading: Semaphore,
 }
 
 impl fmt::Debug for Shared {
@@ -118,6 +123,7 @@ impl Shared {
             commands,
             waiting_commands: Waiting::default(),
             applying: Semaphore::new(1),
+            reading: Semaphore::new(READINGS),
         }
     }
 

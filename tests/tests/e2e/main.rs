@@ -15,6 +15,7 @@ mod exactly_once;
 mod faults;
 mod flow_control;
 mod flows;
+mod insight;
 mod pitfalls;
 mod reset;
 mod retries;

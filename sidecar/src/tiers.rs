@@ -1,17 +1,13 @@
-//! Records in a route's retry and park topics: how they are written down there, and read again. Pure.
+//! Records in a route's retry and park topics: how they are written down there, and read again. Floor 0.
 //!
 //! Invariant: key, value and headers come back as they were, with the record's identity, its place in the source, its timestamp and the
 //! attempts that were made.
 
-use std::sync::Arc;
-
 use bytes::Bytes;
 
-use super::reply;
 use crate::{
-    broker::Outgoing,
     outcome::Delivery,
-    record::{Header, Position, Record, TopicPartition, header},
+    record::{Header, Position, Record, header, mesh_id, shorten},
 };
 
 /// The longest reason that is written down, in bytes.
@@ -19,7 +15,7 @@ const REASON: usize = 1024;
 
 /// A topic of a route beside one of its sources.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     /// A retry topic, from 1.
     Retry(usize),
     /// The park topic.
@@ -27,7 +23,7 @@ pub(super) enum Kind {
 }
 
 /// What kind of topic a name is, for a route and one of its sources; `None` if it is none of theirs.
-pub(super) fn kind(route: &str, source: &str, topic: &str) -> Option<Kind> {
+pub(crate) fn kind(route: &str, source: &str, topic: &str) -> Option<Kind> {
     let own = topic.strip_prefix(route)?.strip_prefix('.')?.strip_prefix(source)?.strip_prefix('.')?;
     if own == "park" {
         return Some(Kind::Park);
@@ -48,8 +44,8 @@ pub(crate) enum Why {
     Exhausted { reason: String },
 }
 
-/// A record for a retry or park topic, after so many attempts.
-pub(super) fn write(delivery: &Delivery, topic: Arc<str>, attempts: u32, why: &Why) -> Outgoing {
+/// A record for a retry or park topic, after so many attempts. It belongs into the partition of its source's number.
+pub(crate) fn write(delivery: &Delivery, attempts: u32, why: &Why) -> Record {
     let source = &delivery.record;
     let ours = [header::MESH_ATTEMPT, header::MESH_RETRY_AT, header::MESH_ORIGIN, header::MESH_PARKED];
     let mut headers: Vec<Header> = source.headers.iter().filter(|header| !ours.contains(&&*header.name)).cloned().collect();
@@ -66,29 +62,28 @@ pub(super) fn write(delivery: &Delivery, topic: Arc<str>, attempts: u32, why: &W
     match why {
         Why::Retry { due_ms } => headers.push(Header::new(header::MESH_RETRY_AT, due_ms.to_string())),
         Why::Behind => {}
-        Why::Exhausted { reason } => headers.push(Header::new(header::MESH_PARKED, reply::shorten(reason, REASON))),
+        Why::Exhausted { reason } => headers.push(Header::new(header::MESH_PARKED, shorten(reason, REASON))),
     }
     // A time of its own: retention counts from when it was written down.
-    let record = Record { key: source.key.clone(), value: source.value.clone(), headers, timestamp_ms: None };
-    Outgoing { topic, partition: Some(position.partition.partition), record }
+    Record { key: source.key.clone(), value: source.value.clone(), headers, timestamp_ms: None }
 }
 
 /// A record as it was in its source.
 #[derive(Debug, PartialEq)]
-pub(super) struct Stored {
-    pub(super) record: Record,
-    pub(super) mesh_id: Bytes,
-    pub(super) origin: Position,
+pub(crate) struct Stored {
+    pub(crate) record: Record,
+    pub(crate) mesh_id: Bytes,
+    pub(crate) origin: Position,
     /// How many attempts were made.
-    pub(super) attempts: u32,
+    pub(crate) attempts: u32,
     /// When it is due, in milliseconds since 1970-01-01 UTC.
-    pub(super) due_ms: Option<i64>,
+    pub(crate) due_ms: Option<i64>,
     /// Its attempts are used up.
-    pub(super) exhausted: bool,
+    pub(crate) exhausted: bool,
 }
 
 /// Reads a record from a retry or park topic. One that the mesh did not write is its own origin, and due at once.
-pub(super) fn read(mut record: Record, place: &Position) -> Stored {
+pub(crate) fn read(mut record: Record, place: &Position) -> Stored {
     let number = |name| record.header_str(name).and_then(|text| text.parse::<i64>().ok());
     let attempts = number(header::MESH_ATTEMPT).and_then(|attempts| u32::try_from(attempts).ok()).unwrap_or(0);
     let due_ms = number(header::MESH_RETRY_AT);
@@ -98,7 +93,7 @@ pub(super) fn read(mut record: Record, place: &Position) -> Stored {
     let ours = [header::MESH_ATTEMPT, header::MESH_RETRY_AT, header::MESH_ORIGIN, header::MESH_PARKED];
     record.headers.retain(|header| !ours.contains(&&*header.name));
     record.timestamp_ms = timestamp_ms;
-    Stored { mesh_id: reply::mesh_id(&record, &origin), record, origin, attempts, due_ms, exhausted }
+    Stored { mesh_id: mesh_id(&record, &origin), record, origin, attempts, due_ms, exhausted }
 }
 
 fn origin(text: &str) -> Option<(Position, Option<i64>)> {
@@ -106,16 +101,15 @@ fn origin(text: &str) -> Option<(Position, Option<i64>)> {
         Some((position, timestamp)) => (position, Some(timestamp.parse().ok()?)),
         None => (text, None),
     };
-    let (rest, offset) = position.rsplit_once('/')?;
-    let (topic, partition) = rest.rsplit_once('/')?;
-    let partition = TopicPartition::new(topic, partition.parse().ok()?);
-    Some((Position { partition, offset: offset.parse().ok()? }, timestamp))
+    Some((Position::parse(position)?, timestamp))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
-    use crate::consume::test_delivery;
+    use crate::{outcome::test_delivery, record::TopicPartition};
 
     #[test]
     fn a_record_comes_back_as_it_was() {
@@ -127,10 +121,10 @@ mod tests {
             timestamp_ms: Some(1_700_000_000_000),
         };
         delivery.record = Arc::new(own.clone());
-        let written = write(&delivery, "work.in.retry-1".into(), 3, &Why::Retry { due_ms: 99 });
-        assert_eq!((&*written.topic, written.partition, written.record.timestamp_ms), ("work.in.retry-1", Some(0), None));
+        let written = write(&delivery, 3, &Why::Retry { due_ms: 99 });
+        assert_eq!(written.timestamp_ms, None);
         let place = Position { partition: TopicPartition::new("work.in.retry-1", 0), offset: 7 };
-        let stored = read(written.record, &place);
+        let stored = read(written, &place);
         let wanted = Stored {
             record: own,
             mesh_id: "id".into(),
@@ -142,8 +136,8 @@ mod tests {
         assert_eq!(stored, wanted);
         // And again, from there to the park topic.
         delivery.record = Arc::new(stored.record);
-        let written = write(&delivery, "work.in.park".into(), 4, &Why::Exhausted { reason: "x".repeat(2000) });
-        let again = read(written.record, &place);
+        let written = write(&delivery, 4, &Why::Exhausted { reason: "x".repeat(2000) });
+        let again = read(written, &place);
         assert_eq!((again.attempts, again.due_ms, again.exhausted), (4, None, true));
         assert_eq!((&again.record, again.origin), (&wanted.record, wanted.origin));
     }

@@ -1,4 +1,7 @@
-//! What an outcome means for a record: the table of design §6, the first row that fits decides. Pure.
+//! What becomes of a record before its service is called, and what an outcome means for it: the table of design §6, the first row that fits
+//! decides. Floor 0.
+//!
+//! Invariant: whoever foretells or explains what a route does asks here, as the route's loop does.
 
 use std::{sync::Arc, time::Duration};
 
@@ -7,7 +10,7 @@ use mesh_routing::{Decision, Destinations, HeaderSource, NoHeaders, RecordView, 
 
 use crate::{
     outcome::{Delivery, NOT_HERE, Outcome, Reply, ReplyRecord},
-    record::{Record, TopicPartition},
+    record::{Record, TopicPartition, header},
 };
 
 /// What is to be done with a record after a delivery.
@@ -58,6 +61,39 @@ impl Reason {
             Self::Schema => "schema",
         }
     }
+}
+
+/// What becomes of a record before its service is called.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Intake {
+    /// It is delivered.
+    Deliver,
+    /// It is a copy for another route, redriven or replayed: passed over.
+    OtherRoute,
+    /// The route's filter does not admit it.
+    Filtered,
+    /// To the dead-letter topic.
+    DeadLetter { reason: Reason, detail: String },
+}
+
+/// Judges a record that was read: `hops` is how many routes it went through.
+#[inline]
+pub(crate) fn intake(route: &Route, record: &Record, partition: &TopicPartition, offset: i64, hops: u32) -> Intake {
+    if record.header(header::MESH_ONLY_ROUTE).is_some_and(|only| **only != *route.name.as_bytes()) {
+        return Intake::OtherRoute;
+    }
+    if route.filter.is_some() {
+        match route.admits(&view(record, partition, offset)) {
+            Ok(true) => {}
+            Ok(false) => return Intake::Filtered,
+            Err(error) => return Intake::DeadLetter { reason: Reason::Expression, detail: error.to_string() },
+        }
+    }
+    if route.max_hops > 0 && hops >= route.max_hops {
+        let detail = format!("it went through {hops} routes; the route's max_hops is {}", route.max_hops);
+        return Intake::DeadLetter { reason: Reason::Hops, detail };
+    }
+    Intake::Deliver
 }
 
 /// Judges what a handler said to a delivery.
@@ -152,7 +188,7 @@ pub(crate) fn view<'a>(record: &'a Record, partition: &'a TopicPartition, offset
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::consume::test_delivery;
+    use crate::{outcome::test_delivery, record::Header};
 
     fn answer(status: u16, body: &'static str) -> Outcome {
         let body = Some(Bytes::from(body)).filter(|body| !body.is_empty());
@@ -224,6 +260,30 @@ mod tests {
         assert_eq!(word(judge(&delivery, reply(vec![record(Some("{}")), record(None)]))), "a+b");
         let Verdict::DeadLetter { detail, .. } = judge(&delivery, reply(vec![record(Some("{}")), record(Some("1"))])) else { panic!() };
         assert!(detail.starts_with("record 1 of the answer"), "{detail}");
+    }
+
+    #[test]
+    fn what_becomes_of_a_record_before_its_service_is_called() {
+        let delivery = test_delivery("filter: 'record.json.n > 1', max_hops: 3", 0);
+        let word = |value: &'static str, only: Option<&'static str>, hops: u32| {
+            let headers = only.map(|only| Header::new(header::MESH_ONLY_ROUTE, only)).into_iter().collect();
+            let record = Record { value: Some(value.into()), headers, ..Record::default() };
+            match intake(&delivery.route, &record, &delivery.position.partition, 0, hops) {
+                Intake::Deliver => "deliver",
+                Intake::OtherRoute => "other route",
+                Intake::Filtered => "filtered",
+                Intake::DeadLetter { reason, detail } => {
+                    assert!(!detail.is_empty());
+                    reason.as_str()
+                }
+            }
+        };
+        assert_eq!(word("{\"n\":2}", None, 2), "deliver");
+        assert_eq!(word("{\"n\":2}", Some("work"), 2), "deliver");
+        assert_eq!(word("no JSON", Some("other"), 9), "other route", "its filter is not asked");
+        assert_eq!(word("{\"n\":1}", None, 9), "filtered", "what is filtered has no hops too many");
+        assert_eq!(word("no JSON", None, 9), "expression");
+        assert_eq!(word("{\"n\":2}", None, 3), "hops");
     }
 
     #[test]
