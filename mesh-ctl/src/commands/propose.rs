@@ -146,11 +146,25 @@ fn said(context: &Context, applied: &view::Applied) -> String {
     }
 }
 
+/// The user of this process by the system's own files: the name, or the number where it has none.
+fn system_user() -> Option<String> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let id = status.lines().find_map(|line| line.strip_prefix("Uid:"))?.split_whitespace().next()?.to_owned();
+    let names = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let name = names.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)? == id && !name.is_empty()).then(|| name.to_owned())
+    });
+    Some(name.unwrap_or_else(|| format!("uid-{id}")))
+}
+
 /// Who runs this, for the history: `user@host`, as far as it is known.
 pub(super) fn whoami() -> String {
     let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
     let file = |path: &str| Some(std::fs::read_to_string(path).ok()?.trim().to_owned()).filter(|name| !name.is_empty());
-    let user = variable("USER").or_else(|| variable("LOGNAME")).or_else(|| variable("USERNAME"));
+    // A container often has none of these.
+    let user = variable("USER").or_else(|| variable("LOGNAME")).or_else(|| variable("USERNAME")).or_else(system_user);
     let host = variable("HOSTNAME").or_else(|| file("/proc/sys/kernel/hostname")).or_else(|| file("/etc/hostname"));
     match (user, host) {
         (Some(user), Some(host)) => format!("{user}@{host}"),

@@ -118,13 +118,20 @@ impl Picture {
     /// Shows the lines: all of them in place on a terminal, else those that changed and are not empty from the beginning.
     fn show(&mut self, context: &Context, lines: Vec<(Stand, String)>, generation: u64, waited: Duration) {
         if context.progress {
-            let mut text = if self.drawn > 0 { format!("\x1b[{}A", self.drawn) } else { String::new() };
-            text += &format!("\r\x1b[Kgeneration {generation}, {}\n", age(waited));
+            // Back to the first line, and clear what is below.
+            let mut text = if self.drawn > 0 { format!("\x1b[{}A\r\x1b[J", self.drawn) } else { String::new() };
+            text += &format!("generation {generation}, {}\n", age(waited));
+            self.drawn = 1;
             for (stand, line) in &lines {
+                let none = *line == empty(*stand);
+                if none && *stand == Stand::Pinned {
+                    continue;
+                }
                 let (word, rest) = line.split_at(stand.word().len());
-                text += &format!("\x1b[K  {}{rest}\n", stand.style().paint(context.error_colours, word));
+                let style = if none { Style::Plain } else { stand.style() };
+                text += &format!("  {}{rest}\n", style.paint(context.error_colours, word));
+                self.drawn += 1;
             }
-            self.drawn = lines.len() + 1;
             let mut err = std::io::stderr().lock();
             // Nobody is there to be told when stderr is closed.
             drop(err.write_all(text.as_bytes()).and_then(|()| err.flush()));
@@ -146,9 +153,13 @@ impl Picture {
     }
 }
 
+/// The line of a state that no instance has.
+fn empty(stand: Stand) -> String {
+    format!("{:<8} 0", stand.word())
+}
+
 /// The lines that changed; at first those of states that some instance has.
 fn news<'a>(before: &[(Stand, String)], now: &'a [(Stand, String)]) -> Vec<&'a str> {
-    let empty = |stand: Stand| format!("{:<8} 0", stand.word());
     let changed = now.iter().enumerate().filter(|(at, (stand, line))| match before.get(*at) {
         Some((_, known)) => known != line,
         None => *line != empty(*stand),

@@ -223,6 +223,8 @@ fn routes_that_differ_are_counted_with_their_defaults() {
     assert_eq!(count_routes(&old, &old), counts(0, 0, 0));
     let new = table(&[("d", "x", "void"), ("b", "y", "[other]"), ("c", "z", "void")]);
     assert_eq!(count_routes(&old, &new), counts(1, 1, 1));
+    let reordered = table(&[("c", "z", "void"), ("a", "x", "void"), ("b", "y", "void")]);
+    assert_eq!(count_routes(&old, &reordered), counts(0, 0, 0), "their order is no matter of any route");
     // A default changes every route that does not say otherwise.
     let mut defaults = old.clone();
     defaults.defaults.max_hops = Some(7);

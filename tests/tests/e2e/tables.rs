@@ -403,6 +403,16 @@ async fn race(stage: Stage) -> Result<()> {
         // Another process has no event to await: a segment is closed a second after it began.
         tokio::time::sleep(Duration::from_millis(700)).await;
     }
+    // One is down during three applies, and comes back to the last.
+    let mut down = sidecars.pop().context("a sidecar")?;
+    down.sigterm(MINUTE).await?;
+    for round in 0..3 {
+        let last = file("last.yaml", 2_000 + round)?;
+        sidecars[2].ctl(&["apply", "-f", text(&last)?]).await?.success()?;
+    }
+    newest += 3;
+    down.start().await?;
+    sidecars.push(down);
     let late = stage.sidecar("late").start().await?;
     let everywhere = |status: &GetStatusResponse| status.instances.len() == 7 && in_force(status, newest);
     let status = sidecars[0].wait_status("the last table everywhere", MINUTE, everywhere).await?;
