@@ -51,6 +51,8 @@ const LIMIT: Duration = Duration::from_secs(8);
 const CLOSING: Duration = Duration::from_secs(3);
 /// How long a producer that was fenced waits before it begins again: somebody else holds its identity.
 const FENCED: Duration = Duration::from_secs(5);
+/// How long after a transaction that failed the next ones send their offsets only when their records are acknowledged.
+const CAREFUL: Duration = Duration::from_secs(30);
 
 /// How long a step of a transaction takes until that is told.
 const LATE: Duration = Duration::from_secs(5);
@@ -222,6 +224,9 @@ struct Prompt(bool);
 enum Failure {
     /// It must be aborted; then this is the answer. Every request of it was answered.
     Abort(TransactionError),
+    /// The same; the group has a new generation, or this member is out of it. Whatever of the offsets may still be on its way is refused as well, so
+    /// the producer stays.
+    Stale(TransactionError),
     /// The same, and something of it may still be on its way: the producer goes with it.
     Renew(TransactionError),
     /// Its end is not known, or the producer is of no use any more.
@@ -302,6 +307,7 @@ impl Shared {
 
     /// Does jobs until the consumer is closed (`None`) or the producer fails for good.
     fn serve(&self, mut client: Client, jobs: &Receiver<Job>) -> Option<BrokerError> {
+        let mut careful_until = Instant::now();
         loop {
             let job = match jobs.recv_timeout(STEP) {
                 Ok(job) => job,
@@ -315,18 +321,18 @@ impl Shared {
                 }
             };
             let Job { records, offsets, metadata, guard, reply } = job;
-            let (answer, next) = match self.transact(&client, &records, &offsets, &metadata) {
+            let outcome = self.transact(&client, &records, &offsets, &metadata, Instant::now() < careful_until);
+            if matches!(outcome, Err(Failure::Stale(_) | Failure::Renew(_))) {
+                careful_until = Instant::now() + CAREFUL;
+            }
+            let (answer, next) = match outcome {
                 Ok(Prompt(true)) => (Ok(()), Ok(client)),
                 Ok(Prompt(false)) => (Ok(()), self.renew(client)),
                 Err(Failure::Abort(error)) => {
                     let refused = matches!(error, TransactionError::Refused(_) | TransactionError::Split(_));
-                    let next = match self.abort(&client) {
-                        Ok(Prompt(true)) if refused => Ok(client),
-                        Ok(_) => self.renew(client),
-                        Err(fatal) => Err(fatal),
-                    };
-                    (Err(error), next)
+                    (Err(error), self.take_back(client, refused))
                 }
+                Err(Failure::Stale(error)) => (Err(error), self.take_back(client, true)),
                 Err(Failure::Renew(error)) => (Err(error), self.renew(client)),
                 Err(Failure::Fatal(error)) => (Err(TransactionError::Lost(error.clone())), Err(error)),
             };
@@ -339,6 +345,15 @@ impl Shared {
                 Ok(client) => client,
                 Err(error) => return Some(error),
             };
+        }
+    }
+
+    /// Aborts a transaction. The producer goes on if it may, and if the broker answered soon.
+    fn take_back(&self, client: Client, stays: bool) -> Result<Client, BrokerError> {
+        match self.abort(&client) {
+            Ok(Prompt(true)) if stays => Ok(client),
+            Ok(_) => self.renew(client),
+            Err(fatal) => Err(fatal),
         }
     }
 
@@ -392,20 +407,26 @@ impl Shared {
         records: &[Outgoing],
         offsets: &TopicPartitionList,
         metadata: &ConsumerGroupMetadata,
+        careful: bool,
     ) -> Result<Prompt, Failure> {
-        let failure = match self.attempt(client, records, offsets, metadata) {
-            Err(failure @ (Failure::Abort(_) | Failure::Renew(_))) => failure,
+        let failure = match self.attempt(client, records, offsets, metadata, careful) {
+            Err(failure @ (Failure::Abort(_) | Failure::Stale(_) | Failure::Renew(_))) => failure,
             other => return other,
         };
         if let Some((code, text)) = client.client().fatal_error() {
             // Somebody else may hold its identity: a new producer would take it back at once.
             return Err(Failure::Fatal(fatal(&self.id, code, &text)));
         }
-        let Failure::Abort(error) = failure else { return Err(failure) };
+        if matches!(failure, Failure::Renew(_)) {
+            return Err(failure);
+        }
         self.drain(client);
         let certain = |code: Option<Code>| code.is_some_and(|code| is_certain(produce_kind(code)));
         let unknown = lock(&client.context().failed).iter().any(|(_, error)| !certain(error.rdkafka_error_code()));
-        Err(if unknown || client.in_flight_count() > 0 { Failure::Renew(error) } else { Failure::Abort(error) })
+        Err(match failure {
+            Failure::Abort(error) | Failure::Stale(error) if unknown || client.in_flight_count() > 0 => Failure::Renew(error),
+            certain => certain,
+        })
     }
 
     fn attempt(
@@ -414,6 +435,7 @@ impl Shared {
         records: &[Outgoing],
         offsets: &TopicPartitionList,
         metadata: &ConsumerGroupMetadata,
+        careful: bool,
     ) -> Result<Prompt, Failure> {
         let limit = Instant::now() + LIMIT;
         self.doing("beginning");
@@ -422,8 +444,13 @@ impl Shared {
         client.begin_transaction().map_err(|error| self.failure("begin", &error))?;
         self.doing("records");
         self.produce(client, records, limit)?;
+        if careful {
+            self.acknowledged(client, limit)?;
+            self.check_reports(client, records)?;
+        }
         self.doing("offsets");
-        // While the records are under way.
+        // While the records are under way; but when the group changes often, and refuses offsets of the generation before, not until they are
+        // acknowledged: else nobody knows what became of them, and another producer has to be made each time.
         if offsets.count() > 0
             && let Err(failure) = self.retrying(limit, "offsets", || client.send_offsets_to_transaction(offsets, metadata, STEP))
         {
@@ -435,6 +462,13 @@ impl Shared {
                 (Err(reported), _) => reported,
             });
         }
+        self.acknowledged(client, limit)?;
+        self.check_reports(client, records)?;
+        self.commit(client)
+    }
+
+    /// Waits until each record is answered.
+    fn acknowledged(&self, client: &Client, limit: Instant) -> Result<(), Failure> {
         self.doing("acknowledgements of records");
         // `commit_transaction` would wait in steps of 100 ms for reports that nobody takes.
         while client.in_flight_count() > 0 {
@@ -444,8 +478,7 @@ impl Shared {
             }
             client.poll(Duration::from_millis(1));
         }
-        self.check_reports(client, records)?;
-        self.commit(client)
+        Ok(())
     }
 
     fn produce(&self, client: &Client, records: &[Outgoing], limit: Instant) -> Result<(), Failure> {
@@ -564,6 +597,7 @@ impl Shared {
         let named = self.named(what, error);
         match transaction_error(error) {
             Some(inner) if inner.is_fatal() => Failure::Fatal(named),
+            Some(inner) if is_stale(inner.code()) => Failure::Stale(TransactionError::Aborted(named)),
             _ => Failure::Abort(TransactionError::Aborted(named)),
         }
     }
@@ -576,6 +610,11 @@ impl Shared {
             None => broker_error(prefix, error),
         }
     }
+}
+
+/// Whether the group refuses a member's offsets, and will refuse them again.
+fn is_stale(code: Code) -> bool {
+    matches!(code, Code::IllegalGeneration | Code::UnknownMemberId | Code::FencedInstanceId)
 }
 
 fn fatal(id: &str, code: Code, text: &str) -> BrokerError {
