@@ -267,8 +267,8 @@ impl Admin for Fake {
         Box::pin(async { Ok((0, self.0.lock().unwrap().high)) })
     }
 
-    fn readable(&self, _partition: &TopicPartition, _from: i64) -> BoxFuture<'_, Result<bool, BrokerError>> {
-        Box::pin(async { Ok(self.0.lock().unwrap().readable) })
+    fn readable(&self, from: Vec<Position>) -> BoxFuture<'_, Vec<Result<bool, BrokerError>>> {
+        Box::pin(async move { from.iter().map(|_| Ok(self.0.lock().unwrap().readable)).collect() })
     }
 
     fn offsets_at(&self, _topic: &str, _timestamp_ms: i64) -> BoxFuture<'_, Result<Vec<i64>, BrokerError>> {

@@ -14,7 +14,10 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{FutureExt as _, future::BoxFuture};
+use futures_util::{
+    FutureExt as _,
+    future::{BoxFuture, try_join_all},
+};
 use mesh_routing::{OnExhausted, Order, Route};
 use tokio::time::Instant;
 
@@ -24,7 +27,7 @@ use crate::{
     lanes::Lane,
     mutation::{self, Mutation},
     parking::{Parking, Release, Sizes},
-    record::TopicPartition,
+    record::{Position, TopicPartition},
     tiers::{self, Kind},
     watermark::Watermark,
 };
@@ -36,7 +39,7 @@ pub(super) const LONGEST: Duration = Duration::from_secs(31 * 86_400);
 /// The pause before retry topics are looked for again.
 pub(super) const AGAIN: Duration = Duration::from_millis(500);
 /// A partition's end may be no record, but a mark of a transaction: of one that brought nothing for so long it is asked whether there is more.
-const QUIET: Duration = Duration::from_secs(1);
+const QUIET: Duration = Duration::from_millis(300);
 
 /// What a slot is for its route.
 pub(super) enum Role {
@@ -159,13 +162,16 @@ async fn look(admin: Arc<dyn Admin>, route: Arc<Route>, asked: Vec<(u32, TopicPa
         if committed.is_none() && !current {
             continue;
         }
-        let (low, high) = admin.watermarks(&partition).await?;
-        let committed = committed.map(|commit| (commit.offset, commit.metadata));
-        let behind = kind == Kind::Park && committed.as_ref().map_or(low, |(offset, _)| *offset) < high;
-        let source_high = if behind { admin.watermarks(&source).await?.1 } else { 0 };
-        sides.push(FoundSide { of, kind, partition, committed, low, high, source_high });
+        let admin = &admin;
+        sides.push(async move {
+            let (low, high) = admin.watermarks(&partition).await?;
+            let committed = committed.map(|commit| (commit.offset, commit.metadata));
+            let behind = kind == Kind::Park && committed.as_ref().map_or(low, |(offset, _)| *offset) < high;
+            let source_high = if behind { admin.watermarks(&source).await?.1 } else { 0 };
+            Ok(FoundSide { of, kind, partition, committed, low, high, source_high })
+        });
     }
-    Ok(sides)
+    try_join_all(sides).await
 }
 
 impl Sides {
@@ -381,8 +387,11 @@ impl RouteLoop {
             let side = self.slots.get(*index as usize).and_then(Slot::side);
             side.is_some_and(|side| side.reading && side.cursor < side.until)
         };
-        let left: Vec<u32> = sides.iter().copied().filter(unfinished).collect();
-        if !left.is_empty() {
+        if sides.iter().any(unfinished) {
+            // What other sources wait for is asked for in the same breath.
+            let scanning = |slot: &&Slot| slot.owned && slot.source().is_some_and(|source| source.stage == Stage::Scanning);
+            let all = self.slots.iter().filter(scanning).filter_map(Slot::source).flat_map(|source| source.sides.iter());
+            let left: Vec<u32> = all.copied().filter(unfinished).collect();
             return self.ask_for_ends(&left, Instant::now());
         }
         let ordered = self.ordered();
@@ -425,11 +434,9 @@ impl RouteLoop {
         }
         let admin = self.parts.broker.admin();
         let looking = async move {
-            let mut ends = Vec::with_capacity(quiet.len());
-            for (index, epoch, cursor, partition) in quiet {
-                ends.push((index, epoch, cursor, admin.readable(&partition, cursor).await));
-            }
-            Looked::Ends(ends)
+            let asked = quiet.iter().map(|(_, _, offset, partition)| Position { partition: partition.clone(), offset: *offset }).collect();
+            let answers = admin.readable(asked).await;
+            Looked::Ends(quiet.into_iter().zip(answers).map(|((index, epoch, cursor, _), answer)| (index, epoch, cursor, answer)).collect())
         };
         self.sides.looking = Some(looking.boxed());
     }

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::route::{RouteLoop, Slot};
 use crate::{
-    broker::{Admin, BrokerError, BrokerErrorKind, ProduceErrorKind},
+    broker::{Admin, BrokerError, BrokerErrorKind, ProduceErrorKind, is_readable},
     record::{TopicPartition, now_ms},
     status::{RouteState, RouteStatus},
 };
@@ -55,7 +55,7 @@ impl Asked {
         let (_, high) = admin.watermarks(&self.partition).await?;
         let Some(from) = self.idle.filter(|from| *from < high && high == self.high) else { return Ok((high, None)) };
         let end = End { from, high };
-        let known = self.end == Some(end) || !admin.readable(&self.partition, from).await?;
+        let known = self.end == Some(end) || !is_readable(admin, &self.partition, from).await?;
         Ok((high, known.then_some(end)))
     }
 }

@@ -10,7 +10,7 @@ use tokio::time::{Instant, timeout};
 use super::reset::OperationError;
 use crate::{
     broker::{Admin, Broker, BrokerError, BrokerErrorKind, Consumer, ConsumerConfig, Event, StartOffset},
-    record::{Batch, TopicPartition},
+    record::{Batch, Position, TopicPartition},
 };
 
 /// How long nothing comes until the broker is asked whether there is more: compaction and the markers of transactions leave gaps.
@@ -141,15 +141,14 @@ impl RangeReader {
         if self.trouble.is_some() {
             return;
         }
+        let asked: Vec<Position> =
+            self.left.values().map(|range| Position { partition: range.partition.clone(), offset: range.from }).collect();
         let mut ended = Vec::new();
-        for range in self.left.values() {
-            match self.admin.readable(&range.partition, range.from).await {
+        for (position, readable) in asked.iter().zip(self.admin.readable(asked.clone()).await) {
+            match readable {
                 Ok(true) => {}
-                Ok(false) => ended.push(range.partition.clone()),
-                Err(error) => {
-                    tracing::debug!(partition = %range.partition, %error, "not known whether there are more records");
-                    break;
-                }
+                Ok(false) => ended.push(position.partition.clone()),
+                Err(error) => tracing::debug!(partition = %position.partition, %error, "not known whether there are more records"),
             }
         }
         self.consumer.unassign(&ended);

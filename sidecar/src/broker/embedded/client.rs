@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     broker::{Acks, Admin, BrokerError, BrokerErrorKind, Commit, NewTopic, Outgoing, ProduceError, ProduceErrorKind, Producer},
-    record::TopicPartition,
+    record::{Position, TopicPartition},
 };
 
 /// See [`Producer`].
@@ -125,13 +125,20 @@ impl Admin for EmbeddedAdmin {
         Box::pin(std::future::ready(found.ok_or_else(|| unknown(format!("partition {partition}")))))
     }
 
-    fn readable(&self, partition: &TopicPartition, from: i64) -> BoxFuture<'_, Result<bool, BrokerError>> {
-        let Some(found) = self.0.catalog.partition(partition) else {
-            let error = unknown(format!("partition {partition}"));
-            return Box::pin(std::future::ready(Err(error)));
-        };
-        let (low, high) = found.watermarks();
-        Box::pin(self.read("look for records in", move |store| store.any_from(found.id, from.max(low), high)))
+    fn readable(&self, from: Vec<Position>) -> BoxFuture<'_, Vec<Result<bool, BrokerError>>> {
+        Box::pin(async move {
+            let mut answers = Vec::with_capacity(from.len());
+            for Position { partition, offset } in from {
+                answers.push(match self.0.catalog.partition(&partition) {
+                    Some(found) => {
+                        let (low, high) = found.watermarks();
+                        self.read("look for records in", move |store| store.any_from(found.id, offset.max(low), high)).await
+                    }
+                    None => Err(unknown(format!("partition {partition}"))),
+                });
+            }
+            answers
+        })
     }
 
     fn offsets_at(&self, topic: &str, timestamp_ms: i64) -> BoxFuture<'_, Result<Vec<i64>, BrokerError>> {

@@ -4,7 +4,7 @@
 //! about a group's offsets takes a client of its own that never joins.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -16,6 +16,7 @@ use rdkafka::{
     config::FromClientConfigAndContext,
     consumer::{BaseConsumer, CommitMode, Consumer as _},
     error::KafkaError,
+    message::Message as _,
     metadata::Metadata,
     topic_partition_list::{Offset, TopicPartitionList},
     types::RDKafkaErrorCode as Code,
@@ -31,7 +32,7 @@ use super::{
 };
 use crate::{
     broker::{Admin, BrokerError, BrokerErrorKind, Commit, NewTopic},
-    record::TopicPartition,
+    record::{Position, TopicPartition},
 };
 
 /// How long a question may take.
@@ -341,17 +342,16 @@ impl Admin for Asker {
         })
     }
 
-    fn readable(&self, partition: &TopicPartition, from: i64) -> BoxFuture<'_, Result<bool, BrokerError>> {
-        let partition = partition.clone();
+    fn readable(&self, from: Vec<Position>) -> BoxFuture<'_, Vec<Result<bool, BrokerError>>> {
         Box::pin(async move {
-            check_name(&partition.topic)?;
+            let count = from.len();
             let _slot = self.slots.acquire().await;
             let (mut config, health) = (self.settings.admin(Some("mesh-reader")), self.health.clone());
             config.set("enable.partition.eof", "true").set("fetch.wait.max.ms", "50").set("queued.min.messages", "1");
-            let asked = tokio::task::spawn_blocking(move || readable(&config, health, &partition, from));
-            asked
-                .await
-                .unwrap_or_else(|error| Err(BrokerError::new(BrokerErrorKind::Other, format!("the question was not finished: {error}"))))
+            let asked = tokio::task::spawn_blocking(move || readable(&config, health, &from)).await;
+            let asked = asked
+                .unwrap_or_else(|error| Err(BrokerError::new(BrokerErrorKind::Other, format!("the question was not finished: {error}"))));
+            asked.unwrap_or_else(|error| vec![Err(error); count])
         })
     }
 
@@ -433,46 +433,89 @@ impl Admin for Asker {
     }
 }
 
-/// Reads until there is a record, or the end.
-fn readable(config: &ClientConfig, health: Arc<Health>, partition: &TopicPartition, from: i64) -> Result<bool, BrokerError> {
-    let what = || format!("{partition} from {from}");
+/// Reads each partition until there is a record, or the end.
+fn readable(config: &ClientConfig, health: Arc<Health>, from: &[Position]) -> Result<Vec<Result<bool, BrokerError>>, BrokerError> {
+    const WHAT: &str = "looking for further records";
+    from.iter().try_for_each(|position| check_name(&position.partition.topic))?;
     let client: BaseConsumer<Reporter> =
-        BaseConsumer::from_config_and_context(config, Reporter(health)).map_err(|error| broker_error(what(), &error))?;
+        BaseConsumer::from_config_and_context(config, Reporter(health)).map_err(|error| broker_error(WHAT, &error))?;
     let until = Instant::now() + TIMEOUT;
     // A leader that is new may not know yet how far its records are committed, and shows readers an earlier end. The question for the end is
     // refused meanwhile, unlike a fetch: so what a fetch says counts only of a leader that has answered the question before.
-    let leader = leader(&client, partition).map_err(|error| broker_error(what(), &error))?;
-    let marks = watermarks(&client, std::slice::from_ref(partition), TIMEOUT)?;
-    if marks.first().is_some_and(|(_, high)| from >= *high) {
-        return Ok(false);
+    let before = leaders(&client, from).map_err(|error| broker_error(WHAT, &error))?;
+    let mut answers: Vec<Option<Result<bool, BrokerError>>> = Vec::with_capacity(from.len());
+    for position in from {
+        answers.push(match watermarks(&client, std::slice::from_ref(&position.partition), TIMEOUT) {
+            Ok(marks) if marks.first().is_some_and(|(_, high)| position.offset >= *high) => Some(Ok(false)),
+            Ok(_) => None,
+            Err(error) => Some(Err(error)),
+        });
     }
-    let mut list = TopicPartitionList::with_capacity(1);
-    list.add_partition_offset(&partition.topic, partition.partition, Offset::Offset(from)).map_err(|error| broker_error(what(), &error))?;
-    client.assign(&list).map_err(|error| broker_error(what(), &error))?;
-    while Instant::now() < until {
-        match client.poll(until.saturating_duration_since(Instant::now())) {
-            Some(Ok(_)) => return Ok(true),
-            Some(Err(KafkaError::PartitionEOF(_))) => {
-                let now = self::leader(&client, partition).map_err(|error| broker_error(what(), &error))?;
-                if leader.is_some() && now == leader {
-                    return Ok(false);
-                }
-                return Err(BrokerError::new(BrokerErrorKind::Unreachable, format!("{}: its leader changed meanwhile", what())));
+    let mut left: Vec<usize> = (0..from.len()).filter(|index| answers[*index].is_none()).collect();
+    while !left.is_empty() && Instant::now() < until {
+        // The end of a partition is told by its number alone: no two of a number are read at once.
+        let mut reading: BTreeMap<i32, usize> = BTreeMap::new();
+        left.retain(|index| {
+            let later = reading.contains_key(&from[*index].partition.partition);
+            if !later {
+                reading.insert(from[*index].partition.partition, *index);
             }
-            // Connections come and go: it is tried until the time is over.
-            Some(Err(error)) => tracing::debug!("kafka: {}: {error}", what()),
-            None => {}
+            later
+        });
+        let mut list = TopicPartitionList::with_capacity(reading.len());
+        for index in reading.values() {
+            let Position { partition, offset } = &from[*index];
+            list.add_partition_offset(&partition.topic, partition.partition, Offset::Offset(*offset))
+                .map_err(|error| broker_error(WHAT, &error))?;
+        }
+        client.assign(&list).map_err(|error| broker_error(WHAT, &error))?;
+        while !reading.is_empty() && Instant::now() < until {
+            let (number, found) = match client.poll(until.saturating_duration_since(Instant::now())) {
+                Some(Ok(message)) => (message.partition(), true),
+                Some(Err(KafkaError::PartitionEOF(number))) => (number, false),
+                // Connections come and go: it is tried until the time is over.
+                Some(Err(error)) => {
+                    tracing::debug!("kafka: {WHAT}: {error}");
+                    continue;
+                }
+                None => continue,
+            };
+            if let Some(index) = reading.remove(&number) {
+                answers[index] = Some(Ok(found));
+            }
         }
     }
-    Err(BrokerError::new(BrokerErrorKind::Unreachable, format!("{}: nothing was read within {TIMEOUT:?}", what())))
+    let after = leaders(&client, from).map_err(|error| broker_error(WHAT, &error))?;
+    let unclear = |position: &Position, why: &str| {
+        let detail = format!("{} from {}: {why}", position.partition, position.offset);
+        Err(BrokerError::new(BrokerErrorKind::Unreachable, detail))
+    };
+    let moved = |position: &Position| before.get(&position.partition).is_none_or(|leader| after.get(&position.partition) != Some(leader));
+    let answer = |(position, answer): (&Position, Option<_>)| match answer {
+        Some(Ok(false)) if moved(position) => unclear(position, "its leader changed meanwhile"),
+        Some(answer) => answer,
+        None => unclear(position, &format!("nothing was read within {TIMEOUT:?}")),
+    };
+    Ok(from.iter().zip(answers).map(answer).collect())
 }
 
-/// The broker that leads a partition, if one does.
-fn leader<C: rdkafka::consumer::ConsumerContext>(client: &BaseConsumer<C>, partition: &TopicPartition) -> Result<Option<i32>, KafkaError> {
-    let metadata = client.fetch_metadata(Some(&partition.topic), TIMEOUT)?;
-    let topic = metadata.topics().iter().find(|topic| *topic.name() == *partition.topic);
-    let found = topic.and_then(|topic| topic.partitions().iter().find(|found| found.id() == partition.partition));
-    Ok(found.map(|found| found.leader()).filter(|leader| *leader >= 0))
+/// The brokers that lead partitions; one that nobody leads is left out.
+fn leaders<C: rdkafka::consumer::ConsumerContext>(
+    client: &BaseConsumer<C>,
+    positions: &[Position],
+) -> Result<BTreeMap<TopicPartition, i32>, KafkaError> {
+    let topics: BTreeSet<&Arc<str>> = positions.iter().map(|position| &position.partition.topic).collect();
+    let mut leaders = BTreeMap::new();
+    for name in topics {
+        let metadata = client.fetch_metadata(Some(name), TIMEOUT)?;
+        let partitions = metadata.topics().iter().filter(|topic| *topic.name() == **name).flat_map(|topic| topic.partitions());
+        leaders.extend(
+            partitions
+                .filter(|partition| partition.leader() >= 0)
+                .map(|partition| (TopicPartition { topic: name.clone(), partition: partition.id() }, partition.leader())),
+        );
+    }
+    Ok(leaders)
 }
 
 /// The first offset of each partition that is not older; the high watermark where there is none.

@@ -492,8 +492,15 @@ impl Admin for RoughAdmin {
         self.inner.watermarks(partition)
     }
 
-    fn readable(&self, partition: &TopicPartition, from: i64) -> BoxFuture<'_, Result<bool, BrokerError>> {
-        Box::pin(self.rough(self.inner.readable(partition, from)))
+    fn readable(&self, from: Vec<Position>) -> BoxFuture<'_, Vec<Result<bool, BrokerError>>> {
+        Box::pin(async move {
+            let mut found = Vec::with_capacity(from.len());
+            for position in from {
+                let asked = async { self.inner.readable(vec![position]).await.pop().unwrap_or(Ok(true)) };
+                found.push(self.rough(asked.boxed()).await);
+            }
+            found
+        })
     }
 
     fn offsets_at(&self, topic: &str, timestamp_ms: i64) -> BoxFuture<'_, Result<Vec<i64>, BrokerError>> {
