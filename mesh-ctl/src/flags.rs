@@ -7,8 +7,10 @@ use mesh_proto::{admin::AdminAddress, v1::PartitionOffset};
 
 use crate::moment::Moment;
 
+mod records;
 mod tables;
 
+pub(crate) use self::records::*;
 pub(crate) use tables::{Apply, Diff, History, How, Keys, KeysGenerate, KeysShow, Rollback, Side};
 
 const EXIT_CODES: &str = "\
@@ -136,6 +138,19 @@ pub(crate) enum Command {
     Explain(Explain),
     /// Follow a flow over its hops, from the records alone: by a trace id or a mesh-id.
     Trace(Trace),
+    /// Read topics: from an offset or a time, filtered, followed. `-o json` gives one JSON object a line.
+    Tail(Tail),
+    /// Publish records: one, the lines of stdin, or what `tail -o json` wrote.
+    Produce(Produce),
+    /// List, describe, create, alter and delete topics.
+    #[command(subcommand)]
+    Topics(Topics),
+    /// Show how far routes, or any consumer groups, are behind: records and time, by partition.
+    Lag(Lag),
+    /// Print a script that completes commands and flags in a shell.
+    Completion(Completion),
+    /// Write the manual pages into a folder.
+    Man(Man),
 }
 
 /// `validate`.

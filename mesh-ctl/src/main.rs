@@ -21,12 +21,17 @@
 //! | `plan -f FILE` | what a table would do with the last records of its sources |
 //! | `explain TOPIC/PARTITION/OFFSET` | what each route did with a record |
 //! | `trace ID` | a flow over its hops, from the records alone |
+//! | `tail TOPIC…`, `produce TOPIC` | reads topics and follows them; publishes records, from lines and from what `tail -o json` wrote |
+//! | `topics list, describe, create, alter, delete` | topics, with their partitions, settings, and the routes that use them |
+//! | `lag` | how far routes and other groups are behind, by partition, with Burrow's rules |
+//! | `completion SHELL`, `man DIR` | completion scripts, manual pages |
 //! | `graph` | the routes as a graph, of a file or of the mesh: text, Mermaid, Graphviz |
 //!
 //! Exit codes: 0 done (`diff`: the same); 1 the answer is no: faults, refused, `diff` differs; 2 an error: usage, files, no sidecar;
 //! 3 a conflict: somebody else applied, or another generation is in force than expected; 4 not known, or not complete in time.
 //!
-//! Invariant: results go to stdout, everything else to stderr; with `-o json` or `yaml` stdout is one document.
+//! Invariant: results go to stdout, everything else to stderr; with `-o json` or `yaml` stdout is one document, but where records are read:
+//! there it is one JSON object a line.
 //! Invariant: colours and progress appear on a terminal only, colours not with `NO_COLOR` either.
 
 mod client;
@@ -34,7 +39,9 @@ mod commands;
 mod flags;
 mod moment;
 mod output;
+mod record;
 mod view;
+mod window;
 
 use std::process::ExitCode;
 

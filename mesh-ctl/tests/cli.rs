@@ -152,6 +152,91 @@ impl v1::control_server::Control for Script {
         Ok(Response::new(state.flow.clone()))
     }
 
+    type TailStream = tokio_stream::Iter<std::vec::IntoIter<Result<v1::TailResponse, Status>>>;
+
+    /// Two records, and then the end, or a sidecar that goes.
+    async fn tail(&self, request: Request<v1::TailRequest>) -> Result<Response<Self::TailStream>, Status> {
+        let record = |offset, value: &str| v1::TailedRecord {
+            position: Some(v1::Position { topic: "orders".into(), partition: 0, offset }),
+            record: Some(v1::Record {
+                value: Some(value.to_owned().into()),
+                timestamp_ms: Some(1_795_255_200_000),
+                ..v1::Record::default()
+            }),
+        };
+        let progress = |finished| Some(v1::TailProgress { read: 3, sent: 2, finished, ..v1::TailProgress::default() });
+        let records = vec![record(5, "{ \"n\": 1 }"), record(6, "text")];
+        let partitions = vec![v1::TailedPartition { topic: "orders".into(), partition: 0, from: 5, end: 7, low: 5 }];
+        let first = v1::TailResponse { records, progress: progress(false), partitions };
+        let end = match request.into_inner().follow {
+            true => Err(Status::unknown("the sidecar shuts down")),
+            false => Ok(v1::TailResponse { progress: progress(true), ..v1::TailResponse::default() }),
+        };
+        Ok(Response::new(tokio_stream::iter(vec![Ok(first), end])))
+    }
+
+    type ProduceStream = tokio_stream::wrappers::ReceiverStream<Result<v1::ProduceResponse, Status>>;
+
+    /// Stores what says so, and goes at the word.
+    async fn produce(&self, request: Request<tonic::Streaming<v1::ProduceRequest>>) -> Result<Response<Self::ProduceStream>, Status> {
+        let (answers, receiver) = tokio::sync::mpsc::channel(4);
+        let mut requests = request.into_inner();
+        tokio::spawn(async move {
+            while let Ok(Some(request)) = requests.message().await {
+                let mut results = Vec::new();
+                for v1::ProducedRecord { number, topic, record } in request.records {
+                    let value = record.unwrap_or_default().value.unwrap_or_default();
+                    let result = match &value[..] {
+                        b"go" => return answers.send(Err(Status::unavailable("gone"))).await,
+                        b"maybe" => v1::publish_result::Result::Problem(v1::Problem {
+                            code: "publish-timeout".into(),
+                            detail: "no answer".into(),
+                            persisted: v1::Persisted::Possibly.into(),
+                            ..v1::Problem::default()
+                        }),
+                        _ => v1::publish_result::Result::Position(v1::Position { topic, partition: 1, offset: 7 }),
+                    };
+                    let result = v1::PublishResult { result: Some(result), mesh_id: "id".into() };
+                    results.push(v1::ProducedResult { number, result: Some(result) });
+                }
+                answers.send(Ok(v1::ProduceResponse { results })).await?;
+            }
+            Ok(())
+        });
+        Ok(Response::new(tokio_stream::wrappers::ReceiverStream::new(receiver)))
+    }
+
+    async fn list_topics(&self, _: Request<v1::ListTopicsRequest>) -> Result<Response<v1::ListTopicsResponse>, Status> {
+        let uses = vec![v1::TopicUse { route: "price".into(), role: "from".into() }];
+        let orders = v1::TopicSummary { name: "orders".into(), partitions: 12, replication: 3, records: Some(48_211), bytes: None, uses };
+        let other = v1::TopicSummary { name: "other".into(), partitions: 1, bytes: Some(2048), ..v1::TopicSummary::default() };
+        Ok(Response::new(v1::ListTopicsResponse { topics: vec![orders, other], uncounted: 1 }))
+    }
+
+    async fn describe_topics(&self, _: Request<v1::DescribeTopicsRequest>) -> Result<Response<v1::DescribeTopicsResponse>, Status> {
+        Err(Status::invalid_argument("there is no topic order: did you mean orders?"))
+    }
+
+    async fn create_topic(&self, _: Request<v1::CreateTopicRequest>) -> Result<Response<v1::CreateTopicResponse>, Status> {
+        Err(Status::failed_precondition("topic orders exists, with 12 partitions"))
+    }
+
+    async fn alter_topic(&self, _: Request<v1::AlterTopicRequest>) -> Result<Response<v1::AlterTopicResponse>, Status> {
+        let changes = vec!["partitions: 12 → 24".to_owned()];
+        Ok(Response::new(v1::AlterTopicResponse { changes, warnings: vec!["keys move".to_owned()] }))
+    }
+
+    async fn delete_topics(&self, request: Request<v1::DeleteTopicsRequest>) -> Result<Response<v1::DeleteTopicsResponse>, Status> {
+        let request = request.into_inner();
+        let topic = |name| v1::TopicSummary { name, partitions: 1, ..v1::TopicSummary::default() };
+        let topics = request.topics.into_iter().map(topic).collect();
+        Ok(Response::new(v1::DeleteTopicsResponse { topics, executed: request.execute }))
+    }
+
+    async fn get_lag(&self, _: Request<v1::GetLagRequest>) -> Result<Response<v1::GetLagResponse>, Status> {
+        Err(Status::not_found("there is no route"))
+    }
+
     async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
         Err(Status::unimplemented("mesh-ctl does not ask for it"))
     }
@@ -803,4 +888,96 @@ async fn explain_and_trace_show_what_was_found() {
     let asked: Vec<i64> = bench.script.0.lock().unwrap().traced.iter().map(|asked| asked.since_ms).collect();
     assert!(asked[1] < asked[0] && asked[2] == 1_795_219_200_000, "{asked:?}");
     bench.run(&["trace"]).await.ends(2);
+}
+
+#[tokio::test]
+async fn records_are_lines_and_a_cut_is_told() {
+    let bench = Bench::new().await;
+    let said = bench.run(&["tail", "orders", "--from", "3"]).await.ends(0);
+    assert_eq!(said.out, "0/5  2026-11-21T10:00:00.000Z  -  {\"n\":1}\n0/6  2026-11-21T10:00:00.000Z  -  text\n");
+    assert!(
+        said.err.contains("offset 3 does not exist any more: it begins at 5") && said.err.contains("2 records, 1 filtered out"),
+        "{said:?}"
+    );
+    let said = bench.run(&["tail", "orders", "-o", "json", "-q"]).await.ends(0);
+    assert_eq!(
+        said.out.lines().next().unwrap(),
+        "{\"topic\":\"orders\",\"partition\":0,\"offset\":5,\"timestamp\":1795255200000,\"key\":null,\"value\":{\"json\":{ \"n\": 1 }},\"headers\":[]}"
+    );
+    assert_eq!(said.err, "");
+    let said = bench.run(&["tail", "orders", "-f", "-o", "yaml"]).await.ends(4);
+    assert!(said.out.contains("---\n") && said.err.contains("the sidecar shuts down: 2 records printed"), "{said:?}");
+    for wrong in [&["tail"][..], &["tail", "a", "--from", "soon"], &["tail", "a", "--limit", "0"], &["tail", "a", "--partition", "-1"]] {
+        bench.run(wrong).await.ends(2);
+    }
+}
+
+#[tokio::test]
+async fn what_became_of_published_records_is_told() {
+    let bench = Bench::new().await;
+    let admin = format!("http://{}", bench.address);
+    let said = bench.run(&["produce", "orders", "--value", "x"]).await.ends(0);
+    assert_eq!(said.out, "stored orders/1/7  id\n");
+    let said = bench.run_with(&["produce", "orders"], &admin, "all of it").await.ends(0);
+    assert_eq!(said.out, "stored orders/1/7  id\n");
+    let said = bench.run_with(&["produce", "orders", "--lines"], &admin, "a\n\nmaybe\nb\n").await.ends(4);
+    assert_eq!(
+        (&*said.out, said.err.trim()),
+        ("2 records stored, 1 not known to be stored\n", "line 3: not known to be stored: publish-timeout: no answer")
+    );
+    let said = bench.run_with(&["produce", "--json"], &admin, "{\"topic\":\"a\",\"value\":1}\n{\"value\":2}\n").await.ends(1);
+    assert!(
+        said.out == "1 record stored, 1 refused\n" && said.err.contains("line 2: refused: bad-record: it names no `topic`"),
+        "{said:?}"
+    );
+    let said = bench.run_with(&["produce", "orders", "--lines"], &admin, "a\ngo\n").await.ends(4);
+    assert!(said.err.contains("gone") && said.err.contains("whether they are stored"), "{said:?}");
+    let said = bench.run_with(&["produce", "orders", "--lines", "-o", "json"], &admin, "").await.ends(0);
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&said.out).unwrap()["stored"], 0);
+    for wrong in [
+        &["produce", "--value", "x"][..],
+        &["produce", "a", "--value", "x", "--tombstone"],
+        &["produce", "a", "--value", "x", "--header", "x"],
+    ] {
+        bench.run(wrong).await.ends(2);
+    }
+}
+
+#[tokio::test]
+async fn topics_are_columns_and_what_is_refused_has_its_code() {
+    let bench = Bench::new().await;
+    let said = bench.run(&["topics", "list"]).await.ends(0);
+    assert_eq!(
+        said.out,
+        "TOPIC   PARTITIONS  REPLICATION  RECORDS  SIZE     USED BY\norders  12          3            48211    -        price from\n\
+         other   1           0            -        2.0 KiB\n"
+    );
+    assert!(said.err.contains("1 topic"), "{said:?}");
+    let said = bench.run(&["topics", "describe", "order"]).await.ends(2);
+    assert!(said.err.contains("did you mean orders?"), "{said:?}");
+    bench.run(&["topics", "create", "orders"]).await.ends(1);
+    let said = bench.run(&["topics", "alter", "orders", "--partitions", "24"]).await.ends(0);
+    assert_eq!((&*said.out, said.err.trim()), ("~ orders: partitions: 12 → 24\n", "warning: keys move"));
+    bench.run(&["topics", "alter", "orders"]).await.ends(2);
+    let said = bench.run(&["topics", "delete", "a", "b"]).await.ends(0);
+    assert!(said.out.ends_with("preview: nothing is deleted; --execute does it, for good\n"), "{said:?}");
+    let said = bench.run(&["topics", "delete", "a", "b", "--execute"]).await.ends(0);
+    assert!(said.out.ends_with("2 topics deleted\n"), "{said:?}");
+    bench.run(&["lag", "nobody"]).await.ends(2);
+    bench.run(&["lag", "--count", "3"]).await.ends(2);
+}
+
+#[tokio::test]
+async fn shells_and_man_know_every_command() {
+    let bench = Bench::new().await;
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let said = bench.run(&["completion", shell]).await.ends(0);
+        assert!(["tail", "produce", "redrive", "describe"].iter().all(|command| said.out.contains(command)), "{shell}");
+    }
+    bench.run(&["completion", "dos"]).await.ends(2);
+    bench.run(&["man", "pages/man1"]).await.ends(0);
+    for page in ["mesh-ctl.1", "mesh-ctl-tail.1", "mesh-ctl-topics-alter.1"] {
+        let text = std::fs::read_to_string(bench.folder.path().join("pages/man1").join(page)).unwrap();
+        assert!(text.contains(".TH"), "{page}");
+    }
 }

@@ -48,6 +48,7 @@ pub use table::{
     API_VERSION, BatchSpec, BreakerSpec, CaseSpec, ConcurrencySpec, Deliver, ForwardSpec, Guarantee, KIND, OnExhausted, OnGap, Order,
     RetrySpec, RouteFields, RouteSpec, SchemaSpec, Start, Table, To, TopicSpec,
 };
+pub use value::nearest;
 
 /// The most faults that are reported at once.
 const MAX_FAULTS: usize = 1_000;

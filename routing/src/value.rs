@@ -106,7 +106,7 @@ pub(crate) fn name_fault(name: &str) -> Option<&'static str> {
 }
 
 /// The known word nearest to `word`, when it is near enough to be a slip.
-pub(crate) fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
+pub fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
     if word.len() > 64 {
         return None;
     }

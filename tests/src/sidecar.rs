@@ -537,9 +537,17 @@ impl Sidecar {
     /// # Errors
     /// If it cannot be started. A status other than 0 is no error.
     pub async fn ctl(&self, arguments: &[&str]) -> Result<Output> {
+        self.ctl_with(arguments, Vec::new()).await
+    }
+
+    /// Runs `mesh-ctl` against this sidecar, with this on its stdin.
+    ///
+    /// # Errors
+    /// If it cannot be started, or does not end.
+    pub async fn ctl_with(&self, arguments: &[&str], input: Vec<u8>) -> Result<Output> {
         let mut command = Command::new(self.binaries.join("mesh-ctl"));
         command.args(arguments).env("MESH_ADMIN", format!("http://{}", self.admin_address()));
-        run(command, Vec::new(), Duration::from_secs(60)).await
+        run(command, input, Duration::from_secs(60)).await
     }
 
     /// Starts `mesh-ctl` against this sidecar, and does not wait for it. It ends with the test at the latest.

@@ -8,14 +8,19 @@ mod get;
 mod graph;
 mod history;
 mod keys;
+mod lag;
 mod pause;
 mod plan;
+mod produce;
 mod propose;
 mod release;
 mod replay;
 mod reset;
 mod rollback;
+mod shell;
 mod status;
+mod tail;
+mod topics;
 mod trace;
 mod validate;
 mod wait;
@@ -68,6 +73,12 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<Code, Fai
         Command::Plan(flags) => plan::run(context, &flags).await,
         Command::Explain(flags) => explain::run(context, &flags).await,
         Command::Trace(flags) => trace::run(context, &flags).await,
+        Command::Tail(flags) => tail::run(context, &flags).await,
+        Command::Produce(flags) => produce::run(context, &flags).await,
+        Command::Topics(command) => topics::run(context, &command).await,
+        Command::Lag(flags) => lag::run(context, &flags).await,
+        Command::Completion(flags) => shell::completion(context, &flags),
+        Command::Man(flags) => shell::man(context, &flags),
     }
 }
 

@@ -1381,6 +1381,401 @@ impl PartitionResult {
         }
     }
 }
+/// Asks for the records of topics.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TailRequest {
+    /// The topics.
+    #[prost(string, repeated, tag = "1")]
+    pub topics: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Only partitions of these numbers. Empty: all.
+    #[prost(int32, repeated, tag = "2")]
+    pub partitions: ::prost::alloc::vec::Vec<i32>,
+    /// Only records for which this expression (CEL, as a route's `filter`) is true. Empty: all.
+    #[prost(string, tag = "7")]
+    pub filter: ::prost::alloc::string::String,
+    /// Ends after so many records; 0: no limit.
+    #[prost(uint64, tag = "8")]
+    pub limit: u64,
+    /// Goes on with what is appended. Otherwise it ends at what is the end when it begins.
+    #[prost(bool, tag = "9")]
+    pub follow: bool,
+    /// Where to begin in each partition. Absent: at the end with `follow`, else at the oldest record.
+    #[prost(oneof = "tail_request::From", tags = "3, 4, 5, 6")]
+    pub from: ::core::option::Option<tail_request::From>,
+}
+/// Nested message and enum types in `TailRequest`.
+pub mod tail_request {
+    /// Where to begin in each partition. Absent: at the end with `follow`, else at the oldest record.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum From {
+        /// At the oldest record.
+        #[prost(bool, tag = "3")]
+        Earliest(bool),
+        /// At the end.
+        #[prost(bool, tag = "4")]
+        Latest(bool),
+        /// At this offset, or at the oldest record if that is newer; negative: so many offsets before the end.
+        #[prost(int64, tag = "5")]
+        Offset(i64),
+        /// At the first record that is not older than this, in milliseconds since 1970-01-01 UTC.
+        #[prost(int64, tag = "6")]
+        TimeMs(i64),
+    }
+}
+/// Records of topics: those of a partition in their order.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct TailResponse {
+    /// The records. May be empty.
+    #[prost(message, repeated, tag = "1")]
+    pub records: ::prost::alloc::vec::Vec<TailedRecord>,
+    /// How far it is.
+    #[prost(message, optional, tag = "2")]
+    pub progress: ::core::option::Option<TailProgress>,
+    /// The partitions that are read from now on: all in the first message, later those that were added to a topic.
+    #[prost(message, repeated, tag = "3")]
+    pub partitions: ::prost::alloc::vec::Vec<TailedPartition>,
+}
+/// A record and its place.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct TailedRecord {
+    /// Where it is stored.
+    #[prost(message, optional, tag = "1")]
+    pub position: ::core::option::Option<Position>,
+    /// The record. Its headers are all there, as they are stored, those of the mesh too; `content_type` and `mesh_id` are empty.
+    #[prost(message, optional, tag = "2")]
+    pub record: ::core::option::Option<Record>,
+}
+/// A partition that is read.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TailedPartition {
+    /// The topic.
+    #[prost(string, tag = "1")]
+    pub topic: ::prost::alloc::string::String,
+    /// The partition.
+    #[prost(int32, tag = "2")]
+    pub partition: i32,
+    /// The first offset that is read.
+    #[prost(int64, tag = "3")]
+    pub from: i64,
+    /// The offset after the newest, when it began.
+    #[prost(int64, tag = "4")]
+    pub end: i64,
+    /// The oldest offset that exists.
+    #[prost(int64, tag = "5")]
+    pub low: i64,
+}
+/// How far a reading is.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TailProgress {
+    /// Records that were read.
+    #[prost(uint64, tag = "1")]
+    pub read: u64,
+    /// Records that were sent.
+    #[prost(uint64, tag = "2")]
+    pub sent: u64,
+    /// Records on which the filter failed; they are left out.
+    #[prost(uint64, tag = "3")]
+    pub failed: u64,
+    /// The first of these, and why.
+    #[prost(string, tag = "4")]
+    pub failure: ::prost::alloc::string::String,
+    /// Offsets that the broker deleted before they were read.
+    #[prost(uint64, tag = "5")]
+    pub expired: u64,
+    /// What is waited for, if the broker is in trouble. Empty: nothing.
+    #[prost(string, tag = "6")]
+    pub trouble: ::prost::alloc::string::String,
+    /// Whether this is the end.
+    #[prost(bool, tag = "7")]
+    pub finished: bool,
+}
+/// Some records to publish. They are published as a service's are: with an identity, checked, and answered when they are acknowledged.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ProduceRequest {
+    /// The records, published in order.
+    #[prost(message, repeated, tag = "1")]
+    pub records: ::prost::alloc::vec::Vec<ProducedRecord>,
+}
+/// A record to publish.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ProducedRecord {
+    /// Chosen by the caller: the result carries it.
+    #[prost(uint64, tag = "1")]
+    pub number: u64,
+    /// The topic.
+    #[prost(string, tag = "2")]
+    pub topic: ::prost::alloc::string::String,
+    /// The record.
+    #[prost(message, optional, tag = "3")]
+    pub record: ::core::option::Option<Record>,
+}
+/// What became of some records.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ProduceResponse {
+    /// One result a record, in the order of the requests.
+    #[prost(message, repeated, tag = "1")]
+    pub results: ::prost::alloc::vec::Vec<ProducedResult>,
+}
+/// What became of a record.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ProducedResult {
+    /// The record's number.
+    #[prost(uint64, tag = "1")]
+    pub number: u64,
+    /// Where it is stored, or why it is not.
+    #[prost(message, optional, tag = "2")]
+    pub result: ::core::option::Option<PublishResult>,
+}
+/// Asks which topics there are.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListTopicsRequest {
+    /// The mesh's own and the broker's, too: those that begin with `__`.
+    #[prost(bool, tag = "1")]
+    pub internal: bool,
+}
+/// The topics that there are.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListTopicsResponse {
+    /// By name.
+    #[prost(message, repeated, tag = "1")]
+    pub topics: ::prost::alloc::vec::Vec<TopicSummary>,
+    /// Topics that were not asked for their records, since there are so many.
+    #[prost(uint64, tag = "2")]
+    pub uncounted: u64,
+}
+/// A topic, shortly.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct TopicSummary {
+    /// Its name.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// How many partitions it has.
+    #[prost(int32, tag = "2")]
+    pub partitions: i32,
+    /// How many replicas each partition has.
+    #[prost(int32, tag = "3")]
+    pub replication: i32,
+    /// Offsets between the oldest record and the end, over all partitions: its records, fewer where it is compacted or transactions were written.
+    /// Absent: not known.
+    #[prost(uint64, optional, tag = "4")]
+    pub records: ::core::option::Option<u64>,
+    /// What they occupy, in bytes. Absent: the broker does not say.
+    #[prost(uint64, optional, tag = "5")]
+    pub bytes: ::core::option::Option<u64>,
+    /// The routes of the table in force here that use it.
+    #[prost(message, repeated, tag = "6")]
+    pub uses: ::prost::alloc::vec::Vec<TopicUse>,
+}
+/// A route that uses a topic.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TopicUse {
+    /// The route.
+    #[prost(string, tag = "1")]
+    pub route: ::prost::alloc::string::String,
+    /// As what: `from`, `to`, `dlq`, `retry` or `park`.
+    #[prost(string, tag = "2")]
+    pub role: ::prost::alloc::string::String,
+}
+/// Asks for everything about topics.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DescribeTopicsRequest {
+    /// The topics.
+    #[prost(string, repeated, tag = "1")]
+    pub topics: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+/// Everything about topics.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct DescribeTopicsResponse {
+    /// In the order that was asked for.
+    #[prost(message, repeated, tag = "1")]
+    pub topics: ::prost::alloc::vec::Vec<TopicDetail>,
+}
+/// Everything about a topic.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct TopicDetail {
+    /// Its summary.
+    #[prost(message, optional, tag = "1")]
+    pub summary: ::core::option::Option<TopicSummary>,
+    /// Its partitions.
+    #[prost(message, repeated, tag = "2")]
+    pub partitions: ::prost::alloc::vec::Vec<PartitionDetail>,
+    /// Its settings that are not the broker's defaults, by Kafka's names.
+    #[prost(map = "string, string", tag = "3")]
+    pub config: ::std::collections::HashMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    /// What deserves a look: a partition without a leader, fewer partitions than the table in force declares.
+    #[prost(string, repeated, tag = "4")]
+    pub warnings: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+/// A partition of a topic.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PartitionDetail {
+    /// Its number.
+    #[prost(int32, tag = "1")]
+    pub partition: i32,
+    /// The broker that leads it; -1: none does.
+    #[prost(int32, tag = "2")]
+    pub leader: i32,
+    /// The brokers that have a replica.
+    #[prost(int32, repeated, tag = "3")]
+    pub replicas: ::prost::alloc::vec::Vec<i32>,
+    /// Those of them that are in sync.
+    #[prost(int32, repeated, tag = "4")]
+    pub in_sync: ::prost::alloc::vec::Vec<i32>,
+    /// The oldest offset that exists. Absent: not known.
+    #[prost(int64, optional, tag = "5")]
+    pub earliest: ::core::option::Option<i64>,
+    /// The offset after the newest. Absent: not known.
+    #[prost(int64, optional, tag = "6")]
+    pub latest: ::core::option::Option<i64>,
+}
+/// Asks for a new topic.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct CreateTopicRequest {
+    /// Its name.
+    #[prost(string, tag = "1")]
+    pub topic: ::prost::alloc::string::String,
+    /// How many partitions; 0: the broker's default.
+    #[prost(int32, tag = "2")]
+    pub partitions: i32,
+    /// How many replicas; 0: the broker's default.
+    #[prost(int32, tag = "3")]
+    pub replication: i32,
+    /// Settings by Kafka's names.
+    #[prost(map = "string, string", tag = "4")]
+    pub config: ::std::collections::HashMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+}
+/// A topic was created.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CreateTopicResponse {
+    /// How many partitions it has.
+    #[prost(int32, tag = "1")]
+    pub partitions: i32,
+}
+/// Asks for a topic to be altered.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct AlterTopicRequest {
+    /// The topic.
+    #[prost(string, tag = "1")]
+    pub topic: ::prost::alloc::string::String,
+    /// How many partitions it is to have; 0: as it is. Never fewer.
+    #[prost(int32, tag = "2")]
+    pub partitions: i32,
+    /// Settings by Kafka's names that it is to have. The others stay.
+    #[prost(map = "string, string", tag = "3")]
+    pub config: ::std::collections::HashMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    /// Settings that go back to the broker's default.
+    #[prost(string, repeated, tag = "4")]
+    pub unset: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+/// A topic was altered.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AlterTopicResponse {
+    /// The changes, one a line.
+    #[prost(string, repeated, tag = "1")]
+    pub changes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// What deserves a look.
+    #[prost(string, repeated, tag = "2")]
+    pub warnings: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+/// Asks for topics to be deleted.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DeleteTopicsRequest {
+    /// The topics.
+    #[prost(string, repeated, tag = "1")]
+    pub topics: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Even if a route of the table in force uses one.
+    #[prost(bool, tag = "2")]
+    pub force: bool,
+    /// Do it. Otherwise it is said what would be deleted.
+    #[prost(bool, tag = "3")]
+    pub execute: bool,
+}
+/// What is deleted.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct DeleteTopicsResponse {
+    /// The topics, with what is in them.
+    #[prost(message, repeated, tag = "1")]
+    pub topics: ::prost::alloc::vec::Vec<TopicSummary>,
+    /// Whether it was done.
+    #[prost(bool, tag = "2")]
+    pub executed: bool,
+}
+/// Asks how far consumer groups are behind.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetLagRequest {
+    /// The groups of these routes. Nothing named at all: of all routes.
+    #[prost(string, repeated, tag = "1")]
+    pub routes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// These groups, whoever's they are.
+    #[prost(string, repeated, tag = "2")]
+    pub groups: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// All groups that the broker knows.
+    #[prost(bool, tag = "3")]
+    pub all_groups: bool,
+}
+/// How far consumer groups are behind.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GetLagResponse {
+    /// The groups.
+    #[prost(message, repeated, tag = "1")]
+    pub groups: ::prost::alloc::vec::Vec<GroupLag>,
+    /// The time of the sidecar that looked, in milliseconds since 1970-01-01 UTC.
+    #[prost(int64, tag = "2")]
+    pub now_ms: i64,
+    /// What was left out, since there is so much, or was not known in time. Empty: nothing.
+    #[prost(string, tag = "3")]
+    pub left_out: ::prost::alloc::string::String,
+}
+/// How far a group is behind.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GroupLag {
+    /// The group.
+    #[prost(string, tag = "1")]
+    pub group: ::prost::alloc::string::String,
+    /// The route whose group it is. Empty: no route's of the table in force here.
+    #[prost(string, tag = "2")]
+    pub route: ::prost::alloc::string::String,
+    /// How many members it has now. Absent: not known.
+    #[prost(uint32, optional, tag = "3")]
+    pub members: ::core::option::Option<u32>,
+    /// Its partitions: the sources of the route, or where the group committed.
+    #[prost(message, repeated, tag = "4")]
+    pub partitions: ::prost::alloc::vec::Vec<PartitionLag>,
+}
+/// How far a group is behind in a partition.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PartitionLag {
+    /// The topic.
+    #[prost(string, tag = "1")]
+    pub topic: ::prost::alloc::string::String,
+    /// The partition.
+    #[prost(int32, tag = "2")]
+    pub partition: i32,
+    /// The next offset that it reads, as committed. Absent: nothing was committed.
+    #[prost(int64, optional, tag = "3")]
+    pub committed: ::core::option::Option<i64>,
+    /// The oldest offset that exists.
+    #[prost(int64, tag = "4")]
+    pub low: i64,
+    /// The offset after the newest.
+    #[prost(int64, tag = "5")]
+    pub end: i64,
+    /// Offsets that it has to read. Where nothing was committed: all that exist.
+    #[prost(uint64, tag = "6")]
+    pub lag: u64,
+    /// When the first record that it has to read was written, in milliseconds since 1970-01-01 UTC. Absent: there is none, or it is not known.
+    #[prost(int64, optional, tag = "7")]
+    pub first_unread_ms: ::core::option::Option<i64>,
+}
 /// A routing table as text.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TableSource {
@@ -3268,6 +3663,194 @@ pub mod control_client {
             req.extensions_mut().insert(GrpcMethod::new("mesh.v1.Control", "Trace"));
             self.inner.unary(req, path, codec).await
         }
+        /// Reads topics, and follows them. A client that goes stops it.
+        pub async fn tail(
+            &mut self,
+            request: impl tonic::IntoRequest<super::TailRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::TailResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/mesh.v1.Control/Tail");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("mesh.v1.Control", "Tail"));
+            self.inner.server_streaming(req, path, codec).await
+        }
+        /// Publishes records, in an operator's name: no allow-list of a service counts.
+        pub async fn produce(
+            &mut self,
+            request: impl tonic::IntoStreamingRequest<Message = super::ProduceRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::ProduceResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/mesh.v1.Control/Produce");
+            let mut req = request.into_streaming_request();
+            req.extensions_mut().insert(GrpcMethod::new("mesh.v1.Control", "Produce"));
+            self.inner.streaming(req, path, codec).await
+        }
+        /// Lists the topics, and which routes use them.
+        pub async fn list_topics(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListTopicsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListTopicsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/mesh.v1.Control/ListTopics",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("mesh.v1.Control", "ListTopics"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Tells everything about topics.
+        pub async fn describe_topics(
+            &mut self,
+            request: impl tonic::IntoRequest<super::DescribeTopicsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DescribeTopicsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/mesh.v1.Control/DescribeTopics",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("mesh.v1.Control", "DescribeTopics"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Creates a topic.
+        pub async fn create_topic(
+            &mut self,
+            request: impl tonic::IntoRequest<super::CreateTopicRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::CreateTopicResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/mesh.v1.Control/CreateTopic",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("mesh.v1.Control", "CreateTopic"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Gives a topic more partitions, or other settings.
+        pub async fn alter_topic(
+            &mut self,
+            request: impl tonic::IntoRequest<super::AlterTopicRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::AlterTopicResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/mesh.v1.Control/AlterTopic",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("mesh.v1.Control", "AlterTopic"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Deletes topics, for good. Shows what would be deleted, unless `execute` is set.
+        pub async fn delete_topics(
+            &mut self,
+            request: impl tonic::IntoRequest<super::DeleteTopicsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DeleteTopicsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/mesh.v1.Control/DeleteTopics",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("mesh.v1.Control", "DeleteTopics"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Tells how far consumer groups are behind, by partition.
+        pub async fn get_lag(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetLagRequest>,
+        ) -> std::result::Result<tonic::Response<super::GetLagResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/mesh.v1.Control/GetLag");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("mesh.v1.Control", "GetLag"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -3423,6 +4006,73 @@ pub mod control_server {
             &self,
             request: tonic::Request<super::TraceRequest>,
         ) -> std::result::Result<tonic::Response<super::TraceResponse>, tonic::Status>;
+        /// Server streaming response type for the Tail method.
+        type TailStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::TailResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Reads topics, and follows them. A client that goes stops it.
+        async fn tail(
+            &self,
+            request: tonic::Request<super::TailRequest>,
+        ) -> std::result::Result<tonic::Response<Self::TailStream>, tonic::Status>;
+        /// Server streaming response type for the Produce method.
+        type ProduceStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::ProduceResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Publishes records, in an operator's name: no allow-list of a service counts.
+        async fn produce(
+            &self,
+            request: tonic::Request<tonic::Streaming<super::ProduceRequest>>,
+        ) -> std::result::Result<tonic::Response<Self::ProduceStream>, tonic::Status>;
+        /// Lists the topics, and which routes use them.
+        async fn list_topics(
+            &self,
+            request: tonic::Request<super::ListTopicsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListTopicsResponse>,
+            tonic::Status,
+        >;
+        /// Tells everything about topics.
+        async fn describe_topics(
+            &self,
+            request: tonic::Request<super::DescribeTopicsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DescribeTopicsResponse>,
+            tonic::Status,
+        >;
+        /// Creates a topic.
+        async fn create_topic(
+            &self,
+            request: tonic::Request<super::CreateTopicRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::CreateTopicResponse>,
+            tonic::Status,
+        >;
+        /// Gives a topic more partitions, or other settings.
+        async fn alter_topic(
+            &self,
+            request: tonic::Request<super::AlterTopicRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::AlterTopicResponse>,
+            tonic::Status,
+        >;
+        /// Deletes topics, for good. Shows what would be deleted, unless `execute` is set.
+        async fn delete_topics(
+            &self,
+            request: tonic::Request<super::DeleteTopicsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DeleteTopicsResponse>,
+            tonic::Status,
+        >;
+        /// Tells how far consumer groups are behind, by partition.
+        async fn get_lag(
+            &self,
+            request: tonic::Request<super::GetLagRequest>,
+        ) -> std::result::Result<tonic::Response<super::GetLagResponse>, tonic::Status>;
     }
     /// Control distributes routing tables and tells their state.
     #[derive(Debug)]
@@ -4279,6 +4929,368 @@ pub mod control_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = TraceSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/mesh.v1.Control/Tail" => {
+                    #[allow(non_camel_case_types)]
+                    struct TailSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::ServerStreamingService<super::TailRequest>
+                    for TailSvc<T> {
+                        type Response = super::TailResponse;
+                        type ResponseStream = T::TailStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::TailRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::tail(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = TailSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/mesh.v1.Control/Produce" => {
+                    #[allow(non_camel_case_types)]
+                    struct ProduceSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::StreamingService<super::ProduceRequest>
+                    for ProduceSvc<T> {
+                        type Response = super::ProduceResponse;
+                        type ResponseStream = T::ProduceStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<
+                                tonic::Streaming<super::ProduceRequest>,
+                            >,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::produce(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ProduceSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/mesh.v1.Control/ListTopics" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListTopicsSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::UnaryService<super::ListTopicsRequest>
+                    for ListTopicsSvc<T> {
+                        type Response = super::ListTopicsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListTopicsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::list_topics(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListTopicsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/mesh.v1.Control/DescribeTopics" => {
+                    #[allow(non_camel_case_types)]
+                    struct DescribeTopicsSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::UnaryService<super::DescribeTopicsRequest>
+                    for DescribeTopicsSvc<T> {
+                        type Response = super::DescribeTopicsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::DescribeTopicsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::describe_topics(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = DescribeTopicsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/mesh.v1.Control/CreateTopic" => {
+                    #[allow(non_camel_case_types)]
+                    struct CreateTopicSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::UnaryService<super::CreateTopicRequest>
+                    for CreateTopicSvc<T> {
+                        type Response = super::CreateTopicResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::CreateTopicRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::create_topic(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = CreateTopicSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/mesh.v1.Control/AlterTopic" => {
+                    #[allow(non_camel_case_types)]
+                    struct AlterTopicSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::UnaryService<super::AlterTopicRequest>
+                    for AlterTopicSvc<T> {
+                        type Response = super::AlterTopicResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::AlterTopicRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::alter_topic(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = AlterTopicSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/mesh.v1.Control/DeleteTopics" => {
+                    #[allow(non_camel_case_types)]
+                    struct DeleteTopicsSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::UnaryService<super::DeleteTopicsRequest>
+                    for DeleteTopicsSvc<T> {
+                        type Response = super::DeleteTopicsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::DeleteTopicsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::delete_topics(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = DeleteTopicsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/mesh.v1.Control/GetLag" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetLagSvc<T: Control>(pub Arc<T>);
+                    impl<T: Control> tonic::server::UnaryService<super::GetLagRequest>
+                    for GetLagSvc<T> {
+                        type Response = super::GetLagResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetLagRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::get_lag(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetLagSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

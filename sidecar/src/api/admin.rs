@@ -16,12 +16,13 @@ use mesh_proto::{
 use mesh_routing::Fault;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
-use super::guard::Principal;
+use super::{guard::Principal, produce};
 use crate::{
     broker::{BrokerError, BrokerErrorKind},
     control::{ApplyError, ApplyOptions, Control, OperationError},
+    publish::Publisher,
     status::Board,
 };
 
@@ -34,12 +35,18 @@ pub struct AdminService {
     control: Control,
     board: Board,
     drain: CancellationToken,
+    publisher: Option<Publisher>,
 }
 
 impl AdminService {
     /// The service. `drain` is cancelled when a drain is asked for.
     pub fn new(control: Control, board: Board, drain: CancellationToken) -> Self {
-        Self { control, board, drain }
+        Self { control, board, drain, publisher: None }
+    }
+
+    /// The same, that lets operators publish by this publisher. Streams that would go on end when `drain` is cancelled.
+    pub fn publishing(self, publisher: Publisher) -> Self {
+        Self { publisher: Some(publisher), ..self }
     }
 
     /// The service, with limits that fit tables.
@@ -217,6 +224,50 @@ impl v1::control_server::Control for AdminService {
 
     async fn trace(&self, request: Request<v1::TraceRequest>) -> Result<Response<v1::TraceResponse>, Status> {
         self.control.trace(request.into_inner()).await.map(Response::new).map_err(|error| operation_status(&error))
+    }
+
+    type TailStream = Streamed<v1::TailResponse>;
+
+    async fn tail(&self, request: Request<v1::TailRequest>) -> Result<Response<Self::TailStream>, Status> {
+        let (control, request, drain) = (self.control.clone(), request.into_inner(), self.drain.clone());
+        Ok(Response::new(streamed(|out| async move {
+            tokio::select! {
+                result = control.tail(request, out) => result,
+                () = drain.cancelled() => Err(OperationError::Unclear("the sidecar shuts down".to_owned())),
+            }
+        })))
+    }
+
+    type ProduceStream = Streamed<v1::ProduceResponse>;
+
+    async fn produce(&self, request: Request<Streaming<v1::ProduceRequest>>) -> Result<Response<Self::ProduceStream>, Status> {
+        let publisher = self.publisher.clone().ok_or_else(|| Status::unimplemented("nothing can be published at this admin port"))?;
+        let who = Principal::of(&request, "anonymous");
+        Ok(Response::new(produce::answers(publisher, who, request.into_inner())))
+    }
+
+    async fn list_topics(&self, request: Request<v1::ListTopicsRequest>) -> Result<Response<v1::ListTopicsResponse>, Status> {
+        self.control.list_topics(request.into_inner()).await.map(Response::new).map_err(|error| operation_status(&error))
+    }
+
+    async fn describe_topics(&self, request: Request<v1::DescribeTopicsRequest>) -> Result<Response<v1::DescribeTopicsResponse>, Status> {
+        self.control.describe_topics(request.into_inner()).await.map(Response::new).map_err(|error| operation_status(&error))
+    }
+
+    async fn create_topic(&self, request: Request<v1::CreateTopicRequest>) -> Result<Response<v1::CreateTopicResponse>, Status> {
+        self.control.create_topic(request.into_inner()).await.map(Response::new).map_err(|error| operation_status(&error))
+    }
+
+    async fn alter_topic(&self, request: Request<v1::AlterTopicRequest>) -> Result<Response<v1::AlterTopicResponse>, Status> {
+        self.control.alter_topic(request.into_inner()).await.map(Response::new).map_err(|error| operation_status(&error))
+    }
+
+    async fn delete_topics(&self, request: Request<v1::DeleteTopicsRequest>) -> Result<Response<v1::DeleteTopicsResponse>, Status> {
+        self.control.delete_topics(request.into_inner()).await.map(Response::new).map_err(|error| operation_status(&error))
+    }
+
+    async fn get_lag(&self, request: Request<v1::GetLagRequest>) -> Result<Response<v1::GetLagResponse>, Status> {
+        self.control.lag(request.into_inner()).await.map(Response::new).map_err(|error| operation_status(&error))
     }
 
     async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {

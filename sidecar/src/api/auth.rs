@@ -42,7 +42,7 @@ impl Callers {
     pub(super) fn name(&self, caller: Caller) -> Option<&Arc<str>> {
         match caller {
             Caller::Service(index) => self.services.get(index).map(|service| &service.name),
-            Caller::Anonymous => None,
+            Caller::Anonymous | Caller::Operator => None,
         }
     }
 

@@ -3,18 +3,19 @@
 use std::{pin::Pin, sync::Arc};
 
 use bytes::Bytes;
-use bytestring::ByteString;
 use futures_util::{Stream, future::BoxFuture, stream};
 use http::HeaderMap;
 use mesh_proto::v1::{self, mesh_server};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tonic::{Request, Response, Status, Streaming, service::Routes};
 
-use super::{Api, batch, fields, paths, problem::ApiError, subscribe};
-use crate::{
-    publish::{Caller, Draft, Pending, Published, TraceHeaders},
-    record::{Header, Record},
+use super::{
+    Api, batch, fields, paths,
+    problem::ApiError,
+    produce::{draft, result},
+    subscribe,
 };
+use crate::publish::{Caller, Pending, Published, TraceHeaders};
 
 /// Requests of a publish stream that wait for their acknowledgements at once.
 const AHEAD_REQUESTS: usize = 1024;
@@ -119,25 +120,6 @@ async fn publish(api: &Api, headers: &HeaderMap, request: v1::PublishRequest) ->
         return Err(error.clone().into());
     }
     Ok(v1::PublishResponse { results: published.into_iter().map(result).collect() })
-}
-
-/// A record as it came.
-fn draft(record: v1::Record) -> Draft {
-    let text = |text: String| (!text.is_empty()).then(|| Bytes::from(text));
-    let headers = record.headers.into_iter().map(|field| Header { name: ByteString::from(field.name), value: field.value }).collect();
-    Draft {
-        record: Record { key: record.key, value: record.value, headers, timestamp_ms: record.timestamp_ms },
-        mesh_id: text(record.mesh_id),
-        content_type: text(record.content_type),
-    }
-}
-
-fn result(published: Published) -> v1::PublishResult {
-    let result = match published.result {
-        Ok(position) => v1::publish_result::Result::Position(crate::deliver::grpc::position(&position)),
-        Err(error) => v1::publish_result::Result::Problem(ApiError::from(error).proto()),
-    };
-    v1::PublishResult { result: Some(result), mesh_id: String::from_utf8_lossy(&published.mesh_id).into_owned() }
 }
 
 /// A request of a publish stream that is on its way.

@@ -27,8 +27,21 @@ use crate::config::{AdminCertificate, ControlConfig, Role};
 const RELOAD: Duration = Duration::from_secs(10);
 
 /// What only looks, of `mesh.v1.Control`.
-const LOOKS: [&str; 9] =
-    ["Validate", "GetTable", "GetHistory", "GetStatus", "ListDeadLetters", "ReadDeadLetters", "Plan", "Explain", "Trace"];
+const LOOKS: [&str; 13] = [
+    "Validate",
+    "GetTable",
+    "GetHistory",
+    "GetStatus",
+    "ListDeadLetters",
+    "ReadDeadLetters",
+    "Tail",
+    "ListTopics",
+    "DescribeTopics",
+    "GetLag",
+    "Plan",
+    "Explain",
+    "Trace",
+];
 
 /// Who asks; an extension of the request.
 #[derive(Clone, Debug, PartialEq, Eq)]

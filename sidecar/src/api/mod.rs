@@ -30,6 +30,7 @@ mod outcomes;
 mod paths;
 pub mod probe;
 pub mod problem;
+mod produce;
 mod pull;
 mod subscribe;
 #[cfg(test)]

@@ -136,8 +136,9 @@ impl App {
 
         let (stop_listeners, drain) = (CancellationToken::new(), CancellationToken::new());
         let publisher = Publisher::guarded(broker.clone(), config.clone(), tracer.clone(), metrics.clone(), control.table());
+        let admin = admin::AdminService::new(control.control().clone(), board.clone(), drain.clone()).publishing(publisher.clone());
         let api = Api::new(publisher, broker.clone(), desks, control.table(), stop_routes.clone())?;
-        let admin_router = admin::router(admin::AdminService::new(control.control().clone(), board.clone(), drain.clone())).await?;
+        let admin_router = admin::router(admin).await?;
         let listeners = vec![
             tokio::spawn(api.serve(Listener::new(api_listener, tls.api), stop_listeners.clone())),
             tokio::spawn(guard.serve(Listener::new(admin_listener, tls.admin), admin_router, stop_listeners.clone())),
@@ -189,6 +190,8 @@ impl App {
             () = shutdown.cancelled() => {}
             () = self.drain.cancelled() => {}
         }
+        // Whoever follows something at the admin port is sent away.
+        self.drain.cancel();
         tracing::info!("shutting down: routes drain first, the API stays up meanwhile");
         self.health.set(Condition::Serving, Err("the sidecar drains".to_owned()));
         self.stop_routes.cancel();

@@ -328,6 +328,94 @@ pub trait Admin: Send + Sync + 'static {
     /// # Errors
     /// If an offset is above the high watermark, or the topic's policy forbids it (Kafka: without `delete` in `cleanup.policy`).
     fn delete_records(&self, below: Vec<(TopicPartition, i64)>) -> BoxFuture<'_, Result<(), BrokerError>>;
+
+    /// [`Admin::watermarks`] of many partitions, in their order.
+    fn all_watermarks(&self, partitions: Vec<TopicPartition>) -> BoxFuture<'_, Result<Vec<(i64, i64)>, BrokerError>> {
+        Box::pin(async move {
+            let mut found = Vec::with_capacity(partitions.len());
+            for partition in &partitions {
+                found.push(self.watermarks(partition).await?);
+            }
+            Ok(found)
+        })
+    }
+
+    /// These topics as they are now, in their order; those that do not exist are left out. Their settings only with `settings`.
+    fn describe_topics(&self, topics: Vec<String>, settings: bool) -> BoxFuture<'_, Result<Vec<TopicInfo>, BrokerError>> {
+        let _ = (topics, settings);
+        Box::pin(std::future::ready(Err(not_here("describe topics"))))
+    }
+
+    /// Changes a topic: its settings first, then its partitions.
+    ///
+    /// # Errors
+    /// [`BrokerErrorKind::Config`] for what can never be, [`BrokerErrorKind::UnknownTopic`] if there is no such topic.
+    fn alter_topic(&self, topic: &str, change: TopicChange) -> BoxFuture<'_, Result<(), BrokerError>> {
+        let _ = (topic, change);
+        Box::pin(std::future::ready(Err(not_here("alter a topic"))))
+    }
+
+    /// Deletes topics with everything in them, and what groups committed there. When it returns they are gone.
+    ///
+    /// # Errors
+    /// [`BrokerErrorKind::UnknownTopic`] if there is no such topic. Those before it are deleted then.
+    fn delete_topics(&self, topics: Vec<String>) -> BoxFuture<'_, Result<(), BrokerError>> {
+        let _ = topics;
+        Box::pin(std::future::ready(Err(not_here("delete topics"))))
+    }
+
+    /// The consumer groups that the broker knows.
+    fn groups(&self) -> BoxFuture<'_, Result<Vec<GroupInfo>, BrokerError>> {
+        Box::pin(std::future::ready(Err(not_here("list groups"))))
+    }
+}
+
+fn not_here(what: &str) -> BrokerError {
+    BrokerError::new(BrokerErrorKind::Config, format!("this broker cannot {what}"))
+}
+
+/// A topic, as the broker describes it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TopicInfo {
+    /// The name.
+    pub name: String,
+    /// The partitions, by their numbers.
+    pub partitions: Vec<PartitionInfo>,
+    /// The settings that are not the broker's defaults, by Kafka's names.
+    pub config: BTreeMap<String, String>,
+    /// What its records occupy, in bytes; `None` where the broker does not say.
+    pub bytes: Option<u64>,
+}
+
+/// A partition, as the broker describes it. Brokers are told by their numbers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PartitionInfo {
+    /// Who leads it; `None`: nobody.
+    pub leader: Option<i32>,
+    /// Who has a replica.
+    pub replicas: Vec<i32>,
+    /// Whose replica is in sync.
+    pub in_sync: Vec<i32>,
+}
+
+/// What is to become different about a topic.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TopicChange {
+    /// The partition count; `None` leaves it. It never falls.
+    pub partitions: Option<i32>,
+    /// Settings by Kafka's names. The others stay.
+    pub set: BTreeMap<String, String>,
+    /// Settings that go back to the broker's defaults.
+    pub unset: Vec<String>,
+}
+
+/// A consumer group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupInfo {
+    /// The name.
+    pub name: String,
+    /// How many members it has.
+    pub members: usize,
 }
 
 /// A topic to create.

@@ -22,6 +22,7 @@ mod cache;
 mod commands;
 mod history;
 mod insight;
+mod lag;
 mod letters;
 mod log;
 mod owners;
@@ -35,10 +36,13 @@ mod report;
 mod reset;
 mod snapshot;
 mod state;
+mod tail;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;
+mod topic_changes;
+mod topic_list;
 mod topics;
 mod trust;
 

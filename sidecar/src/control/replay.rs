@@ -156,8 +156,8 @@ impl Control {
     }
 }
 
-/// Compiles a filter, as that of a route.
-async fn filter(text: String) -> Result<Arc<Route>, OperationError> {
+/// Compiles a filter, as that of a route. What comes back is a route that has it.
+pub(super) async fn filter(text: String) -> Result<Arc<Route>, OperationError> {
     let compiled = tokio::task::spawn_blocking(move || {
         let route =
             serde_json::json!({ "name": "filter", "service": "filter", "from": ["any"], "handler": "/", "to": "void", "filter": text });
@@ -178,7 +178,8 @@ async fn filter(text: String) -> Result<Arc<Route>, OperationError> {
     compiled.route("filter").cloned().ok_or_else(|| OperationError::Refused("the filter was not compiled".to_owned()))
 }
 
-fn view<'a>(record: &'a Record, position: &'a Position) -> RecordView<'a> {
+/// A record as expressions see it.
+pub(super) fn view<'a>(record: &'a Record, position: &'a Position) -> RecordView<'a> {
     RecordView {
         topic: &position.partition.topic,
         partition: position.partition.partition,

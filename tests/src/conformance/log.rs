@@ -209,3 +209,69 @@ pub(super) async fn deleted_records_are_gone(broker: Arc<dyn Broker>) -> Result<
     ensure!(position.offset == 20, "{position}");
     Ok(())
 }
+
+/// A topic gets partitions and settings, never loses what was not named, and tells of it. A group that reads it gets the new partitions.
+pub(super) async fn topics_are_described_and_altered(broker: Arc<dyn Broker>) -> Result<()> {
+    let name = topic(&broker, "altered", 2).await?;
+    let admin = broker.admin();
+    let described = async |settings| {
+        let found = within("description", admin.describe_topics(vec![fresh("none"), name.to_string()], settings)).await??;
+        ensure!(found.len() == 1 && *found[0].name == *name, "one exists of two: {found:?}");
+        found.into_iter().next().context("the topic")
+    };
+    let before = described(true).await?;
+    ensure!(
+        before.partitions.len() == 2 && before.partitions.iter().all(|one| one.leader.is_some() && !one.replicas.is_empty()),
+        "{before:?}"
+    );
+    let setting = |name: &str, value: &str| BTreeMap::from([(name.to_owned(), value.to_owned())]);
+    let altered = |change| within("alteration", admin.alter_topic(&name, change));
+    altered(TopicChange { set: setting("retention.ms", "3600000"), ..TopicChange::default() }).await??;
+    altered(TopicChange { partitions: Some(4), set: setting("max.message.bytes", "2000000"), ..TopicChange::default() }).await??;
+    let after = described(true).await?;
+    ensure!(after.partitions.len() == 4, "{after:?}");
+    ensure!(after.config.get("retention.ms").map(String::as_str) == Some("3600000"), "{after:?}");
+    ensure!(after.config.get("max.message.bytes").map(String::as_str) == Some("2000000"), "{after:?}");
+    altered(TopicChange { unset: vec!["retention.ms".to_owned()], ..TopicChange::default() }).await??;
+    let last = described(true).await?;
+    ensure!(!last.config.contains_key("retention.ms") && last.config.contains_key("max.message.bytes"), "{last:?}");
+    let fewer = altered(TopicChange { partitions: Some(3), ..TopicChange::default() }).await?;
+    ensure!(fewer.as_ref().is_err_and(|error| error.kind == BrokerErrorKind::Config), "fewer partitions: {fewer:?}");
+    let wrong = altered(TopicChange { set: setting("retention.ms", "soon"), ..TopicChange::default() }).await?;
+    ensure!(wrong.as_ref().is_err_and(|error| error.kind == BrokerErrorKind::Config), "a value that is none: {wrong:?}");
+    // All of its partitions are written and read.
+    ensure!(within("answer to learn_topic", broker.producer().learn_topic(&name, PATIENCE)).await?.is_ok_and(|count| count == 4));
+    let partitions: Vec<_> = (0..4).map(|number| TopicPartition::new(name.clone(), number)).collect();
+    ensure!(within("watermarks", admin.all_watermarks(partitions)).await?? == [(0, 0); 4], "the new partitions are empty");
+    Ok(())
+}
+
+/// What is made again under the name of a deleted topic is another topic: no record, no offset of a group is left.
+pub(super) async fn a_deleted_topic_leaves_nothing(broker: Arc<dyn Broker>) -> Result<()> {
+    let (name, kept) = (topic(&broker, "gone", 2).await?, topic(&broker, "kept", 1).await?);
+    let admin = broker.admin();
+    produce(&broker, (0..10).map(|index| to(&name, index % 2, record(None, "old"))).collect()).await?;
+    produce(&broker, vec![to(&kept, 0, record(None, "kept"))]).await?;
+    let partition = TopicPartition::new(name.clone(), 0);
+    let group = fresh("group");
+    let commit = Commit { partition: partition.clone(), offset: 3, metadata: String::new() };
+    within("commit", admin.commit_for(&group, vec![commit])).await??;
+    let groups = within("groups", admin.groups()).await??;
+    ensure!(groups.iter().any(|known| known.name == group && known.members == 0), "{groups:?}");
+    let missing = within("deletion", admin.delete_topics(vec![fresh("none")])).await?;
+    ensure!(missing.as_ref().is_err_and(|error| error.kind == BrokerErrorKind::UnknownTopic), "{missing:?}");
+    within("deletion", admin.delete_topics(vec![name.to_string()])).await??;
+    let topics = within("answer to topics", admin.topics()).await??;
+    ensure!(!topics.contains_key(&*name) && topics.contains_key(&*kept), "{topics:?}");
+    let new = NewTopic { name: name.to_string(), partitions: Some(1), replication: Some(1), ..NewTopic::default() };
+    within("answer to create_topics", admin.create_topics(vec![new])).await??;
+    ensure!(within("answer to learn_topic", broker.producer().learn_topic(&name, PATIENCE)).await?.is_ok_and(|count| count == 1));
+    ensure!(within("watermarks", admin.watermarks(&partition)).await?? == (0, 0), "it begins anew");
+    let committed = within("committed", admin.committed(&group, vec![partition.clone()])).await??;
+    ensure!(committed == [None], "{committed:?}");
+    produce(&broker, vec![to(&name, 0, record(None, "new"))]).await?;
+    let mut reader = Reader::start(&broker, config(None, &[&name], StartOffset::Earliest), 1).await?;
+    let read = reader.read(1).await?;
+    ensure!(read[0].0.offset == 0 && value(&read[0].1) == "new", "{read:?}");
+    reader.close().await
+}

@@ -17,7 +17,7 @@ use futures_util::future::BoxFuture;
 use mesh_sidecar::{
     broker::{
         Assigned, Broker, BrokerErrorKind, Commit, Consumer, ConsumerConfig, Event, NewTopic, Outgoing, ProduceErrorKind, StartOffset,
-        TransactionError,
+        TopicChange, TransactionError,
     },
     record::{Header, Position, Record, TopicPartition},
 };
@@ -79,6 +79,8 @@ pub async fn run_cases(broker: &Arc<dyn Broker>) -> Vec<String> {
         consume::seeks_go_back_and_forth,
         consume::only_an_empty_group_is_committed_for,
         log::deleted_records_are_gone,
+        log::topics_are_described_and_altered,
+        log::a_deleted_topic_leaves_nothing,
         members::members_share_and_hand_over,
         members::a_late_commit_is_fenced,
         members::a_silent_member_loses_its_partitions,

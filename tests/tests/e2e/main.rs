@@ -23,5 +23,6 @@ mod routes;
 mod schema;
 mod subscribe;
 mod tables;
+mod topics;
 mod trace;
 mod volume;

@@ -7,12 +7,15 @@ use tokio::sync::oneshot;
 
 use super::{
     Shared,
-    log::Partition,
+    log::{Partition, Topic},
     queue::{Job, NotQueued},
     store::Store,
 };
 use crate::{
-    broker::{Acks, Admin, BrokerError, BrokerErrorKind, Commit, NewTopic, Outgoing, ProduceError, ProduceErrorKind, Producer},
+    broker::{
+        Acks, Admin, BrokerError, BrokerErrorKind, Commit, GroupInfo, NewTopic, Outgoing, PartitionInfo, ProduceError, ProduceErrorKind,
+        Producer, TopicChange, TopicInfo,
+    },
     record::{Position, TopicPartition},
 };
 
@@ -180,5 +183,46 @@ impl Admin for EmbeddedAdmin {
         let (reply, answer) = oneshot::channel();
         let submitted = self.0.submit(Job::DeleteRecords { below, reply });
         Box::pin(done(submitted, answer))
+    }
+
+    fn describe_topics(&self, topics: Vec<String>, _settings: bool) -> BoxFuture<'_, Result<Vec<TopicInfo>, BrokerError>> {
+        let found: Vec<_> = topics.iter().filter_map(|name| self.0.catalog.get(name)).collect();
+        let describe = move |store: &Store| {
+            let of = |topic: &Arc<Topic>| {
+                let bytes = topic.partitions.iter().map(|partition| store.bytes(partition.id)).sum::<rusqlite::Result<u64>>()?;
+                // It is its only broker.
+                let partition = || PartitionInfo { leader: Some(0), replicas: vec![0], in_sync: vec![0] };
+                Ok(TopicInfo {
+                    name: topic.name.to_string(),
+                    partitions: topic.partitions.iter().map(|_| partition()).collect(),
+                    config: topic.config.clone(),
+                    bytes: Some(bytes),
+                })
+            };
+            found.iter().map(of).collect()
+        };
+        Box::pin(self.read("describe topics of", describe))
+    }
+
+    fn alter_topic(&self, topic: &str, change: TopicChange) -> BoxFuture<'_, Result<(), BrokerError>> {
+        let (reply, answer) = oneshot::channel();
+        let submitted = self.0.submit(Job::AlterTopic { topic: topic.to_owned(), change, reply });
+        Box::pin(done(submitted, answer))
+    }
+
+    fn delete_topics(&self, topics: Vec<String>) -> BoxFuture<'_, Result<(), BrokerError>> {
+        let (reply, answer) = oneshot::channel();
+        let submitted = self.0.submit(Job::DeleteTopics { topics, reply });
+        Box::pin(done(submitted, answer))
+    }
+
+    fn groups(&self) -> BoxFuture<'_, Result<Vec<GroupInfo>, BrokerError>> {
+        let mut groups: BTreeMap<String, usize> = self.0.groups.members().into_iter().collect();
+        Box::pin(async move {
+            for name in self.read("read the groups of", Store::groups).await? {
+                groups.entry(name).or_insert(0);
+            }
+            Ok(groups.into_iter().map(|(name, members)| GroupInfo { name, members }).collect())
+        })
     }
 }

@@ -81,6 +81,8 @@ struct Owner {
     member: u64,
     epoch: u64,
     leaving: bool,
+    /// The partition's number in the store: a topic that is deleted and made again has others.
+    partition: i64,
 }
 
 impl State {
@@ -113,8 +115,8 @@ impl Group {
         lock(&self.state)
     }
 
-    /// A topic appeared.
-    pub(super) fn topic_created(&self, topic: &str) {
+    /// A topic was created, altered or deleted.
+    pub(super) fn topic_changed(&self, topic: &str) {
         let mut state = self.state();
         if state.managed(topic) {
             state.changed();
@@ -186,6 +188,29 @@ impl Group {
 }
 
 impl State {
+    /// Takes partitions of deleted topics away from their owners. They are lost: nothing of them can be committed, least of all for a topic that
+    /// was made again under the name.
+    fn drop_deleted(&mut self, is_deleted: impl Fn(&TopicPartition, &Owner) -> bool) {
+        let mut lost: BTreeMap<u64, Vec<Handover>> = BTreeMap::new();
+        self.owners.retain(|name, owner| {
+            let deleted = is_deleted(name, owner);
+            if deleted {
+                lost.entry(owner.member).or_default().push(Handover { partition: name.clone(), epoch: owner.epoch });
+            }
+            !deleted
+        });
+        for (member, partitions) in lost {
+            self.handovers += 1;
+            let id = self.handovers;
+            if let Some(member) = self.members.get_mut(&member) {
+                // Nobody waits for the answer.
+                let (done, _) = oneshot::channel();
+                member.events.push_back(GroupEvent::Losing(Losing { id, partitions, done }));
+                member.inbox.assignment_changed();
+            }
+        }
+    }
+
     fn rebalance(&mut self, catalog: &Catalog) -> Vec<Begun> {
         let subscriptions: Subscriptions = self.members.iter().map(|(id, member)| (*id, member.topics.clone())).collect();
         let topics: BTreeSet<&Arc<str>> = subscriptions.values().flatten().collect();
@@ -195,6 +220,7 @@ impl State {
             .flat_map(|topic| topic.partitions.clone())
             .map(|partition| (partition.name.clone(), partition))
             .collect();
+        self.drop_deleted(|name, owner| existing.get(name).is_none_or(|partition| partition.id != owner.partition));
         let owners = self.owners.iter().filter(|(_, owner)| !owner.leaving).map(|(name, owner)| (name.clone(), owner.member)).collect();
         let target = assign(&subscriptions, &existing.keys().cloned().collect(), &owners);
         let (mut gains, mut losses): (BTreeMap<u64, Vec<Gain>>, BTreeMap<u64, Vec<Handover>>) = Default::default();
@@ -207,7 +233,7 @@ impl State {
                     losses.entry(owner.member).or_default().push(Handover { partition: name, epoch: owner.epoch });
                 }
                 (None, Some(member)) => {
-                    self.owners.insert(name, Owner { member, epoch, leaving: false });
+                    self.owners.insert(name, Owner { member, epoch, leaving: false, partition: partition.id });
                     gains.entry(member).or_default().push(Gain { partition, epoch });
                 }
                 _ => {}
@@ -332,12 +358,17 @@ impl Groups {
         }
     }
 
-    /// A topic appeared.
-    pub(super) fn topic_created(&self, topic: &str) {
+    /// A topic was created, altered or deleted.
+    pub(super) fn topic_changed(&self, topic: &str) {
         let groups: Vec<_> = lock(&self.0).values().cloned().collect();
         for group in groups {
-            group.topic_created(topic);
+            group.topic_changed(topic);
         }
+    }
+
+    /// The groups that have members, with their numbers.
+    pub(super) fn members(&self) -> Vec<(String, usize)> {
+        lock(&self.0).values().map(|group| (group.name.to_string(), group.state().members.len())).collect()
     }
 }
 

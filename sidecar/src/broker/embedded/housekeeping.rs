@@ -14,7 +14,7 @@ use super::{
     EmbeddedConfig,
     codec::{Decoder, Encoder},
     log::{Catalog, Partition, Topic},
-    store::Store,
+    store::{Doomed, Store},
 };
 use crate::broker::BrokerError;
 
@@ -22,6 +22,8 @@ use crate::broker::BrokerError;
 const CHUNK_ROWS: i64 = 128;
 /// Bytes deleted, or compacted, in one step, about.
 const CHUNK_BYTES: usize = 4 << 20;
+/// Rows of a deleted topic removed in one step.
+const PURGED_ROWS: i64 = 16;
 /// Pages given back in one step.
 const CHUNK_PAGES: u32 = 512;
 /// A partition with more distinct keys is not compacted: the keys are held in memory.
@@ -39,6 +41,8 @@ pub(super) struct Housekeeper {
     oldest_ms: HashMap<i64, i64>,
     /// Per compacted partition: up to where, and how many records were left.
     compacted: HashMap<i64, (i64, i64)>,
+    /// Deleted topics whose records are to be removed.
+    doomed: Vec<Doomed>,
 }
 
 #[derive(Debug)]
@@ -46,6 +50,7 @@ enum Work {
     Retain { topic: Arc<Topic>, partition: usize },
     Scan(Box<Compaction>),
     Rewrite(Box<Compaction>),
+    Purge(Doomed),
     Vacuum,
 }
 
@@ -64,7 +69,14 @@ struct Compaction {
 impl Housekeeper {
     pub(super) fn new(config: &EmbeddedConfig) -> Self {
         let interval_ms = i64::try_from(config.housekeeping.as_millis()).unwrap_or(i64::MAX);
-        Self { interval_ms, next_ms: i64::MIN, work: VecDeque::new(), oldest_ms: HashMap::new(), compacted: HashMap::new() }
+        Self {
+            interval_ms,
+            next_ms: i64::MIN,
+            work: VecDeque::new(),
+            oldest_ms: HashMap::new(),
+            compacted: HashMap::new(),
+            doomed: Vec::new(),
+        }
     }
 
     /// Whether there is more to do at once.
@@ -82,6 +94,14 @@ impl Housekeeper {
         self.next_ms = i64::MIN;
     }
 
+    /// These topics were deleted; a round is due if there are some.
+    pub(super) fn doom(&mut self, doomed: Vec<Doomed>) {
+        if !doomed.is_empty() {
+            self.due_now();
+        }
+        self.doomed = doomed;
+    }
+
     /// One step; begins a round if one is due.
     pub(super) fn step(&mut self, store: &Store, catalog: &Catalog, now: i64) -> Result<(), BrokerError> {
         if self.work.is_empty() && now >= self.next_ms {
@@ -93,6 +113,7 @@ impl Housekeeper {
             Work::Retain { topic, partition } => self.retain(store, &topic, partition, now),
             Work::Scan(compaction) => self.scan(store, compaction),
             Work::Rewrite(compaction) => self.rewrite(store, compaction),
+            Work::Purge(doomed) => self.purge(store, doomed),
             Work::Vacuum => self.vacuum(store),
         };
         if done.is_err() {
@@ -126,7 +147,24 @@ impl Housekeeper {
                 }
             }
         }
+        self.work.extend(self.doomed.iter().cloned().map(Work::Purge));
         self.work.push_back(Work::Vacuum);
+    }
+
+    /// Removes a chunk of a deleted topic; forgets it at the end.
+    fn purge(&mut self, store: &Store, mut doomed: Doomed) -> Result<(), BrokerError> {
+        if let Some(partition) = doomed.partitions.last().copied() {
+            if !store.purge(partition, PURGED_ROWS)? {
+                doomed.partitions.pop();
+                self.oldest_ms.remove(&partition);
+                self.compacted.remove(&partition);
+            }
+            self.work.push_front(Work::Purge(doomed));
+            return Ok(());
+        }
+        store.forget(doomed.topic)?;
+        self.doomed.retain(|other| other.topic != doomed.topic);
+        Ok(())
     }
 
     fn retain(&mut self, store: &Store, topic: &Arc<Topic>, index: usize, now: i64) -> Result<(), BrokerError> {

@@ -5,7 +5,7 @@
 //! Invariant: locks are taken in the order group → catalog → partition → inbox, and none is held across a wait.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     sync::{Arc, Weak, atomic::Ordering},
 };
 
@@ -36,6 +36,8 @@ pub(super) struct Row {
 pub(super) struct Topic {
     pub(super) name: Arc<str>,
     pub(super) settings: Settings,
+    /// The settings as they were given.
+    pub(super) config: BTreeMap<String, String>,
     pub(super) partitions: Vec<Arc<Partition>>,
 }
 
@@ -70,6 +72,10 @@ impl Catalog {
 
     pub(super) fn insert(&self, topic: Arc<Topic>) {
         self.0.write().unwrap_or_else(PoisonError::into_inner).insert(topic.name.clone(), topic);
+    }
+
+    pub(super) fn remove(&self, topic: &str) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).remove(topic);
     }
 }
 

@@ -201,8 +201,9 @@ impl Shared {
         loners.push(Arc::downgrade(inbox));
     }
 
-    fn topic_created(&self, topic: &str) {
-        self.groups.topic_created(topic);
+    /// A topic was created, altered or deleted.
+    fn topic_changed(&self, topic: &str) {
+        self.groups.topic_changed(topic);
         let loners: Vec<_> = lock(&self.loners).iter().filter_map(Weak::upgrade).collect();
         loners.iter().for_each(|inbox| inbox.assignment_changed());
     }
@@ -263,7 +264,8 @@ impl EmbeddedBroker {
         let (reading, moving) = (shared.clone(), shared.clone());
         let reader = spawn(&shared, "embedded-read", move || reading.reads.run(&reader))?;
         let checkpoints = spawn(&shared, "embedded-log", move || moving.checkpoints.run(&checkpoints))?;
-        let writer = Writer::new(shared.clone(), store);
+        let mut writer = Writer::new(shared.clone(), store);
+        writer.take_up()?;
         let abandon = Abandon(shared.clone());
         let writer = spawn(&shared, "embedded-write", move || {
             let _abandon = abandon;
@@ -499,5 +501,96 @@ mod tests {
         other.close().await;
         silent.close().await;
         broker.close(Duration::from_secs(1)).await.expect("closes");
+    }
+
+    fn out(value: &'static str) -> Outgoing {
+        let record = Record { value: Some(Bytes::from_static(value.as_bytes())), ..Record::default() };
+        Outgoing { topic: "t".into(), partition: Some(0), record }
+    }
+
+    /// What is read of a topic under whoever's feet it is deleted and made again: nothing of the old one is left to anybody, and nothing of the new
+    /// one is passed over.
+    #[tokio::test(start_paused = true)]
+    async fn a_topic_that_is_made_again_is_another() {
+        let broker = EmbeddedBroker::in_memory(EmbeddedConfig { default_partitions: 1, ..EmbeddedConfig::new("") }).expect("opens");
+        let (producer, admin) = (broker.producer(), broker.admin());
+        assert!(producer.send(vec![out("a"), out("b")]).await.iter().all(Result::is_ok));
+        let mut member = broker.consumer(config("t")).expect("a consumer");
+        assert_eq!(records(&mut member).await.1, 2);
+        let partition = TopicPartition::new("t", 0);
+        let commit = || vec![Commit { partition: partition.clone(), offset: 2, metadata: String::new() }];
+        assert!(member.commit(commit()).await.is_ok());
+        let mut chosen = broker.consumer(ConsumerConfig::reader(Vec::new(), StartOffset::Earliest, 1 << 20)).expect("a consumer");
+        chosen.assign(vec![(partition.clone(), 0)]);
+        assert_eq!(records(&mut chosen).await.1, 2);
+        let mut reader = broker.consumer(ConsumerConfig::reader(vec!["t".into()], StartOffset::Earliest, 1 << 20)).expect("a consumer");
+        assert_eq!(records(&mut reader).await.1, 2);
+
+        admin.delete_topics(vec!["t".to_owned()]).await.expect("deletes");
+        assert!(admin.topics().await.expect("topics").is_empty());
+        assert!(member.commit(commit()).await.is_err(), "for a topic that is gone");
+        assert!(producer.send(vec![out("new")]).await.iter().all(Result::is_ok));
+        let mut lost = false;
+        loop {
+            match member.next().await {
+                Event::Revoking(revoking) => lost = revoking.lost,
+                Event::Records(batch) => {
+                    assert_eq!(
+                        (batch.records.len(), batch.records[0].0, &batch.records[0].1.value),
+                        (1, 0, &Some(Bytes::from_static(b"new")))
+                    );
+                    break;
+                }
+                _ => {}
+            }
+        }
+        assert!(lost, "it is told before");
+        assert_eq!(admin.committed("g", vec![partition.clone()]).await.expect("offsets")[0].as_ref().map(|commit| commit.offset), Some(0));
+        assert_eq!((records(&mut chosen).await.1, records(&mut reader).await.1), (1, 1));
+        // The rows of the old one go piece by piece.
+        for _ in 0..8 {
+            assert!(producer.send(vec![out("more")]).await.iter().all(Result::is_ok));
+        }
+        let inline = broker.shared.inline.as_ref().expect("no thread");
+        let left: u64 = {
+            let writer = lock(inline);
+            let store = &writer.as_ref().expect("open").store;
+            let doomed = store.doomed().expect("reads");
+            doomed.iter().flat_map(|doomed| &doomed.partitions).map(|partition| store.bytes(*partition).expect("reads")).sum()
+        };
+        assert_eq!(left, 0);
+        assert_eq!(admin.watermarks(&partition).await.expect("watermarks"), (0, 9));
+    }
+
+    #[tokio::test]
+    async fn a_deletion_is_finished_after_a_restart() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let broker = EmbeddedBroker::open(EmbeddedConfig::new(folder.path())).expect("opens");
+        assert!(broker.producer().send(vec![out("a")]).await.iter().all(Result::is_ok));
+        broker.admin().delete_topics(vec!["t".to_owned()]).await.expect("deletes");
+        broker.close(Duration::from_secs(10)).await.expect("closes");
+        drop(broker);
+        let broker = EmbeddedBroker::open(EmbeddedConfig::new(folder.path())).expect("opens again");
+        assert!(broker.admin().topics().await.expect("topics").is_empty());
+        assert!(broker.producer().send(vec![out("b")]).await.iter().all(Result::is_ok));
+        assert_eq!(broker.admin().watermarks(&TopicPartition::new("t", 0)).await.expect("watermarks"), (0, 1));
+        let mut member = broker.consumer(config("t")).expect("a consumer");
+        assert_eq!(records(&mut member).await.1, 1);
+        member.close().await;
+        broker.close(Duration::from_secs(10)).await.expect("closes");
+    }
+
+    /// Partitions that are added are given out, and what is there stays.
+    #[tokio::test(start_paused = true)]
+    async fn a_topic_gets_more_partitions_under_its_readers() {
+        let broker = EmbeddedBroker::in_memory(EmbeddedConfig { default_partitions: 1, ..EmbeddedConfig::new("") }).expect("opens");
+        assert!(broker.producer().send(vec![out("a")]).await.iter().all(Result::is_ok));
+        let mut member = broker.consumer(config("t")).expect("a consumer");
+        assert_eq!(records(&mut member).await.1, 1);
+        let change = crate::broker::TopicChange { partitions: Some(3), ..Default::default() };
+        broker.admin().alter_topic("t", change).await.expect("alters");
+        assert!(broker.producer().send(vec![Outgoing { partition: Some(2), ..out("b") }]).await.iter().all(Result::is_ok));
+        assert_eq!(records(&mut member).await, (TopicPartition::new("t", 2), 1));
+        assert_eq!(broker.admin().topics().await.expect("topics").get("t"), Some(&3));
     }
 }

@@ -18,7 +18,7 @@ use super::{
     sync::{Condvar, Mutex, PoisonError},
 };
 use crate::{
-    broker::{BrokerError, Commit, NewTopic, Outgoing, ProduceError, StartOffset, TransactionError},
+    broker::{BrokerError, Commit, NewTopic, Outgoing, ProduceError, StartOffset, TopicChange, TransactionError},
     record::{Position, TopicPartition},
 };
 
@@ -63,6 +63,15 @@ pub(super) enum Job {
     CreateTopics {
         topics: Vec<NewTopic>,
         reply: oneshot::Sender<Result<BTreeMap<String, i32>, BrokerError>>,
+    },
+    AlterTopic {
+        topic: String,
+        change: TopicChange,
+        reply: oneshot::Sender<Result<(), BrokerError>>,
+    },
+    DeleteTopics {
+        topics: Vec<String>,
+        reply: oneshot::Sender<Result<(), BrokerError>>,
     },
 }
 

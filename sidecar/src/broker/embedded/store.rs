@@ -55,6 +55,18 @@ pub(super) struct NewRow {
     pub(super) upto_ms: i64,
 }
 
+/// A topic that was deleted, and whose records are still to be removed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Doomed {
+    /// Its number in the store.
+    pub(super) topic: i64,
+    /// Those of its partitions.
+    pub(super) partitions: Vec<i64>,
+}
+
+/// What the name of a deleted topic begins with in the store: no topic's name can.
+const DOOMED: char = '/';
+
 /// The first row of a partition.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Head {
@@ -165,12 +177,15 @@ impl Store {
         let mut rows = topics.query([])?;
         while let Some(row) = rows.next()? {
             let (topic, name, config): (i64, String, String) = (row.get(0)?, row.get(1)?, row.get(2)?);
+            if name.starts_with(DOOMED) {
+                continue;
+            }
             let name: Arc<str> = name.into();
             let settings = serde_json::from_str::<BTreeMap<String, String>>(&config)
                 .map_err(|error| error.to_string())
-                .and_then(|config| Settings::parse(&name, &config, options.default_retention_ms))
+                .and_then(|config| Settings::parse(&name, &config, options.default_retention_ms).map(|settings| (settings, config)))
                 .map_err(|error| BrokerError::new(BrokerErrorKind::Storage, format!("{}: topic '{name}': {error}", self.place)));
-            let settings = match settings {
+            let (settings, config) = match settings {
                 Ok(settings) => settings,
                 Err(error) => {
                     loaded.push(Err(error));
@@ -189,7 +204,7 @@ impl Store {
                 let name = TopicPartition::new(name.clone(), number);
                 found.push(Arc::new(Partition::new(id, name, low, high.max(end), upto)));
             }
-            loaded.push(Ok(Topic { name, settings, partitions: found }));
+            loaded.push(Ok(Topic { name, settings, config, partitions: found }));
         }
         Ok(loaded)
     }
@@ -212,6 +227,89 @@ impl Store {
             Ok(ids)
         };
         create().map_err(|error: rusqlite::Error| self.failed(&format!("create topic '{name}' in"), &error))
+    }
+
+    /// Changes a topic's settings, and adds partitions of the numbers `from..until`; their ids.
+    pub(super) fn alter_topic(
+        &self,
+        name: &str,
+        config: &BTreeMap<String, String>,
+        from: i32,
+        until: i32,
+    ) -> Result<Vec<i64>, BrokerError> {
+        let config = serde_json::to_string(config).map_err(|error| BrokerError::new(BrokerErrorKind::Config, error.to_string()))?;
+        let altered = self.transaction(|store| {
+            let topic: i64 = store.connection.query_row("SELECT id FROM topics WHERE name = ?", [name], |row| row.get(0))?;
+            store.connection.execute("UPDATE topics SET config = ? WHERE id = ?", params![config, topic])?;
+            let mut insert = store.connection.prepare_cached("INSERT INTO partitions (topic, number) VALUES (?, ?)")?;
+            (from..until).map(|number| insert.execute(params![topic, number]).map(|_| store.connection.last_insert_rowid())).collect()
+        });
+        altered.map_err(|failure| failure.error)
+    }
+
+    /// Deletes a topic, and what groups committed there. Its records go later, piece by piece: see [`Store::doomed`].
+    pub(super) fn delete_topic(&self, name: &str) -> Result<(), BrokerError> {
+        let deleted = self.transaction(|store| {
+            let topic: i64 = store.connection.query_row("SELECT id FROM topics WHERE name = ?", [name], |row| row.get(0))?;
+            store.connection.execute("DELETE FROM offsets WHERE partition IN (SELECT id FROM partitions WHERE topic = ?)", [topic])?;
+            store.connection.execute("UPDATE topics SET name = ? WHERE id = ?", params![format!("{DOOMED}{topic}"), topic]).map(drop)
+        });
+        deleted.map_err(|failure| failure.error)
+    }
+
+    /// The topics that were deleted and are not wholly gone.
+    pub(super) fn doomed(&self) -> Result<Vec<Doomed>, BrokerError> {
+        let read = || {
+            let mut topics = self.connection.prepare("SELECT id FROM topics WHERE substr(name, 1, 1) = ?")?;
+            let mut partitions = self.connection.prepare("SELECT id FROM partitions WHERE topic = ?")?;
+            let found = topics.query_map([DOOMED.to_string()], |row| row.get::<_, i64>(0))?.collect::<rusqlite::Result<Vec<_>>>()?;
+            let of = |topic: i64| {
+                let partitions = partitions.query_map([topic], |row| row.get(0))?.collect::<rusqlite::Result<_>>()?;
+                Ok(Doomed { topic, partitions })
+            };
+            found.into_iter().map(of).collect::<rusqlite::Result<Vec<_>>>()
+        };
+        read().map_err(|error| self.failed("read the deleted topics of", &error))
+    }
+
+    /// Removes the first rows of a partition of a deleted topic, at most `limit`; whether there may be more.
+    pub(super) fn purge(&self, partition: i64, limit: i64) -> Result<bool, BrokerError> {
+        let purged = self.transaction(|store| {
+            store
+                .connection
+                .prepare_cached("DELETE FROM batches WHERE id IN (SELECT id FROM batches WHERE id BETWEEN ? AND ? ORDER BY id LIMIT ?)")?
+                .execute(params![key(partition, 0), key(partition, i64::MAX), limit])
+        });
+        purged.map(|rows| rows as i64 >= limit).map_err(|failure| failure.error)
+    }
+
+    /// Forgets a deleted topic whose records are gone. A partition with the largest number stays, for no number may come again: who still
+    /// reads the old one would read another.
+    pub(super) fn forget(&self, topic: i64) -> Result<(), BrokerError> {
+        let forgotten = self.transaction(|store| {
+            let connection = &store.connection;
+            connection.execute("DELETE FROM offsets WHERE partition IN (SELECT id FROM partitions WHERE topic = ?)", [topic])?;
+            connection.execute("DELETE FROM partitions WHERE topic = ? AND id < (SELECT max(id) FROM partitions)", [topic])?;
+            connection
+                .execute("DELETE FROM topics WHERE id = ?1 AND NOT EXISTS (SELECT 1 FROM partitions WHERE topic = ?1)", [topic])
+                .map(drop)
+        });
+        forgotten.map_err(|failure| failure.error)
+    }
+
+    /// The bytes of a partition's rows.
+    pub(super) fn bytes(&self, partition: i64) -> rusqlite::Result<u64> {
+        let sum: i64 = self
+            .connection
+            .prepare_cached("SELECT coalesce(sum(length(data)), 0) FROM batches WHERE id BETWEEN ? AND ?")?
+            .query_row([key(partition, 0), key(partition, i64::MAX)], |row| row.get(0))?;
+        Ok(u64::try_from(sum).unwrap_or(0))
+    }
+
+    /// All groups that committed something.
+    pub(super) fn groups(&self) -> rusqlite::Result<Vec<String>> {
+        let mut statement = self.connection.prepare("SELECT DISTINCT consumer_group FROM offsets ORDER BY consumer_group")?;
+        statement.query_map([], |row| row.get(0))?.collect()
     }
 
     /// Runs `work` in one durable transaction.

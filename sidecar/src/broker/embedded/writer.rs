@@ -26,7 +26,10 @@ use super::{
     store::{NewRow, Store, WriteError},
 };
 use crate::{
-    broker::{BrokerError, BrokerErrorKind, Commit, NewTopic, Outgoing, ProduceError, ProduceErrorKind, StartOffset, TransactionError},
+    broker::{
+        BrokerError, BrokerErrorKind, Commit, NewTopic, Outgoing, ProduceError, ProduceErrorKind, StartOffset, TopicChange,
+        TransactionError,
+    },
     mutation::{self, Mutation},
     record::{Position, TopicPartition},
 };
@@ -209,6 +212,8 @@ impl Writer {
                     // Nobody may wait any more.
                     let _ = reply.send(self.create_topics(topics));
                 }
+                Job::AlterTopic { topic, change, reply } => drop(reply.send(self.alter_topic(&topic, change))),
+                Job::DeleteTopics { topics, reply } => drop(reply.send(topics.iter().try_for_each(|topic| self.delete_topic(topic)))),
             }
         }
         for growth in &mut plan.growth {
@@ -442,10 +447,54 @@ impl Writer {
         let name: Arc<str> = topic.name.as_str().into();
         let partition = |(id, number)| Arc::new(Partition::new(id, TopicPartition::new(name.clone(), number), 0, 0, i64::MIN));
         let partitions = ids.into_iter().zip(0..).map(partition).collect();
-        let created = Arc::new(Topic { name, settings, partitions });
+        let created = Arc::new(Topic { name, settings, config: topic.config.clone(), partitions });
         self.shared.catalog.insert(created.clone());
-        self.shared.topic_created(&created.name);
+        self.shared.topic_changed(&created.name);
         Ok(created)
+    }
+
+    /// Changes a topic: whoever has it in hand keeps it as it was, and finds the new one when it looks again.
+    fn alter_topic(&mut self, name: &str, change: TopicChange) -> Result<(), BrokerError> {
+        let wrong = |detail| BrokerError::new(BrokerErrorKind::Config, detail);
+        let topic = self.existing(name)?;
+        let TopicChange { partitions, set, unset } = change;
+        let mut config = topic.config.clone();
+        config.extend(set);
+        config.retain(|name, _| !unset.contains(name));
+        let settings = names::Settings::parse(name, &config, self.shared.config.retention_ms()).map_err(wrong)?;
+        let count = partitions.unwrap_or(topic.count());
+        names::check_partitions(name, count).map_err(wrong)?;
+        if count < topic.count() {
+            return Err(wrong(format!("topic '{name}' has {} partitions; they can only become more", topic.count())));
+        }
+        let ids = self.store.alter_topic(name, &config, topic.count(), count).inspect_err(|error| self.shared.failed(error))?;
+        let partition = |(id, number)| Arc::new(Partition::new(id, TopicPartition::new(topic.name.clone(), number), 0, 0, i64::MIN));
+        let mut partitions = topic.partitions.clone();
+        partitions.extend(ids.into_iter().zip(topic.count()..).map(partition));
+        self.shared.catalog.insert(Arc::new(Topic { name: topic.name.clone(), settings, config, partitions }));
+        self.shared.topic_changed(name);
+        Ok(())
+    }
+
+    /// Deletes a topic. It is gone at once; the housekeeping removes its records, piece by piece.
+    fn delete_topic(&mut self, name: &str) -> Result<(), BrokerError> {
+        self.existing(name)?;
+        self.store.delete_topic(name).inspect_err(|error| self.shared.failed(error))?;
+        self.shared.catalog.remove(name);
+        self.shared.topic_changed(name);
+        self.housekeeper.doom(self.store.doomed()?);
+        Ok(())
+    }
+
+    fn existing(&self, name: &str) -> Result<Arc<Topic>, BrokerError> {
+        let missing = || BrokerError::new(BrokerErrorKind::UnknownTopic, format!("embedded broker: there is no topic '{name}'"));
+        self.shared.catalog.get(name).ok_or_else(missing)
+    }
+
+    /// What was deleted before the last end, and is to be removed.
+    pub(super) fn take_up(&mut self) -> Result<(), BrokerError> {
+        self.housekeeper.doom(self.store.doomed()?);
+        Ok(())
     }
 
     /// Takes the offsets of a group without members into the plan: all of them or none.

@@ -31,9 +31,11 @@ use super::{
     together::Together,
 };
 use crate::{
-    broker::{Admin, BrokerError, BrokerErrorKind, Commit, NewTopic},
+    broker::{Admin, BrokerError, BrokerErrorKind, Commit, GroupInfo, NewTopic, TopicChange, TopicInfo},
     record::{Position, TopicPartition},
 };
+
+mod manage;
 
 /// How long a question may take.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -430,6 +432,31 @@ impl Admin for Asker {
             let below = below.into_iter().zip(marks).filter(|((_, offset), (low, _))| offset > low).map(|(one, _)| one).collect::<Vec<_>>();
             if below.is_empty() { Ok(()) } else { self.delete(below).await }
         })
+    }
+
+    fn all_watermarks(&self, partitions: Vec<TopicPartition>) -> BoxFuture<'_, Result<Vec<(i64, i64)>, BrokerError>> {
+        Box::pin(async move {
+            for partition in &partitions {
+                check_name(&partition.topic)?;
+            }
+            self.ask(move |client| manage::all_watermarks(client, &partitions)).await
+        })
+    }
+
+    fn describe_topics(&self, topics: Vec<String>, settings: bool) -> BoxFuture<'_, Result<Vec<TopicInfo>, BrokerError>> {
+        Box::pin(self.describe(topics, settings))
+    }
+
+    fn alter_topic(&self, topic: &str, change: TopicChange) -> BoxFuture<'_, Result<(), BrokerError>> {
+        Box::pin(self.alter(topic.to_owned(), change))
+    }
+
+    fn delete_topics(&self, topics: Vec<String>) -> BoxFuture<'_, Result<(), BrokerError>> {
+        Box::pin(self.delete_whole(topics))
+    }
+
+    fn groups(&self) -> BoxFuture<'_, Result<Vec<GroupInfo>, BrokerError>> {
+        Box::pin(self.ask(manage::groups))
     }
 }
 

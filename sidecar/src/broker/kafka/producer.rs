@@ -90,7 +90,8 @@ impl Topics {
         self.0.write().unwrap_or_else(PoisonError::into_inner).insert(topic.into(), (partitions, Instant::now()));
     }
 
-    fn forget(&self, topic: &str) {
+    /// The topic does not exist any more.
+    pub(super) fn forget(&self, topic: &str) {
         self.0.write().unwrap_or_else(PoisonError::into_inner).remove(topic);
     }
 }

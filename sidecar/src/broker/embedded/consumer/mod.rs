@@ -193,6 +193,7 @@ impl EmbeddedConsumer {
                 }
             }
             None => {
+                self.drop_deleted();
                 let topics: Vec<_> = self.topics.iter().filter_map(|topic| self.shared.catalog.get(topic)).collect();
                 let partitions = topics.iter().flat_map(|topic| &topic.partitions);
                 let new = partitions.filter(|p| !self.cursors.contains_key(&p.name) && !self.resolving.contains_key(&p.name));
@@ -200,6 +201,23 @@ impl EmbeddedConsumer {
                 self.resolve(gains);
                 let absent = std::mem::take(&mut self.absent);
                 self.choose(absent);
+            }
+        }
+    }
+
+    /// Reads partitions of deleted topics no more. A chosen one is read again, from the beginning, if its topic is made again.
+    fn drop_deleted(&mut self) {
+        let exists = |cursor: &Cursor| {
+            let partition = &cursor.subscription.partition;
+            self.shared.catalog.partition(&partition.name).is_some_and(|found| found.id == partition.id)
+        };
+        let gone: Vec<TopicPartition> = self.cursors.iter().filter(|(_, cursor)| !exists(cursor)).map(|(name, _)| name.clone()).collect();
+        for name in gone {
+            if let Some(cursor) = self.cursors.remove(&name) {
+                self.uncharge(cursor.charged);
+            }
+            if self.topics.is_empty() {
+                self.absent.insert(name, 0);
             }
         }
     }
@@ -282,15 +300,24 @@ impl EmbeddedConsumer {
     }
 
     fn assigned(&mut self, resolved: Vec<Resolved>) {
-        let mut assigned = Vec::with_capacity(resolved.len());
+        let (mut assigned, mut replaced) = (Vec::with_capacity(resolved.len()), Vec::new());
         for Resolved { gain: Gain { partition, epoch }, position, metadata } in resolved {
             // It was taken away in the meantime, unannounced.
             if self.resolving.get(&partition.name) != Some(&epoch) {
                 continue;
             }
             self.resolving.remove(&partition.name);
+            // Its topic was deleted and made again, and the old one's loss was not announced yet.
+            if let Some(old) = self.cursors.remove(&partition.name) {
+                self.uncharge(old.charged);
+                replaced.push(partition.name.clone());
+            }
             self.begin(&partition, epoch, position);
             assigned.push(Assigned { partition: partition.name.clone(), position, metadata });
+        }
+        if !replaced.is_empty() {
+            let (done, _) = oneshot::channel();
+            self.out.push_back(Event::Revoking(Revoking { partitions: replaced, lost: true, done }));
         }
         if !assigned.is_empty() {
             self.out.push_back(Event::Assigned(assigned));
