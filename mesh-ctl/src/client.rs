@@ -14,8 +14,6 @@ pub(crate) const APPLY: Duration = Duration::from_secs(120);
 /// The largest answer, in bytes.
 const MAX_ANSWER: usize = 64 << 20;
 
-const NO_ADMIN: &str = "that is no admin listener of a mesh-sidecar, or it is of another version: see `listen.admin`";
-
 /// A client of `mesh.v1.Control`.
 pub(crate) type Client = AdminClient;
 
@@ -43,22 +41,17 @@ pub(crate) fn refused(status: &Status) -> Failure {
         Some(source) => format!("{}: {}", status.message(), root_cause(source)),
         None => status.message().to_owned(),
     };
-    // A listener of another protocol: tonic's words tell of bytes.
-    let foreign = status.code() == GrpcCode::Internal && message.starts_with("protocol error");
     let (code, hint) = match status.code() {
         GrpcCode::Aborted => (Code::Conflict, ""),
         GrpcCode::FailedPrecondition | GrpcCode::PermissionDenied => (Code::No, ""),
         GrpcCode::Unauthenticated => (Code::Error, ""),
         GrpcCode::Unknown | GrpcCode::DeadlineExceeded | GrpcCode::Cancelled => (Code::Unknown, "`mesh-ctl status` tells what is in force"),
         GrpcCode::Unavailable => (Code::Error, "`mesh-ctl status` tells what the sidecar waits for"),
-        GrpcCode::Unimplemented => (Code::Error, NO_ADMIN),
-        GrpcCode::Internal if foreign => (Code::Error, NO_ADMIN),
+        GrpcCode::Unimplemented => {
+            (Code::Error, "that is no admin listener of a mesh-sidecar, or it is of another version: see `listen.admin`")
+        }
         _ => (Code::Error, ""),
     };
-    let message = match () {
-        () if foreign => "the listener does not answer in gRPC".to_owned(),
-        () if message.is_empty() => format!("the listener answers {:?}", status.code()),
-        () => message,
-    };
+    let message = if message.is_empty() { format!("the listener answers {:?}", status.code()) } else { message };
     Failure::Said { code, message, hint: hint.to_owned() }
 }

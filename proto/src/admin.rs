@@ -23,6 +23,8 @@ struct Nothing {}
 
 /// How long the connection may take.
 const CONNECT: Duration = Duration::from_secs(5);
+/// How long the first answer may take.
+const ANSWER: Duration = Duration::from_secs(10);
 
 /// A client of `mesh.v1.Control` that shows its token.
 pub type AdminClient = ControlClient<InterceptedService<Channel, Bearer>>;
@@ -83,34 +85,30 @@ impl AdminAddress {
             endpoint = endpoint.tls_config(self.tls()?).map_err(|error| unusable(&error))?;
         }
         let channel = endpoint.connect().await.map_err(|error| ConnectError::Unreachable(root_cause(&error)))?;
-        if self.url.starts_with("https:") {
-            self.check(&channel).await?;
-        }
+        self.check(&channel).await?;
         Ok(ControlClient::with_interceptor(channel, bearer))
     }
 
-    /// With TLS 1.3 a listener refuses a client's certificate, or that there is none, only after the client is done with the handshake: a question
-    /// that everybody may ask tells.
+    /// A connection alone tells little: a listener of another protocol ends it at the first bytes, and one with TLS 1.3 refuses a client's
+    /// certificate, or that there is none, only after the client is done with the handshake. A question that everybody may ask tells, before one
+    /// is asked of which it would not be known whether it was done.
     async fn check(&self, channel: &Channel) -> Result<(), ConnectError> {
         let mut health = tonic::client::Grpc::new(channel.clone());
         let path = http::uri::PathAndQuery::from_static("/grpc.health.v1.Health/Check");
+        let mut question = Request::new(Nothing {});
+        question.set_timeout(ANSWER);
         let asked = match health.ready().await {
-            Ok(()) => health.unary(Request::new(Nothing {}), path, ProstCodec::<Nothing, Nothing>::default()).await,
+            Ok(()) => health.unary(question, path, ProstCodec::<Nothing, Nothing>::default()).await,
             Err(error) => Err(Status::from_error(Box::new(error))),
         };
-        match asked {
-            Err(status) if status.source().is_some() => {
-                let certificate = if self.identity.is_some() {
-                    "the certificate that was shown is refused"
-                } else {
-                    "it asks for a client's certificate"
-                };
-                let cause = status.source().map(root_cause).unwrap_or_default();
-                Err(ConnectError::Unreachable(format!("the TLS session ended at once ({cause}): maybe {certificate}")))
-            }
-            // What it answers is of no matter.
-            Ok(_) | Err(_) => Ok(()),
-        }
+        // What it answers is of no matter.
+        let Some(cause) = asked.err().and_then(|status| status.source().map(root_cause)) else { return Ok(()) };
+        let maybe = match (self.url.starts_with("https:"), &self.identity) {
+            (true, Some(_)) => "maybe the certificate that was shown is refused",
+            (true, None) => "maybe it asks for a client's certificate",
+            (false, _) => "maybe it speaks TLS (https://), or is no admin listener of a mesh-sidecar (`listen.admin`)",
+        };
+        Err(ConnectError::Unreachable(format!("there is a connection, and no answer in gRPC ({cause}): {maybe}")))
     }
 
     fn tls(&self) -> Result<ClientTlsConfig, ConnectError> {

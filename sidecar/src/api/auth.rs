@@ -33,9 +33,9 @@ impl Callers {
         Ok(Self { services: services.collect::<io::Result<_>>()? })
     }
 
-    /// Whether any service has a token.
-    pub(super) fn any_token(&self) -> bool {
-        self.services.iter().any(|service| service.token.is_some())
+    /// The services' tokens.
+    pub(super) fn tokens(&self) -> impl Iterator<Item = &Token> + Clone {
+        self.services.iter().filter_map(|service| service.token.as_ref())
     }
 
     /// The name of a caller; `None` for an anonymous one.
@@ -69,7 +69,7 @@ impl Callers {
                     Some(_) => "the request's token is not the service's".to_owned(),
                 })),
             },
-            None if !self.any_token() => Ok(Caller::Anonymous),
+            None if self.tokens().next().is_none() => Ok(Caller::Anonymous),
             None => match bearer(authorization)? {
                 None => Err(ApiError::Unnamed),
                 Some(given) => {
@@ -83,13 +83,6 @@ impl Callers {
     /// Whether the caller may act for the service: it is it, or it is anonymous.
     pub(super) fn is(&self, caller: Caller, service: &str) -> bool {
         self.name(caller).is_none_or(|name| **name == *service)
-    }
-
-    /// Reads the token files again, so that a token can be changed without a restart. What cannot be read stays as it was.
-    pub(super) async fn reload(&self) {
-        for token in self.services.iter().filter_map(|service| service.token.as_ref()) {
-            token.reload().await;
-        }
     }
 }
 
@@ -109,6 +102,12 @@ mod tests {
         ServiceConfig { name: name.into(), app: None, publish: None, subscribe: None, token_file }
     }
 
+    async fn reload(callers: &Callers) {
+        for token in callers.tokens() {
+            token.reload().await;
+        }
+    }
+
     #[tokio::test]
     async fn callers_are_told_by_name_and_token() {
         let folder = tempfile::tempdir().unwrap();
@@ -124,11 +123,11 @@ mod tests {
         assert!(matches!(callers.identify(None, None), Err(ApiError::Unnamed)));
         assert!(matches!(callers.identify(Some("c"), None), Err(ApiError::UnknownService(_))));
         std::fs::write(&file, "other").unwrap();
-        callers.reload().await;
+        reload(&callers).await;
         assert!(callers.identify(Some("a"), Some(b"Bearer s3cret")).is_err());
         assert!(callers.identify(Some("a"), Some(b"Bearer other")).is_ok());
         std::fs::write(&file, "").unwrap();
-        callers.reload().await;
+        reload(&callers).await;
         assert!(callers.identify(Some("a"), Some(b"Bearer other")).is_ok());
         assert!(Callers::new(&[service("a", Some(file))]).is_err());
         let open = Callers::new(&[service("a", None), service("b", None)]).unwrap();

@@ -5,7 +5,7 @@
 //! Invariant: without tokens and certificates in the config, everybody who reaches the listener may do everything: so it is bound to loopback
 //! then, or asks for clients' certificates.
 
-use std::{convert::Infallible, io, sync::Arc, time::Duration};
+use std::{io, sync::Arc};
 
 use axum::{
     body::Body,
@@ -22,9 +22,6 @@ use super::{
     token::{self, Token},
 };
 use crate::config::{AdminCertificate, ControlConfig, Role};
-
-/// How often token files are read again.
-const RELOAD: Duration = Duration::from_secs(10);
 
 /// What only looks, of `mesh.v1.Control`.
 const LOOKS: [&str; 13] = [
@@ -97,17 +94,7 @@ impl Guard {
         let options = listen::Options { tell_peer: true, ..listen::Options::new("admin") };
         tokio::select! {
             cut = listen::serve_router(listener, router, options, shutdown) => cut,
-            never = self.keep_fresh() => match never {},
-        }
-    }
-
-    async fn keep_fresh(&self) -> Infallible {
-        let mut ticks = tokio::time::interval(RELOAD);
-        loop {
-            ticks.tick().await;
-            for (_, token) in &self.tokens {
-                token.reload().await;
-            }
+            never = token::keep_fresh(self.tokens.iter().map(|(_, token)| token)) => match never {},
         }
     }
 

@@ -4,7 +4,7 @@
 //! Invariant: what a peer sends is bounded before it is kept: heads, bodies, streams, connections.
 //! Invariant: every task is the listener's ([`listen`]) or the API's own tracker's, and has ended when [`Api::serve`] returns.
 
-use std::{convert::Infallible, fmt, io, sync::Arc, time::Duration};
+use std::{convert::Infallible, fmt, io, sync::Arc};
 
 use axum::body::Body;
 use futures_util::future::BoxFuture;
@@ -37,9 +37,6 @@ mod subscribe;
 mod tests;
 pub mod tls;
 mod token;
-
-/// How often token files are read again.
-const TOKEN_RELOAD: Duration = Duration::from_secs(10);
 
 /// The API. Cheap to clone.
 #[derive(Clone)]
@@ -102,16 +99,8 @@ impl Api {
         let api = self.clone();
         let housekeeping = async move {
             grpc::begin_health(&health).await;
-            let reload = async {
-                let mut ticks = tokio::time::interval(TOKEN_RELOAD);
-                while api.inner.callers.any_token() {
-                    ticks.tick().await;
-                    api.inner.callers.reload().await;
-                }
-                std::future::pending::<()>().await;
-            };
             tokio::select! {
-                () = reload => {}
+                never = token::keep_fresh(api.inner.callers.tokens()) => match never {},
                 () = ended.cancelled() => {}
             }
             api.inner.draining.cancel();

@@ -3,13 +3,17 @@
 //! Invariant: tokens are kept and compared as digests, in constant time, and never logged.
 
 use std::{
+    convert::Infallible,
     io,
     path::{Path, PathBuf},
     sync::{PoisonError, RwLock},
+    time::Duration,
 };
 
 use sha2::{Digest, Sha256};
 
+/// How often token files are read again.
+const RELOAD: Duration = Duration::from_secs(10);
 /// The most tokens in one file: while one takes the place of another, both are valid.
 const MOST: usize = 16;
 
@@ -51,6 +55,17 @@ impl Token {
         let same = |digest: &[u8; 32]| digest.iter().zip(given).fold(0, |differs, (a, b)| differs | (a ^ b)) == 0;
         let digests = self.digests.read().unwrap_or_else(PoisonError::into_inner);
         digests.iter().fold(false, |found, digest| found | same(digest))
+    }
+}
+
+/// Reads the files of tokens again and again.
+pub(super) async fn keep_fresh<'a>(tokens: impl Iterator<Item = &'a Token> + Clone) -> Infallible {
+    let mut ticks = tokio::time::interval(RELOAD);
+    loop {
+        ticks.tick().await;
+        for token in tokens.clone() {
+            token.reload().await;
+        }
     }
 }
 

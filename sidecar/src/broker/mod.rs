@@ -284,15 +284,6 @@ pub enum TransactionError {
     Lost(BrokerError),
 }
 
-/// Whether there is a record at an offset or later: see [`Admin::readable`].
-///
-/// # Errors
-/// If the broker does not say.
-pub(crate) async fn is_readable(admin: &dyn Admin, partition: &TopicPartition, offset: i64) -> Result<bool, BrokerError> {
-    let position = Position { partition: partition.clone(), offset };
-    admin.readable(vec![position]).await.pop().unwrap_or(Ok(true))
-}
-
 /// Topics, watermarks, groups.
 pub trait Admin: Send + Sync + 'static {
     /// All topics with their partition counts: as of a moment after the call.

@@ -8,8 +8,8 @@ use tokio::time::Instant;
 
 use super::route::{RouteLoop, Slot};
 use crate::{
-    broker::{Admin, BrokerError, BrokerErrorKind, ProduceErrorKind, is_readable},
-    record::{TopicPartition, now_ms},
+    broker::{Admin, BrokerError, BrokerErrorKind, ProduceErrorKind},
+    record::{Position, TopicPartition, now_ms},
     status::{RouteState, RouteStatus},
 };
 
@@ -55,8 +55,13 @@ impl Asked {
         let (_, high) = admin.watermarks(&self.partition).await?;
         let Some(from) = self.idle.filter(|from| *from < high && high == self.high) else { return Ok((high, None)) };
         let end = End { from, high };
-        let known = self.end == Some(end) || !is_readable(admin, &self.partition, from).await?;
-        Ok((high, known.then_some(end)))
+        if self.end != Some(end) {
+            let position = Position { partition: self.partition.clone(), offset: from };
+            if admin.readable(vec![position]).await.pop().unwrap_or(Ok(true))? {
+                return Ok((high, None));
+            }
+        }
+        Ok((high, Some(end)))
     }
 }
 

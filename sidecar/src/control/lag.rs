@@ -17,8 +17,8 @@ use tokio::time::{Instant, timeout_at};
 
 use super::{Control, reset::OperationError, state::now_ms};
 use crate::{
-    broker::{Admin, Broker, BrokerError, BrokerErrorKind, Commit, ConsumerConfig, Event, StartOffset, is_readable},
-    record::TopicPartition,
+    broker::{Admin, Broker, BrokerError, BrokerErrorKind, Commit, ConsumerConfig, Event, StartOffset},
+    record::{Position, TopicPartition},
 };
 
 /// The most groups that are looked at with one request.
@@ -253,8 +253,11 @@ async fn read_times(
             }
             Ok(_) => {}
             Err(_) => {
-                for (partition, offset) in missing.clone() {
-                    let Ok(Ok(false)) = timeout_at(until, is_readable(&*admin, &partition, offset)).await else { continue };
+                let asked = missing.iter().map(|(partition, offset)| Position { partition: partition.clone(), offset: *offset });
+                let asked: Vec<Position> = asked.collect();
+                let Ok(answers) = timeout_at(until, admin.readable(asked.clone())).await else { continue };
+                let ends = asked.into_iter().zip(answers).filter(|(_, answer)| matches!(answer, Ok(false)));
+                for (Position { partition, offset }, _) in ends {
                     missing.remove(&partition);
                     consumer.unassign(std::slice::from_ref(&partition));
                     times.insert((partition, offset), None);

@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result};
 
 use super::{
     ground::{Bench, Filling},
-    measure::{Measured, median},
+    measure::cpu_of,
     role,
     rows::{Kind, Row},
 };
@@ -43,12 +43,8 @@ impl Bench {
 
 /// What the sidecar's processor does more for each record.
 fn added(row: &mut Row) -> Result<()> {
-    let cpu = |runs: &[Measured]| -> Option<f64> {
-        let of: Vec<f64> = runs.iter().filter_map(|run| run.cpu_us.get("sidecar")).copied().collect();
-        (!of.is_empty()).then(|| median(&of))
-    };
-    let floor = row.floors.first().and_then(|floor| cpu(&floor.runs)).context("the floor's processor time")?;
-    let with = cpu(&row.mesh).context("the processor time")?;
+    let floor = row.floors.first().and_then(|floor| cpu_of(&floor.runs, "sidecar")).context("the floor's processor time")?;
+    let with = cpu_of(&row.mesh, "sidecar").context("the processor time")?;
     row.figure("sidecar's processor time without it", floor, "µs a record");
     row.figure("sidecar's processor time with it", with, "µs a record");
     Ok(())

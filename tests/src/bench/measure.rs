@@ -180,6 +180,12 @@ fn field(id: i32, name: &str) -> Result<String> {
     Ok(text.lines().find_map(|line| line.strip_prefix(name)).context("status")?.trim().to_owned())
 }
 
+/// The median of a process's time on the processor, in microseconds a record; `None` if it was not watched.
+pub fn cpu_of(runs: &[Measured], process: &str) -> Option<f64> {
+    let values: Vec<f64> = runs.iter().filter_map(|run| run.cpu_us.get(process)).copied().collect();
+    (!values.is_empty()).then(|| median(&values))
+}
+
 /// The middle one; of an even number the mean of the two in the middle. 0 of none.
 pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();

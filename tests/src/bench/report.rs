@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::{
-    measure::{Latency, Measured, median},
+    measure::{Latency, Measured, cpu_of, median},
     rows::{Kind, Row},
 };
 
@@ -104,10 +104,7 @@ fn peak(runs: &[Measured]) -> f64 {
 
 /// The medians of each process, the sidecar first.
 fn cpu(runs: &[Measured]) -> String {
-    let of = |name: &str| {
-        let values: Vec<f64> = runs.iter().filter_map(|run| run.cpu_us.get(name)).copied().collect();
-        (!values.is_empty()).then(|| format!("{name} {}", number(median(&values), 1)))
-    };
+    let of = |name: &str| cpu_of(runs, name).map(|median| format!("{name} {}", number(median, 1)));
     let all: Vec<String> = ["sidecar", "broker", "service", "load"].into_iter().filter_map(of).collect();
     all.join(", ")
 }

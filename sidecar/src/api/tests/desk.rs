@@ -1,5 +1,7 @@
 //! Routes that a service fetches itself: by polling, and attached.
 
+use std::time::Duration;
+
 use mesh_proto::v1::{outcome::Outcome as Said, subscribe_request::Request as Ask, subscribe_response::Response as Told};
 use tokio::sync::mpsc;
 
