@@ -7,16 +7,17 @@ use mesh_proto::{admin::AdminAddress, v1::PartitionOffset};
 
 use crate::moment::Moment;
 
+mod operate;
 mod records;
 mod tables;
 
-pub(crate) use self::records::*;
+pub(crate) use self::{operate::*, records::*};
 pub(crate) use tables::{Apply, Diff, History, How, Keys, KeysGenerate, KeysShow, Rollback, Side};
 
 const EXIT_CODES: &str = "\
 Exit codes:
   0  done; `diff`, `plan`: no difference
-  1  the answer is no: faults in a table, a table refused, a reset refused, `diff`, `plan`: there are differences
+  1  the answer is no: faults in a table, a table refused, a reset refused, `doctor`: errors, `diff`, `plan`: there are differences
   2  an error: wrong usage, an unreadable file, no sidecar at the admin address
   3  a conflict: somebody else applied, or another generation is in force than expected
   4  not known whether it was done, or not in force everywhere in time (`apply --wait`)
@@ -147,6 +148,13 @@ pub(crate) enum Command {
     Topics(Topics),
     /// Show how far routes, or any consumer groups, are behind: records and time, by partition.
     Lag(Lag),
+    /// Show routes and instances with their rates, live: the full screen on a terminal, else tables one after the other.
+    Top(Top),
+    /// Find what is wrong with the mesh, and how to mend it: brokers, rights, clocks, topics, instances, routes. Changes nothing. Exits with 1 if
+    /// something does not work.
+    Doctor,
+    /// Let a sidecar finish what it does, and end it: this one, or any other instance. A preview, unless --execute is given.
+    Drain(Drain),
     /// Print a script that completes commands and flags in a shell.
     Completion(Completion),
     /// Write the manual pages into a folder.
@@ -186,6 +194,18 @@ pub(crate) struct Graph {
     /// The language of the picture.
     #[arg(long, value_name = "LANGUAGE", default_value = "text")]
     pub(crate) format: GraphFormat,
+    /// With what flows: records a second at each edge, by how they end, and the lag. Of the mesh; with `-o json` as numbers.
+    #[arg(long, conflicts_with = "file")]
+    pub(crate) live: bool,
+    /// How long it is watched for that.
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = interval)]
+    pub(crate) interval: Duration,
+}
+
+/// A time between two looks at the mesh: shorter ones tell no rates.
+fn interval(text: &str) -> Result<Duration, String> {
+    let interval = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if interval < Duration::from_millis(500) { Err(format!("{text} is too short: use 500ms or more")) } else { Ok(interval) }
 }
 
 /// `reset`.

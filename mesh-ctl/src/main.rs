@@ -24,6 +24,9 @@
 //! | `tail TOPIC…`, `produce TOPIC` | reads topics and follows them; publishes records, from lines and from what `tail -o json` wrote |
 //! | `topics list, describe, create, alter, delete` | topics, with their partitions, settings, and the routes that use them |
 //! | `lag` | how far routes and other groups are behind, by partition, with Burrow's rules |
+//! | `top` | routes and instances with their rates, live |
+//! | `doctor` | what is wrong with the mesh, and how to mend it |
+//! | `drain [INSTANCE]` | lets a sidecar finish what it does, and ends it; a preview, unless `--execute` |
 //! | `completion SHELL`, `man DIR` | completion scripts, manual pages |
 //! | `graph` | the routes as a graph, of a file or of the mesh: text, Mermaid, Graphviz |
 //!
@@ -39,7 +42,10 @@ mod commands;
 mod flags;
 mod moment;
 mod output;
+mod picture;
+mod rates;
 mod record;
+mod screen;
 mod view;
 mod window;
 

@@ -249,7 +249,7 @@ impl Mesh {
 }
 
 /// An enum's word without its prefix; `UNKNOWN` for what this version does not know.
-fn word(name: &'static str, prefix: &str) -> &'static str {
+pub(crate) fn word(name: &'static str, prefix: &str) -> &'static str {
     match name.strip_prefix(prefix) {
         None | Some("UNSPECIFIED") => "UNKNOWN",
         Some(word) => word,

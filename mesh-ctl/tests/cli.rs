@@ -50,6 +50,8 @@ struct State {
     explained: Option<v1::ExplainResponse>,
     traced: Vec<v1::TraceRequest>,
     flow: v1::TraceResponse,
+    drained: Vec<v1::DrainRequest>,
+    findings: v1::DiagnoseResponse,
 }
 
 #[tonic::async_trait]
@@ -237,8 +239,18 @@ impl v1::control_server::Control for Script {
         Err(Status::not_found("there is no route"))
     }
 
-    async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
-        Err(Status::unimplemented("mesh-ctl does not ask for it"))
+    async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
+        let mut state = self.0.lock().unwrap();
+        state.drained.push(request.into_inner());
+        match state.drained.last().unwrap().instance.as_str() {
+            "silent" => Err(Status::unknown("no answer within 1 s from instance silent: is it alive?")),
+            instance => Ok(Response::new(v1::DrainResponse { in_flight: 2, instance: instance.to_owned() })),
+        }
+    }
+
+    async fn diagnose(&self, request: Request<v1::DiagnoseRequest>) -> Result<Response<v1::DiagnoseResponse>, Status> {
+        assert!(request.into_inner().now_ms > 1_700_000_000_000, "the clock of whoever asks is compared");
+        Ok(Response::new(self.0.lock().unwrap().findings.clone()))
     }
 }
 
@@ -355,7 +367,7 @@ fn instance(name: &str, state: v1::InstanceState, generation: u64) -> v1::Instan
 }
 
 fn mesh(generation: u64, instances: Vec<v1::InstanceStatus>) -> v1::GetStatusResponse {
-    v1::GetStatusResponse { mesh: "shop".to_owned(), generation, instances }
+    v1::GetStatusResponse { mesh: "shop".to_owned(), generation, instances, ..v1::GetStatusResponse::default() }
 }
 
 #[tokio::test]
@@ -980,4 +992,70 @@ async fn shells_and_man_know_every_command() {
         let text = std::fs::read_to_string(bench.folder.path().join("pages/man1").join(page)).unwrap();
         assert!(text.contains(".TH"), "{page}");
     }
+}
+
+#[tokio::test]
+async fn a_drain_is_shown_then_done_and_waited_for() {
+    let bench = Bench::new().await;
+    let route = |partitions| v1::RouteStatus {
+        route: "price".into(),
+        service: "pricing".into(),
+        state: v1::RouteState::Running.into(),
+        partitions,
+        ..v1::RouteStatus::default()
+    };
+    let with = |name: &str| v1::InstanceStatus { routes: vec![route(2)], ..instance(name, v1::InstanceState::Synced, 1) };
+    let status = |names: &[&str]| v1::GetStatusResponse { instance: "a".into(), ..mesh(1, names.iter().map(|name| with(name)).collect()) };
+    bench.script.set(|state| state.status = vec![status(&["a", "b", "silent"])]);
+
+    let said = bench.run(&["drain", "b"]).await.ends(0);
+    assert_eq!(
+        said.out,
+        "instance b: 0 deliveries at its services\nROUTE  SERVICE  PARTITIONS  LAG  IN FLIGHT  TAKEN OVER BY\n\
+         price  pricing  2           0    0          a, silent\npreview: nothing is drained; --execute does it\n"
+    );
+    assert!(bench.script.0.lock().unwrap().drained.is_empty(), "a preview asks for nothing");
+    let said = bench.run(&["drain", "c", "--execute"]).await.ends(2);
+    assert!(said.err.contains("there is no instance c in mesh shop") && said.err.contains("there are: a, b, silent"), "{said:?}");
+    bench.run(&["drain", "silent", "--execute"]).await.ends(4);
+    bench.run(&["drain", "b", "--no-wait", "--wait", "1s"]).await.ends(2);
+
+    // It is done when it has left the list; until then it drains.
+    bench.script.set(|state| state.status = vec![status(&["a", "b"]), status(&["a", "b"]), status(&["a"])]);
+    let said = bench.run(&["drain", "b", "--execute", "-o", "json"]).await.ends(0).json();
+    assert_eq!((&said["executed"], &said["ended"], &said["in_flight"]), (&true.into(), &true.into(), &2.into()));
+    assert_eq!(said["routes"][0]["others"], serde_json::json!(["a"]));
+    bench.script.set(|state| state.status = vec![status(&["a", "b"])]);
+    let said = bench.run(&["drain", "b", "--execute", "--wait", "300ms"]).await.ends(4);
+    assert!(said.err.contains("b has not ended within"), "{said:?}");
+    let said = bench.run(&["drain", "--execute", "--no-wait"]).await.ends(0);
+    assert_eq!(said.out, "instance a drains: 2 deliveries at its services when it began\n");
+    assert_eq!(bench.script.0.lock().unwrap().drained.last().unwrap().instance, "a", "without a name it is the one that answers");
+}
+
+#[tokio::test]
+async fn the_doctor_ends_with_one_when_something_does_not_work() {
+    let bench = Bench::new().await;
+    let finding = |severity: v1::Severity| v1::Finding {
+        severity: severity.into(),
+        check: "routes".into(),
+        subject: "price".into(),
+        what: "it waits".into(),
+        fix: "start it".into(),
+    };
+    let findings = |all: &[v1::Severity]| v1::DiagnoseResponse {
+        mesh: "shop".into(),
+        instance: "a".into(),
+        findings: all.iter().map(|severity| finding(*severity)).collect(),
+    };
+    bench.script.set(|state| state.findings = findings(&[v1::Severity::Warning, v1::Severity::Ok]));
+    let said = bench.run(&["doctor"]).await.ends(0);
+    assert!(said.out.ends_with("\n0 errors, 1 warning\n") && said.err.is_empty(), "{said:?}");
+    bench.script.set(|state| state.findings = findings(&[v1::Severity::Error]));
+    let said = bench.run(&["doctor", "-o", "json"]).await.ends(1).json();
+    assert_eq!(
+        (&said["errors"], &said["findings"][0]["severity"], &said["findings"][0]["fix"]),
+        (&1.into(), &"error".into(), &"start it".into())
+    );
+    assert_eq!(bench.run(&["-q", "doctor"]).await.ends(1).out.lines().count(), 2);
 }

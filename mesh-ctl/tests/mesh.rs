@@ -55,7 +55,7 @@ impl Instance {
         let board = Board::default();
         let (commands, _) = command::channel();
         let handle = Control::start(broker.clone(), Arc::new(config), board.clone(), commands, CancellationToken::new()).await.unwrap();
-        let service = AdminService::new(handle.control().clone(), board.clone(), CancellationToken::new());
+        let service = AdminService::new(handle.control().clone());
         let router = admin::router(service).await.unwrap();
         let listener = tokio::net::TcpListener::bind(address).await.unwrap();
         let admin = listener.local_addr().unwrap();

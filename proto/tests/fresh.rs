@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use prost::Message as _;
 
-const FILES: [&str; 6] = ["record", "mesh", "handler", "command", "topics", "control"];
+const FILES: [&str; 7] = ["record", "mesh", "handler", "command", "topics", "doctor", "control"];
 
 #[test]
 fn generated_code_is_fresh() {

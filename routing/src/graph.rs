@@ -220,15 +220,81 @@ impl Table {
     }
 }
 
+/// What is known of a route that runs, in words for its edges. An empty word is left out.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Notes {
+    /// For the route itself.
+    pub route: String,
+    /// For what comes in; where there are several sources, for all of them together.
+    pub from: String,
+    /// For what goes to topics; where there are several ways out, for all of them together.
+    pub to: String,
+    /// For what is answered and goes nowhere.
+    pub void: String,
+    /// For dead letters.
+    pub dead: String,
+}
+
+/// The notes of routes, by name.
+pub type AllNotes = HashMap<String, Notes>;
+
 /// The table as a graph: sources, routes with their services, destinations, dead letters, loops.
 pub fn graph(table: &Table, format: GraphFormat) -> String {
+    graph_with(table, format, &AllNotes::new())
+}
+
+/// The same, with notes on its edges.
+pub fn graph_with(table: &Table, format: GraphFormat, notes: &AllNotes) -> String {
     let edges = edges(table);
     let loops = loops(table);
     match format {
-        GraphFormat::Text => text(table, &edges, &loops),
-        GraphFormat::Mermaid => mermaid(&edges, &loops),
-        GraphFormat::Dot => dot(table, &edges, &loops),
+        GraphFormat::Text => text(table, &edges, &loops, notes),
+        GraphFormat::Mermaid => mermaid(&edges, &loops, notes),
+        GraphFormat::Dot => dot(table, &edges, &loops, notes),
     }
+}
+
+/// The notes of a route on each of its edges.
+struct Noted<'a> {
+    notes: Option<&'a Notes>,
+    /// Whether there are several edges of a kind: a note on one of them is about all.
+    sources: bool,
+    targets: bool,
+}
+
+impl<'a> Noted<'a> {
+    fn new(edge: &Edge<'_>, notes: &'a AllNotes) -> Self {
+        let ways = edge.to();
+        let topics = ways.iter().filter(|(topic, _)| *topic != "void").count();
+        Self { notes: notes.get(edge.name), sources: edge.from().len() > 1, targets: topics > 1 }
+    }
+
+    fn route(&self) -> &str {
+        self.notes.map_or("", |notes| &notes.route)
+    }
+
+    fn from(&self) -> String {
+        self.notes.map_or_else(String::new, |notes| together(&notes.from, self.sources))
+    }
+
+    /// Of the edge to a topic, or to `void`, with what leads there.
+    fn to(&self, topic: &str, why: &str) -> String {
+        let note = self.notes.map_or_else(String::new, |notes| match topic {
+            "void" => notes.void.clone(),
+            _ => together(&notes.to, self.targets),
+        });
+        let gap = if why.is_empty() || note.is_empty() { "" } else { ": " };
+        format!("{why}{gap}{note}")
+    }
+
+    fn dead(&self) -> &str {
+        self.notes.map_or("", |notes| &notes.dead)
+    }
+}
+
+/// A note that is about several edges.
+fn together(note: &str, several: bool) -> String {
+    if several && !note.is_empty() { format!("in all {note}") } else { note.to_owned() }
 }
 
 fn service<'a>(edge: &'a Edge<'_>) -> &'a str {
@@ -237,21 +303,22 @@ fn service<'a>(edge: &'a Edge<'_>) -> &'a str {
 
 // Writing to a `String` cannot fail, so the results of `write!` are dropped below.
 
-fn text(table: &Table, edges: &[Edge<'_>], loops: &[Vec<String>]) -> String {
+fn text(table: &Table, edges: &[Edge<'_>], loops: &[Vec<String>], notes: &AllNotes) -> String {
+    let bracketed = |note: &str| if note.is_empty() { String::new() } else { format!("  [{note}]") };
     let mut out = format!("mesh {}\n", table.mesh);
     for edge in edges {
-        let _ = writeln!(out, "\n{} ({})", edge.name, service(edge));
+        let noted = Noted::new(edge, notes);
+        let _ = writeln!(out, "\n{} ({}){}", edge.name, service(edge), bracketed(noted.route()));
         for topic in edge.from() {
-            let _ = writeln!(out, "  from {topic}");
+            let _ = writeln!(out, "  from {topic}{}", bracketed(&noted.from()));
         }
         if let Some(filter) = &edge.fields.filter {
             let _ = writeln!(out, "  if   {filter}");
         }
         for (topic, why) in edge.to() {
-            let why = if why.is_empty() { why } else { format!("  [{why}]") };
-            let _ = writeln!(out, "  to   {topic}{why}");
+            let _ = writeln!(out, "  to   {topic}{}", bracketed(&noted.to(topic, &why)));
         }
-        let _ = writeln!(out, "  dead {}", dead_letter(edge.name, &edge.fields));
+        let _ = writeln!(out, "  dead {}{}", dead_letter(edge.name, &edge.fields), bracketed(noted.dead()));
     }
     for names in loops {
         let _ = writeln!(out, "\nloop: {} → {}", names.join(" → "), names[0]);
@@ -263,7 +330,8 @@ fn in_loop(loops: &[Vec<String>]) -> BTreeSet<&str> {
     loops.iter().flatten().map(String::as_str).collect()
 }
 
-fn mermaid(edges: &[Edge<'_>], loops: &[Vec<String>]) -> String {
+fn mermaid(edges: &[Edge<'_>], loops: &[Vec<String>], notes: &AllNotes) -> String {
+    let labelled = |note: &str| if note.is_empty() { String::new() } else { format!("|{}|", quoted(note)) };
     let mut out = String::from("flowchart LR\n");
     let mut topics: BTreeMap<String, usize> = BTreeMap::new();
     for edge in edges {
@@ -279,17 +347,18 @@ fn mermaid(edges: &[Edge<'_>], loops: &[Vec<String>]) -> String {
     }
     let turning = in_loop(loops);
     for (i, edge) in edges.iter().enumerate() {
-        let label = quoted(&format!("{} ({})", edge.name, service(edge)));
+        let noted = Noted::new(edge, notes);
+        let gap = if noted.route().is_empty() { "" } else { ": " };
+        let label = quoted(&format!("{} ({}){gap}{}", edge.name, service(edge), noted.route()));
         let _ = writeln!(out, "  r{i}[{label}]");
         for topic in edge.from() {
-            let _ = writeln!(out, "  t{} --> r{i}", topics[topic]);
+            let _ = writeln!(out, "  t{} -->{} r{i}", topics[topic], labelled(&noted.from()));
         }
         for (topic, why) in edge.to() {
-            let label = if why.is_empty() { why } else { format!("|{}|", quoted(&why)) };
-            let _ = writeln!(out, "  r{i} -->{label} t{}", topics[topic]);
+            let _ = writeln!(out, "  r{i} -->{} t{}", labelled(&noted.to(topic, &why)), topics[topic]);
         }
         let dead = topics[&dead_letter(edge.name, &edge.fields)];
-        let _ = writeln!(out, "  r{i} -.-> t{dead}");
+        let _ = writeln!(out, "  r{i} -.->{} t{dead}", labelled(noted.dead()));
         if turning.contains(edge.name) {
             let _ = writeln!(out, "  style r{i} stroke-width:3px");
         }
@@ -313,24 +382,27 @@ fn quoted(text: &str) -> String {
     out + "\""
 }
 
-fn dot(table: &Table, edges: &[Edge<'_>], loops: &[Vec<String>]) -> String {
+fn dot(table: &Table, edges: &[Edge<'_>], loops: &[Vec<String>], notes: &AllNotes) -> String {
     let plain = |text: &str| text.replace('\\', "\\\\").replace('"', "\\\"").replace(['\n', '\r'], " ");
     let mut out = format!("digraph \"{}\" {{\n  rankdir=LR;\n", plain(&table.mesh));
     let turning = in_loop(loops);
     for edge in edges {
         let name = plain(edge.name);
         let width = if turning.contains(edge.name) { ", penwidth=3" } else { "" };
-        let label = format!("{name}\\n{}", plain(service(edge)));
+        let noted = Noted::new(edge, notes);
+        let labelled = |note: &str| if note.is_empty() { String::new() } else { format!(" [label=\"{}\"]", plain(note)) };
+        let line = if noted.route().is_empty() { "" } else { "\\n" };
+        let label = format!("{name}\\n{}{line}{}", plain(service(edge)), plain(noted.route()));
         let _ = writeln!(out, "  \"route {name}\" [shape=box, label=\"{label}\"{width}];");
         for topic in edge.from() {
-            let _ = writeln!(out, "  \"{}\" -> \"route {name}\";", plain(topic));
+            let _ = writeln!(out, "  \"{}\" -> \"route {name}\"{};", plain(topic), labelled(&noted.from()));
         }
         for (topic, why) in edge.to() {
-            let label = if why.is_empty() { why } else { format!(" [label=\"{}\"]", plain(&why)) };
-            let _ = writeln!(out, "  \"route {name}\" -> \"{}\"{label};", plain(topic));
+            let _ = writeln!(out, "  \"route {name}\" -> \"{}\"{};", plain(topic), labelled(&noted.to(topic, &why)));
         }
         let dead = plain(&dead_letter(edge.name, &edge.fields));
-        let _ = writeln!(out, "  \"route {name}\" -> \"{dead}\" [style=dashed];");
+        let label = if noted.dead().is_empty() { String::new() } else { format!(", label=\"{}\"", plain(noted.dead())) };
+        let _ = writeln!(out, "  \"route {name}\" -> \"{dead}\" [style=dashed{label}];");
     }
     out + "}\n"
 }

@@ -41,7 +41,7 @@ pub use compile::{Batch, Breaker, Case, CompiledTable, Decision, Destinations, F
 pub use diff::{Change, ChangeKind, RouteCounts, count_routes, diff};
 pub use expression::{Expression, ExpressionError};
 pub use fault::{Fault, Faults};
-pub use graph::{GraphFormat, graph, loops};
+pub use graph::{AllNotes, GraphFormat, Notes, graph, graph_with, loops};
 pub use record::{HeaderSource, NoHeaders, RecordView, ReplyView};
 pub use schema::{Mismatch, Schema};
 pub use table::{

@@ -468,7 +468,7 @@ impl Sidecar {
     /// If it does not answer.
     pub async fn status(&self) -> Result<GetStatusResponse> {
         let endpoint = Endpoint::from_shared(format!("http://{}", self.admin_address()))?;
-        let mut status = ControlClient::new(endpoint.connect().await?).get_status(GetStatusRequest {}).await?.into_inner();
+        let mut status = ControlClient::new(endpoint.connect().await?).get_status(GetStatusRequest::default()).await?.into_inner();
         status.instances.retain(|instance| instance.state() != InstanceState::Lost && instance.reported_ms >= self.started_ms);
         Ok(status)
     }

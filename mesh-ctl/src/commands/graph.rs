@@ -1,21 +1,153 @@
-//! `mesh-ctl graph`: draws the routes, of a file or of the mesh.
+//! `mesh-ctl graph`: draws the routes, of a file or of the mesh; with `--live` with what flows through them.
+
+use mesh_proto::v1;
+use mesh_routing::{AllNotes, Notes, Table};
+use serde::Serialize;
 
 use super::{Context, in_force};
 use crate::{
-    flags::{Graph, GraphFormat},
-    output::{Code, Failure},
+    client,
+    flags::{Form, Graph, GraphFormat},
+    output::{Code, Failure, age},
+    rates::{Flow, Rates, flows, rate, short},
 };
 
+/// What `--live -o json` and `-o yaml` print.
+#[derive(Debug, Serialize)]
+struct Said {
+    mesh: String,
+    generation: u64,
+    interval_seconds: f64,
+    routes: Vec<Edges>,
+}
+
+/// A route with its edges.
+#[derive(Debug, Serialize)]
+struct Edges {
+    #[serde(flatten)]
+    flow: Flow,
+    from: Vec<String>,
+    to: Vec<String>,
+}
+
 pub(super) async fn run(context: &Context, flags: &Graph) -> Result<Code, Failure> {
-    let table = match &flags.file {
-        Some(source) => source.table(context)?,
-        None => in_force(context).await?.0,
+    let (table, generation) = match &flags.file {
+        Some(source) => (source.table(context)?, 0),
+        None => in_force(context).await?,
     };
+    let flows = if flags.live { watch(context, flags, &table).await? } else { Vec::new() };
+    if let (Some(form @ (Form::Json | Form::Yaml)), true) = (context.form, flags.live) {
+        let mesh = table.mesh.clone();
+        let routes = flows.into_iter().map(|flow| edges(&table, flow)).collect();
+        context.print_document(form, &Said { mesh, generation, interval_seconds: flags.interval.as_secs_f64(), routes })?;
+        return Ok(Code::Done);
+    }
     let format = match flags.format {
         GraphFormat::Text => mesh_routing::GraphFormat::Text,
         GraphFormat::Mermaid => mesh_routing::GraphFormat::Mermaid,
         GraphFormat::Dot => mesh_routing::GraphFormat::Dot,
     };
-    context.print(&format!("{}\n", mesh_routing::graph(&table, format).trim_end()))?;
+    let notes: AllNotes = flows.iter().map(|flow| (flow.route.clone(), notes(flow))).collect();
+    context.print(&format!("{}\n", mesh_routing::graph_with(&table, format, &notes).trim_end()))?;
     Ok(Code::Done)
+}
+
+/// Looks twice.
+async fn watch(context: &Context, flags: &Graph, table: &Table) -> Result<Vec<Flow>, Failure> {
+    let mut client = client::connect(&context.admin).await?;
+    let mut rates = Rates::default();
+    let mut look = async || {
+        let request = client::request(v1::GetStatusRequest { watch: true }, client::ASK);
+        Ok::<_, Failure>(client.get_status(request).await.map_err(|status| client::refused(&status))?.into_inner())
+    };
+    rates.take(&look().await?);
+    context.progress_line(&format!("watching for {} …", age(flags.interval)));
+    tokio::time::sleep(flags.interval).await;
+    context.progress_over();
+    let mesh = look().await?;
+    rates.take(&mesh);
+    Ok(flows(&mesh, Some(table), &rates))
+}
+
+/// What stands at the edges of a route.
+fn notes(flow: &Flow) -> Notes {
+    let word =
+        |end: &str, name: &str| flow.rate_of(end).filter(|found| *found > 0.0).map(|found| format!("{name} {}/s", rate(Some(found))));
+    let mut route = Vec::new();
+    if flow.state != "RUNNING" {
+        route.push(flow.state.to_owned());
+    }
+    if flow.in_flight > 0 {
+        route.push(format!("{} in flight", flow.in_flight));
+    }
+    route.extend(
+        [("ignored", "ignored"), ("filtered", "filtered"), ("expired", "expired")].iter().filter_map(|(end, name)| word(end, name)),
+    );
+    let mut from = vec![format!("{}/s", rate(flow.rate))];
+    if flow.lag_records > 0 {
+        let seconds = std::time::Duration::try_from_secs_f64(flow.lag_seconds).unwrap_or_default();
+        from.push(format!("lag {}, {}", short(flow.lag_records), age(seconds)));
+    }
+    if flow.parked_records > 0 {
+        from.push(format!("parked {}", short(flow.parked_records)));
+    }
+    let out = |end: &str| flow.rate_of(end).map_or_else(String::new, |found| format!("{}/s", rate(Some(found))));
+    let dead = match flow.ended("dead_lettered") {
+        0 => out("dead_lettered"),
+        letters => format!("{}/s, {} in all", rate(flow.rate_of("dead_lettered")), short(letters)),
+    };
+    Notes { route: route.join(", "), from: from.join(", "), to: out("forwarded"), void: out("void"), dead }
+}
+
+fn edges(table: &Table, flow: Flow) -> Edges {
+    let fields = table.routes.iter().find(|route| route.name == flow.route).map(|route| table.resolved(route)).unwrap_or_default();
+    let mut to: Vec<String> = Vec::new();
+    for way in fields.to.iter().chain(fields.cases.iter().flatten().map(|case| &case.to)) {
+        let topics = match way {
+            mesh_routing::To::Topics(topics) => topics.clone(),
+            mesh_routing::To::Void => vec!["void".to_owned()],
+        };
+        for topic in topics {
+            if !to.contains(&topic) {
+                to.push(topic);
+            }
+        }
+    }
+    Edges { flow, from: fields.from.unwrap_or_default(), to }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rates::tests::{mesh, report};
+
+    const TABLE: &str = "apiVersion: mesh/v1\nkind: RoutingTable\nmetadata: { mesh: shop }\nspec:\n  routes:\n  \
+                         - { name: mail, service: mailer, from: [a, b], handler: /m, to: void }\n  \
+                         - { name: price, service: pricing, from: [orders], handler: /p, to: [priced], cases: [{ status: 202, to: [manual, priced] }] }\n";
+
+    #[test]
+    fn rates_stand_at_the_edges() {
+        let table = mesh_routing::parse("t", TABLE).unwrap();
+        let mut rates = Rates::default();
+        rates.take(&mesh(vec![report("a", 1, 100, 1_000, 0)]));
+        let now = mesh(vec![report("a", 1, 110, 1_120, 5)]);
+        rates.take(&now);
+        let found = flows(&now, Some(&table), &rates);
+        let all: AllNotes = found.iter().map(|flow| (flow.route.clone(), notes(flow))).collect();
+        let draw = |format| mesh_routing::graph_with(&table, format, &all);
+        assert_eq!(
+            draw(mesh_routing::GraphFormat::Text),
+            "mesh shop\n\n\
+             mail (mailer)  [NO_INSTANCE]\n  from a  [in all -/s]\n  from b  [in all -/s]\n  to   void\n  dead mail.dlq\n\n\
+             price (pricing)  [1 in flight]\n  from orders  [12.5/s, lag 40, 3s]\n  to   priced  [in all 12.0/s]\n  \
+             to   manual  [202: in all 12.0/s]\n  to   priced  [202: in all 12.0/s]\n  dead price.dlq  [0.5/s, 5 in all]\n"
+        );
+        let dot = draw(mesh_routing::GraphFormat::Dot);
+        assert!(dot.contains("\"orders\" -> \"route price\" [label=\"12.5/s, lag 40, 3s\"];"), "{dot}");
+        assert!(dot.contains("\"route price\" -> \"price.dlq\" [style=dashed, label=\"0.5/s, 5 in all\"];"), "{dot}");
+        let mermaid = draw(mesh_routing::GraphFormat::Mermaid);
+        assert!(mermaid.contains("-->|\"12.5/s, lag 40, 3s\"| r1") && mermaid.contains("r0[\"mail (mailer): NO_INSTANCE\"]"), "{mermaid}");
+        let json = serde_json::to_value(edges(&table, found[1].clone())).unwrap();
+        assert_eq!((&json["to"], &json["rates"]["dead_lettered"]), (&serde_json::json!(["priced", "manual"]), &0.5.into()));
+    }
 }

@@ -3,6 +3,8 @@
 mod apply;
 mod diff;
 mod dlq;
+mod doctor;
+mod drain;
 mod explain;
 mod get;
 mod graph;
@@ -20,6 +22,7 @@ mod rollback;
 mod shell;
 mod status;
 mod tail;
+mod top;
 mod topics;
 mod trace;
 mod validate;
@@ -77,6 +80,9 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<Code, Fai
         Command::Produce(flags) => produce::run(context, &flags).await,
         Command::Topics(command) => topics::run(context, &command).await,
         Command::Lag(flags) => lag::run(context, &flags).await,
+        Command::Top(flags) => top::run(context, &flags).await,
+        Command::Doctor => doctor::run(context).await,
+        Command::Drain(flags) => drain::run(context, &flags).await,
         Command::Completion(flags) => shell::completion(context, &flags),
         Command::Man(flags) => shell::man(context, &flags),
     }

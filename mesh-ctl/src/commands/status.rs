@@ -15,7 +15,7 @@ use crate::{
 pub(super) async fn run(context: &Context, flags: &Status) -> Result<Code, Failure> {
     let mut client = client::connect(&context.admin).await?;
     loop {
-        let request = client::request(v1::GetStatusRequest {}, client::ASK);
+        let request = client::request(v1::GetStatusRequest { watch: flags.watch.is_some() }, client::ASK);
         let response = client.get_status(request).await.map_err(|status| client::refused(&status))?.into_inner();
         // What is in force tells what nobody serves. Without a table, or with one that this version cannot read, that is not told.
         let request = client::request(v1::GetTableRequest { generation: None }, client::ASK);

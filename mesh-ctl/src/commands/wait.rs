@@ -173,7 +173,7 @@ pub(super) async fn run(context: &Context, client: &mut Client, generation: u64,
     let mut picture = Picture::default();
     let mut refused_since: Option<Instant> = None;
     loop {
-        let request = client::request(v1::GetStatusRequest {}, client::ASK);
+        let request = client::request(v1::GetStatusRequest { watch: false }, client::ASK);
         let status = match client.get_status(request).await {
             Ok(status) => status.into_inner(),
             // The table is applied, whatever happens to this sidecar: it may come back.

@@ -1227,7 +1227,7 @@ pub mod handler_server {
         const NAME: &'static str = SERVICE_NAME;
     }
 }
-/// One record of the topic. Its key is `<mesh>/<instance>`: whom it is for.
+/// One record of the topic. Its key is `<mesh>/<instance>`: whom it is for; `<mesh>/*` is for all.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CommandRecord {
     /// Names the command; its answer has the same. A command that comes again is not obeyed again: it gets the known answer.
@@ -1263,7 +1263,7 @@ pub struct OwnerCommand {
     #[prost(int64, tag = "2")]
     pub expires_ms: i64,
     /// What to do.
-    #[prost(oneof = "owner_command::Action", tags = "3, 4")]
+    #[prost(oneof = "owner_command::Action", tags = "3, 4, 5, 6")]
     pub action: ::core::option::Option<owner_command::Action>,
 }
 /// Nested message and enum types in `OwnerCommand`.
@@ -1277,8 +1277,24 @@ pub mod owner_command {
         /// Let records go on whose attempts are used up.
         #[prost(message, tag = "4")]
         Release(super::ReleaseRecords),
+        /// Drain, and end. No route is named.
+        #[prost(message, tag = "5")]
+        Drain(super::DrainInstance),
+        /// Report more often for a while. It is for all instances: its key is `<mesh>/*`, and nobody answers. No route is named.
+        #[prost(message, tag = "6")]
+        Watch(super::WatchStatus),
     }
 }
+/// Somebody watches the state of the mesh.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WatchStatus {
+    /// For how long, in milliseconds.
+    #[prost(uint64, tag = "1")]
+    pub for_ms: u64,
+}
+/// An instance drains, and ends: all of it, whatever it owns.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DrainInstance {}
 /// Records to release: those whose attempts are used up (`on_exhausted: park` and `stop`).
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReleaseRecords {
@@ -1324,6 +1340,9 @@ pub struct OwnerAnswer {
     /// How many records were released.
     #[prost(uint64, tag = "3")]
     pub released: u64,
+    /// Of a drain: deliveries that were at services when it began.
+    #[prost(uint64, tag = "4")]
+    pub in_flight: u64,
 }
 /// What became of one partition.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1776,6 +1795,82 @@ pub struct PartitionLag {
     #[prost(int64, optional, tag = "7")]
     pub first_unread_ms: ::core::option::Option<i64>,
 }
+/// Asks for what is wrong.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DiagnoseRequest {
+    /// The clock of whoever asks, in milliseconds since 1970-01-01 UTC; 0: it is not compared.
+    #[prost(int64, tag = "1")]
+    pub now_ms: i64,
+}
+/// What was found.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct DiagnoseResponse {
+    /// The mesh's name.
+    #[prost(string, tag = "1")]
+    pub mesh: ::prost::alloc::string::String,
+    /// The instance that looked.
+    #[prost(string, tag = "2")]
+    pub instance: ::prost::alloc::string::String,
+    /// The findings: for each check those that deserve something, or one that says that it is well.
+    #[prost(message, repeated, tag = "3")]
+    pub findings: ::prost::alloc::vec::Vec<Finding>,
+}
+/// A finding.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Finding {
+    /// How bad it is.
+    #[prost(enumeration = "Severity", tag = "1")]
+    pub severity: i32,
+    /// The check, in a stable word: `brokers`, `authorization`, `clocks`, `topics`, `own-topics`, `table`, `instances`, `routes`, `dead-letters`.
+    #[prost(string, tag = "2")]
+    pub check: ::prost::alloc::string::String,
+    /// What it is about: brokers, topics, routes, instances.
+    #[prost(string, tag = "3")]
+    pub subject: ::prost::alloc::string::String,
+    /// What was found.
+    #[prost(string, tag = "4")]
+    pub what: ::prost::alloc::string::String,
+    /// What to do. Empty: nothing.
+    #[prost(string, tag = "5")]
+    pub fix: ::prost::alloc::string::String,
+}
+/// How bad a finding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Severity {
+    /// Not said.
+    Unspecified = 0,
+    /// It is well.
+    Ok = 1,
+    /// It works, and deserves a look; or it could not be found out.
+    Warning = 2,
+    /// Something does not work, or will not.
+    Error = 3,
+}
+impl Severity {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "SEVERITY_UNSPECIFIED",
+            Self::Ok => "SEVERITY_OK",
+            Self::Warning => "SEVERITY_WARNING",
+            Self::Error => "SEVERITY_ERROR",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "SEVERITY_UNSPECIFIED" => Some(Self::Unspecified),
+            "SEVERITY_OK" => Some(Self::Ok),
+            "SEVERITY_WARNING" => Some(Self::Warning),
+            "SEVERITY_ERROR" => Some(Self::Error),
+            _ => None,
+        }
+    }
+}
 /// A routing table as text.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TableSource {
@@ -2005,7 +2100,11 @@ pub struct RouteCounts {
 }
 /// Asks for the state of the mesh.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct GetStatusRequest {}
+pub struct GetStatusRequest {
+    /// It is asked for again and again: all instances report more often for a while, each second where they are few.
+    #[prost(bool, tag = "1")]
+    pub watch: bool,
+}
 /// The state of the mesh as far as this sidecar knows.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GetStatusResponse {
@@ -2018,6 +2117,9 @@ pub struct GetStatusResponse {
     /// Every instance that reported.
     #[prost(message, repeated, tag = "3")]
     pub instances: ::prost::alloc::vec::Vec<InstanceStatus>,
+    /// The instance that answers.
+    #[prost(string, tag = "4")]
+    pub instance: ::prost::alloc::string::String,
 }
 /// The state of one running sidecar.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -2058,6 +2160,9 @@ pub struct InstanceStatus {
     /// The newest generation that it refused, and `error` says why; 0: none.
     #[prost(uint64, tag = "12")]
     pub refused_generation: u64,
+    /// When its process began, in milliseconds since 1970-01-01 UTC: it counts from then on. 0: not known.
+    #[prost(int64, tag = "13")]
+    pub started_ms: i64,
 }
 /// The state of a route at one instance.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -2110,14 +2215,24 @@ pub struct RouteStatus {
     pub next_retry_ms: i64,
 }
 /// Asks for a drain.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct DrainRequest {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DrainRequest {
+    /// The instance. Empty: the one that is asked.
+    #[prost(string, tag = "1")]
+    pub instance: ::prost::alloc::string::String,
+    /// How long another instance may take to answer, in milliseconds; 0: 30 s.
+    #[prost(uint64, tag = "2")]
+    pub wait_ms: u64,
+}
 /// The drain has begun.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DrainResponse {
     /// Deliveries that were at services when it began.
     #[prost(uint64, tag = "1")]
     pub in_flight: u64,
+    /// The instance that drains.
+    #[prost(string, tag = "2")]
+    pub instance: ::prost::alloc::string::String,
 }
 /// Asks for a reset.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -3378,8 +3493,8 @@ pub mod control_client {
             req.extensions_mut().insert(GrpcMethod::new("mesh.v1.Control", "GetStatus"));
             self.inner.unary(req, path, codec).await
         }
-        /// Drains this sidecar and ends it: no more deliveries, what is in flight is finished, committed, and the group left. Answered at once; the
-        /// process has ended when its probe port no longer answers.
+        /// Drains a sidecar and ends it: no more deliveries, what is in flight is finished, committed, and the group left. This one, or any other
+        /// instance of the mesh. Answered at once; the process has ended when its probe port no longer answers.
         pub async fn drain(
             &mut self,
             request: impl tonic::IntoRequest<super::DrainRequest>,
@@ -3851,6 +3966,28 @@ pub mod control_client {
             req.extensions_mut().insert(GrpcMethod::new("mesh.v1.Control", "GetLag"));
             self.inner.unary(req, path, codec).await
         }
+        /// Looks for what is wrong with the mesh: brokers, topics, rights, clocks, instances, routes. Changes nothing.
+        pub async fn diagnose(
+            &mut self,
+            request: impl tonic::IntoRequest<super::DiagnoseRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DiagnoseResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/mesh.v1.Control/Diagnose");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("mesh.v1.Control", "Diagnose"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -3903,8 +4040,8 @@ pub mod control_server {
             tonic::Response<super::GetStatusResponse>,
             tonic::Status,
         >;
-        /// Drains this sidecar and ends it: no more deliveries, what is in flight is finished, committed, and the group left. Answered at once; the
-        /// process has ended when its probe port no longer answers.
+        /// Drains a sidecar and ends it: no more deliveries, what is in flight is finished, committed, and the group left. This one, or any other
+        /// instance of the mesh. Answered at once; the process has ended when its probe port no longer answers.
         async fn drain(
             &self,
             request: tonic::Request<super::DrainRequest>,
@@ -4073,6 +4210,14 @@ pub mod control_server {
             &self,
             request: tonic::Request<super::GetLagRequest>,
         ) -> std::result::Result<tonic::Response<super::GetLagResponse>, tonic::Status>;
+        /// Looks for what is wrong with the mesh: brokers, topics, rights, clocks, instances, routes. Changes nothing.
+        async fn diagnose(
+            &self,
+            request: tonic::Request<super::DiagnoseRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DiagnoseResponse>,
+            tonic::Status,
+        >;
     }
     /// Control distributes routing tables and tells their state.
     #[derive(Debug)]
@@ -5291,6 +5436,49 @@ pub mod control_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = GetLagSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/mesh.v1.Control/Diagnose" => {
+                    #[allow(non_camel_case_types)]
+                    struct DiagnoseSvc<T: Control>(pub Arc<T>);
+                    impl<T: Control> tonic::server::UnaryService<super::DiagnoseRequest>
+                    for DiagnoseSvc<T> {
+                        type Response = super::DiagnoseResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::DiagnoseRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::diagnose(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = DiagnoseSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

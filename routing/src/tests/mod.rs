@@ -182,6 +182,20 @@ fn loops_are_found_and_shown() {
 }
 
 #[test]
+fn notes_stand_at_the_edges() {
+    let table = chain(&[("a", "in", "[out]"), ("b", "out", "[x, y]")]);
+    let note = Notes { route: "r\"".into(), from: "1/s".into(), to: "2/s".into(), void: "3/s".into(), dead: "4/s".into() };
+    let notes = AllNotes::from([("a".to_owned(), note.clone()), ("b".to_owned(), note), ("gone".to_owned(), Notes::default())]);
+    let text = graph_with(&table, GraphFormat::Text, &notes);
+    assert!(text.contains("  from in  [1/s]\n  to   out  [2/s]\n  dead a.dlq  [4/s]"), "{text}");
+    assert!(text.contains("  to   x  [in all 2/s]\n  to   y  [in all 2/s]"), "{text}");
+    let dot = graph_with(&table, GraphFormat::Dot, &notes);
+    assert!(dot.contains("\\nr\\\"\"") && dot.contains("\"in\" -> \"route a\" [label=\"1/s\"];"), "{dot}");
+    let mermaid = graph_with(&table, GraphFormat::Mermaid, &notes);
+    assert!(mermaid.contains("-->|\"1/s\"| r0") && mermaid.contains("-.->|\"4/s\"|"), "{mermaid}");
+}
+
+#[test]
 fn no_loop_where_there_is_none() {
     let table = chain(&[("a", "t1", "[t2, t3]"), ("b", "t2", "[t3]"), ("c", "t1", "[t3]"), ("d", "t3", "void")]);
     assert!(loops(&table).is_empty() && table.warnings().is_empty());

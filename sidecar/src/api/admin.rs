@@ -15,7 +15,6 @@ use mesh_proto::{
 };
 use mesh_routing::Fault;
 use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{guard::Principal, produce};
@@ -23,7 +22,6 @@ use crate::{
     broker::{BrokerError, BrokerErrorKind},
     control::{ApplyError, ApplyOptions, Control, OperationError},
     publish::Publisher,
-    status::Board,
 };
 
 /// The largest request, in bytes: a table of 10,000 routes is 3 MB.
@@ -33,18 +31,16 @@ const MAX_REQUEST: usize = 16 << 20;
 #[derive(Clone, Debug)]
 pub struct AdminService {
     control: Control,
-    board: Board,
-    drain: CancellationToken,
     publisher: Option<Publisher>,
 }
 
 impl AdminService {
-    /// The service. `drain` is cancelled when a drain is asked for.
-    pub fn new(control: Control, board: Board, drain: CancellationToken) -> Self {
-        Self { control, board, drain, publisher: None }
+    /// The service. Streams that would go on end when a drain is asked for.
+    pub fn new(control: Control) -> Self {
+        Self { control, publisher: None }
     }
 
-    /// The same, that lets operators publish by this publisher. Streams that would go on end when `drain` is cancelled.
+    /// The same, that lets operators publish by this publisher.
     pub fn publishing(self, publisher: Publisher) -> Self {
         Self { publisher: Some(publisher), ..self }
     }
@@ -138,8 +134,15 @@ impl v1::control_server::Control for AdminService {
         self.control.history(request.into_inner().limit).await.map(Response::new).map_err(|error| status(&error))
     }
 
-    async fn get_status(&self, _: Request<v1::GetStatusRequest>) -> Result<Response<v1::GetStatusResponse>, Status> {
-        Ok(Response::new(self.control.status()))
+    async fn get_status(&self, request: Request<v1::GetStatusRequest>) -> Result<Response<v1::GetStatusResponse>, Status> {
+        Ok(Response::new(match request.into_inner().watch {
+            true => self.control.watched_status().await,
+            false => self.control.status(),
+        }))
+    }
+
+    async fn diagnose(&self, request: Request<v1::DiagnoseRequest>) -> Result<Response<v1::DiagnoseResponse>, Status> {
+        Ok(Response::new(self.control.diagnose(request.into_inner()).await))
     }
 
     async fn reset(&self, request: Request<v1::ResetRequest>) -> Result<Response<v1::ResetResponse>, Status> {
@@ -229,7 +232,8 @@ impl v1::control_server::Control for AdminService {
     type TailStream = Streamed<v1::TailResponse>;
 
     async fn tail(&self, request: Request<v1::TailRequest>) -> Result<Response<Self::TailStream>, Status> {
-        let (control, request, drain) = (self.control.clone(), request.into_inner(), self.drain.clone());
+        let (control, request) = (self.control.clone(), request.into_inner());
+        let drain = control.drain_asked().clone();
         Ok(Response::new(streamed(|out| async move {
             tokio::select! {
                 result = control.tail(request, out) => result,
@@ -270,11 +274,8 @@ impl v1::control_server::Control for AdminService {
         self.control.lag(request.into_inner()).await.map(Response::new).map_err(|error| operation_status(&error))
     }
 
-    async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
-        let in_flight = self.board.routes().iter().map(|route| route.in_flight).sum();
-        tracing::info!(in_flight, "a drain was asked for");
-        self.drain.cancel();
-        Ok(Response::new(v1::DrainResponse { in_flight }))
+    async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
+        self.control.drain(request.into_inner()).await.map(Response::new).map_err(|error| operation_status(&error))
     }
 }
 

@@ -24,7 +24,7 @@ use super::{
 use crate::config::{AdminCertificate, ControlConfig, Role};
 
 /// What only looks, of `mesh.v1.Control`.
-const LOOKS: [&str; 13] = [
+const LOOKS: [&str; 14] = [
     "Validate",
     "GetTable",
     "GetHistory",
@@ -38,6 +38,7 @@ const LOOKS: [&str; 13] = [
     "Plan",
     "Explain",
     "Trace",
+    "Diagnose",
 ];
 
 /// Who asks; an extension of the request.

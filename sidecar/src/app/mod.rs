@@ -67,7 +67,7 @@ pub struct App {
     listen: Listen,
     routes: JoinHandle<()>,
     stop_routes: CancellationToken,
-    /// Requests to drain, from the admin port.
+    /// Requests to drain, from the admin port or from the mesh.
     drain: CancellationToken,
     listeners: Vec<JoinHandle<usize>>,
     stop_listeners: CancellationToken,
@@ -134,9 +134,9 @@ impl App {
         };
         let routes = tokio::spawn(Supervisor::new(context, control.table(), commanded).run(stop_routes.clone()));
 
-        let (stop_listeners, drain) = (CancellationToken::new(), CancellationToken::new());
+        let (stop_listeners, drain) = (CancellationToken::new(), control.control().drain_asked().clone());
         let publisher = Publisher::guarded(broker.clone(), config.clone(), tracer.clone(), metrics.clone(), control.table());
-        let admin = admin::AdminService::new(control.control().clone(), board.clone(), drain.clone()).publishing(publisher.clone());
+        let admin = admin::AdminService::new(control.control().clone()).publishing(publisher.clone());
         let api = Api::new(publisher, broker.clone(), desks, control.table(), stop_routes.clone())?;
         let admin_router = admin::router(admin).await?;
         let listeners = vec![

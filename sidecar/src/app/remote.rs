@@ -17,7 +17,7 @@ pub async fn drain(admin: &AdminAddress, timeout: Duration) -> Result<(), String
         .connect()
         .await
         .map_err(|error| format!("no sidecar answers at {admin}: {error}; name its admin port with --admin or MESH_ADMIN"))?;
-    client.drain(DrainRequest {}).await.map_err(|status| format!("{admin} refuses to drain: {}", status.message()))?;
+    client.drain(DrainRequest::default()).await.map_err(|status| format!("{admin} refuses to drain: {}", status.message()))?;
     let deadline = Instant::now() + timeout;
     // The admin port closes when the routes are drained; there is no event to await in another process.
     while admin.connect().await.is_ok() {

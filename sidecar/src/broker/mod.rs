@@ -355,6 +355,11 @@ pub trait Admin: Send + Sync + 'static {
         Box::pin(std::future::ready(Err(not_here("delete topics"))))
     }
 
+    /// The brokers of the cluster, at the addresses that they tell clients. None at all: the broker is in this process.
+    fn brokers(&self) -> BoxFuture<'_, Result<Vec<BrokerNode>, BrokerError>> {
+        Box::pin(std::future::ready(Ok(Vec::new())))
+    }
+
     /// The consumer groups that the broker knows.
     fn groups(&self) -> BoxFuture<'_, Result<Vec<GroupInfo>, BrokerError>> {
         Box::pin(std::future::ready(Err(not_here("list groups"))))
@@ -376,6 +381,20 @@ pub struct TopicInfo {
     pub config: BTreeMap<String, String>,
     /// What its records occupy, in bytes; `None` where the broker does not say.
     pub bytes: Option<u64>,
+    /// How many replicas must be in sync for a record to be taken, be it the topic's own setting or the brokers'. `None` where that is not told,
+    /// and without settings.
+    pub min_in_sync: Option<u32>,
+}
+
+/// A broker of a cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BrokerNode {
+    /// Its number.
+    pub id: i32,
+    /// The host at which it tells clients to reach it.
+    pub host: String,
+    /// The port there.
+    pub port: u16,
 }
 
 /// A partition, as the broker describes it. Brokers are told by their numbers.

@@ -8,7 +8,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
@@ -24,6 +24,7 @@ use tokio::{sync::oneshot, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    drain, report,
     state::{Backoff, Shared, now_ms},
     topics::COMMANDS_TOPIC,
 };
@@ -44,6 +45,13 @@ const AT_ONCE: usize = 64;
 const REMEMBERED: usize = 1_024;
 /// The longest that a command may take, whatever it says.
 const LONGEST: Duration = Duration::from_secs(15 * 60);
+/// The name of all instances, in a key.
+const ALL: &str = "*";
+/// For how long the mesh is watched after a look, and how often that is told again, in milliseconds.
+const WATCHED_MS: u64 = 15_000;
+const WATCH_AGAIN_MS: i64 = 5_000;
+/// How long telling it may keep a look waiting.
+const WATCH_SEND: Duration = Duration::from_millis(500);
 /// How much is fetched ahead, in bytes.
 const BUFFER: usize = 1 << 20;
 
@@ -100,6 +108,28 @@ async fn ask(shared: Arc<Shared>, instance: String, route: Arc<str>, action: Act
             Ok(Err(_)) => return Err("the control plane stopped".to_owned()),
             Err(_) => {}
         }
+    }
+}
+
+/// Tells all instances that somebody watches the state of the mesh: they report more often for a while.
+pub(super) async fn watch(shared: &Shared) {
+    let now = now_ms();
+    let told = shared.watch_told_ms.load(Ordering::Relaxed);
+    // Of looks at the same time one tells it.
+    let due = now.saturating_sub(told) >= WATCH_AGAIN_MS && shared.broker.health().is_ok();
+    if !due || shared.watch_told_ms.compare_exchange(told, now, Ordering::Relaxed, Ordering::Relaxed).is_err() {
+        return;
+    }
+    let id = uuid::Uuid::new_v4().simple().to_string();
+    let action = Some(Action::Watch(v1::WatchStatus { for_ms: WATCHED_MS }));
+    let expires_ms = now.saturating_add(i64::try_from(WATCHED_MS).unwrap_or(i64::MAX));
+    let command = v1::OwnerCommand { route: String::new(), expires_ms, action };
+    let record = v1::CommandRecord { id, from: shared.instance.clone(), content: Some(Content::Command(command)) };
+    match tokio::time::timeout(WATCH_SEND, send(shared, ALL, &record)).await {
+        Ok(Ok(())) => {}
+        // Reports come as often as always then.
+        Ok(Err(error)) => tracing::debug!(error, "the mesh could not be told that it is watched"),
+        Err(_) => tracing::debug!("it was not acknowledged in time that the mesh is watched"),
     }
 }
 
@@ -195,6 +225,7 @@ type Work = BoxFuture<'static, Option<(String, String, v1::OwnerAnswer)>>;
 struct Owner {
     shared: Arc<Shared>,
     key: Bytes,
+    key_of_all: Bytes,
     /// Commands by id: their answers, or `None` while they run.
     known: HashMap<String, Option<v1::OwnerAnswer>>,
     order: VecDeque<String>,
@@ -204,7 +235,8 @@ struct Owner {
 impl Owner {
     fn new(shared: Arc<Shared>) -> Self {
         let key = format!("{}/{}", shared.config.mesh, shared.instance).into();
-        Self { shared, key, known: HashMap::new(), order: VecDeque::new(), work: FuturesUnordered::new() }
+        let key_of_all = format!("{}/{ALL}", shared.config.mesh).into();
+        Self { shared, key, key_of_all, known: HashMap::new(), order: VecDeque::new(), work: FuturesUnordered::new() }
     }
 
     async fn follow(mut self, consumer: &mut dyn Consumer) {
@@ -227,7 +259,8 @@ impl Owner {
     }
 
     fn hear(&mut self, offset: i64, record: &Record) {
-        if record.key.as_ref() != Some(&self.key) {
+        let for_all = record.key.as_ref() == Some(&self.key_of_all);
+        if !for_all && record.key.as_ref() != Some(&self.key) {
             return;
         }
         let decoded = record.value.as_ref().map(|value| v1::CommandRecord::decode(value.clone()));
@@ -238,6 +271,9 @@ impl Owner {
             );
         };
         match content {
+            // What is for all is never answered, and asks for nothing but to be watched.
+            Content::Command(v1::OwnerCommand { action: Some(Action::Watch(watch)), .. }) => report::watched(&self.shared, watch.for_ms),
+            _ if for_all => {}
             Content::Answer(answer) => {
                 if let Some(waiting) = self.shared.waiting_commands.take(&id) {
                     // Whoever waited may be gone.
@@ -285,6 +321,21 @@ impl Owner {
                 let (key, how) = read_wish(&wish);
                 async move { Some((id, from, write_release(commands.release(&route, key, how).await))) }.boxed()
             }
+            // Heard before it comes here.
+            Action::Watch(_) => async { None }.boxed(),
+            Action::Drain(_) => {
+                tracing::info!(from, "a command: drain");
+                let answer = v1::OwnerAnswer { in_flight: drain::in_flight(&self.shared), ..v1::OwnerAnswer::default() };
+                self.known.insert(id.clone(), Some(answer.clone()));
+                let (sending, shared) = (self.sending(id, from, answer), self.shared.clone());
+                // First the answer: a process that has nothing to finish ends at once.
+                async move {
+                    sending.await;
+                    shared.drain.cancel();
+                    None
+                }
+                .boxed()
+            }
         };
         self.work.push(work);
     }
@@ -300,18 +351,20 @@ impl Owner {
     }
 
     fn answer(&self, id: String, asker: String, answer: v1::OwnerAnswer) {
+        self.work.push(self.sending(id, asker, answer).map(|()| None).boxed());
+    }
+
+    fn sending(&self, id: String, asker: String, answer: v1::OwnerAnswer) -> impl Future<Output = ()> + Send + use<> {
         let shared = self.shared.clone();
         let record = v1::CommandRecord { id, from: shared.instance.clone(), content: Some(Content::Answer(answer)) };
-        let sending = async move {
+        async move {
             // If it is lost, the command comes again.
             match tokio::time::timeout(SEND, send(&shared, &asker, &record)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!(asker, error, "the answer to a command could not be sent"),
                 Err(_) => tracing::warn!(asker, "the answer to a command was not acknowledged in time"),
             }
-            None
-        };
-        self.work.push(sending.boxed());
+        }
     }
 }
 
@@ -338,6 +391,11 @@ pub(super) fn reset_at(
         Either::Right(ask(shared.clone(), name.clone(), route, action, until).map(|answer| answer.map(read_answer)))
     };
     asked.map(|answered| (name, answered))
+}
+
+/// Tells another instance to drain; its answer says what is at its services.
+pub(super) async fn drain_at(shared: &Arc<Shared>, instance: &str, until: Instant) -> Result<v1::OwnerAnswer, String> {
+    ask(shared.clone(), instance.to_owned(), "".into(), Action::Drain(v1::DrainInstance {}), until).await
 }
 
 /// The same for a release.

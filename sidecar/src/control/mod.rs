@@ -20,6 +20,8 @@ mod adopt;
 mod apply;
 mod cache;
 mod commands;
+mod doctor;
+mod drain;
 mod history;
 mod insight;
 mod lag;
@@ -203,6 +205,12 @@ impl Control {
 
     /// The state of the mesh as far as this sidecar knows: this instance as it is now, the others as they reported last.
     pub fn status(&self) -> v1::GetStatusResponse {
+        report::mesh(&self.0)
+    }
+
+    /// The same, for somebody who asks again and again: all instances report more often for a while.
+    pub async fn watched_status(&self) -> v1::GetStatusResponse {
+        commands::watch(&self.0).await;
         report::mesh(&self.0)
     }
 

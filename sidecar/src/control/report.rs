@@ -8,7 +8,7 @@
 use std::{
     collections::BTreeMap,
     io::Read as _,
-    sync::{Arc, PoisonError},
+    sync::{Arc, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
@@ -29,12 +29,18 @@ use crate::{
 
 /// How often an instance reports when nothing changes; ± 20 %, so that many do not report at once.
 const EVERY: Duration = Duration::from_secs(30);
+/// Of each instance of the mesh so much time goes into one round of reports while it is watched: fifty reports a second.
+const WATCHED_SHARE: Duration = Duration::from_millis(20);
+/// The longest that one look makes the mesh be watched, in milliseconds.
+const MAX_WATCH_MS: i64 = 60_000;
 /// How often the board is looked at for changes.
 const LOOK: Duration = Duration::from_secs(1);
 /// An instance that did not report for so long is lost.
 const LOST_AFTER_MS: i64 = 90_000;
 /// An instance that did not report for so long is forgotten.
 const FORGOTTEN_AFTER_MS: i64 = 60 * 60 * 1_000;
+/// Two relapses within this are two processes, and no clock that was set.
+const TWINS_MS: i64 = 5 * 60 * 1_000;
 /// How many instances are remembered at most.
 const MAX_PEERS: usize = 20_000;
 /// How long the taking back at exit may take.
@@ -56,6 +62,25 @@ pub(super) struct Peer {
     status: v1::InstanceStatus,
     /// When it was heard, by this process's clock, which knows nothing of the other's.
     heard_ms: i64,
+    /// How much older the last two reports were when they came, by the two clocks, in milliseconds; only of those that were heard as they came.
+    behind_ms: [Option<i64>; 2],
+    /// When an older process reported again under the name, the last two times; 0: never.
+    relapses_ms: [i64; 2],
+}
+
+impl Peer {
+    /// The same, knowing what was reported before under its name.
+    fn after(mut self, before: Option<&Self>) -> Self {
+        if let Some(before) = before {
+            self.behind_ms[1] = before.behind_ms[0];
+            self.relapses_ms = before.relapses_ms;
+            // A process that ends takes its report back; one that was killed says nothing any more.
+            if self.status.started_ms > 0 && self.status.started_ms < before.status.started_ms {
+                self.relapses_ms = [self.heard_ms, before.relapses_ms[0]];
+            }
+        }
+        self
+    }
 }
 
 /// The state of the mesh.
@@ -72,7 +97,7 @@ pub(super) fn mesh(shared: &Shared) -> v1::GetStatusResponse {
     peers.remove(&shared.instance);
     let mut instances: Vec<_> = peers
         .into_values()
-        .map(|Peer { mut status, heard_ms }| {
+        .map(|Peer { mut status, heard_ms, .. }| {
             status.state = derive(&status, head, digest, now.saturating_sub(heard_ms)).into();
             // Its age, by one clock.
             status.reported_ms = heard_ms;
@@ -85,7 +110,7 @@ pub(super) fn mesh(shared: &Shared) -> v1::GetStatusResponse {
         .collect();
     instances.push(own(shared));
     instances.sort_by(|a, b| a.instance.cmp(&b.instance));
-    v1::GetStatusResponse { mesh: shared.config.mesh.to_string(), generation: head, instances }
+    v1::GetStatusResponse { mesh: shared.config.mesh.to_string(), generation: head, instances, instance: shared.instance.clone() }
 }
 
 /// The live instances that report a route, this one among them: those that may own its partitions.
@@ -103,6 +128,37 @@ pub(super) fn instances_of(shared: &Shared, route: &str) -> Vec<String> {
         instances.push(shared.instance.clone());
     }
     instances
+}
+
+/// How far the clocks of other instances that report are behind this one, in milliseconds. A report that was held up looks behind: of the last two the
+/// one that differs less counts.
+pub(super) fn clocks(shared: &Shared) -> Vec<(String, i64)> {
+    let now = now_ms();
+    let peers = shared.peers.lock().unwrap_or_else(PoisonError::into_inner);
+    let live = peers.iter().filter(|(name, peer)| **name != shared.instance && now.saturating_sub(peer.heard_ms) <= LOST_AFTER_MS);
+    let behind = live.filter_map(|(name, peer)| {
+        let least = peer.behind_ms.iter().flatten().min_by_key(|behind| behind.abs())?;
+        Some((name.clone(), *least))
+    });
+    behind.collect()
+}
+
+/// The names under which two processes report in turn.
+pub(super) fn twins(shared: &Shared) -> Vec<String> {
+    let since = now_ms().saturating_sub(TWINS_MS);
+    let peers = shared.peers.lock().unwrap_or_else(PoisonError::into_inner);
+    peers.iter().filter(|(_, peer)| peer.relapses_ms.iter().all(|relapse| *relapse > since)).map(|(name, _)| name.clone()).collect()
+}
+
+/// Whether another instance is alive: whether it reported lately, or why not. `None`: nobody knows of it.
+pub(super) fn liveness(shared: &Shared, instance: &str) -> Option<Result<(), Duration>> {
+    let peers = shared.peers.lock().unwrap_or_else(PoisonError::into_inner);
+    let silent_ms = now_ms().saturating_sub(peers.get(instance)?.heard_ms);
+    drop(peers);
+    if silent_ms >= FORGOTTEN_AFTER_MS {
+        return None;
+    }
+    Some(if silent_ms <= LOST_AFTER_MS { Ok(()) } else { Err(Duration::from_millis(silent_ms.unsigned_abs())) })
 }
 
 /// This instance, now.
@@ -123,6 +179,7 @@ fn own(shared: &Shared) -> v1::InstanceStatus {
         waiting: shared.waiting_reasons(),
         origin: local.table.as_ref().map_or(0, |table| table.origin),
         refused_generation: if refused { local.judged } else { 0 },
+        started_ms: shared.started_ms,
     };
     let digest = local.head_digest.as_deref().filter(|_| local.judged == head);
     status.state = derive(&status, head, digest, 0).into();
@@ -212,17 +269,19 @@ async fn report_on(shared: &Shared, reported: &mut bool) {
         return;
     }
     let mut local = shared.local.subscribe();
-    let (mut last, mut due) = (v1::InstanceStatus::default(), Instant::now());
+    let (mut last, mut due, mut watched_due) = (v1::InstanceStatus::default(), Instant::now(), Instant::now());
     loop {
         let status = own(shared);
         let now = significant(&status);
-        if now != last || Instant::now() >= due {
+        let watched = is_watched(shared) && Instant::now() >= watched_due;
+        if now != last || Instant::now() >= due || watched {
             // Sent or not: it may be there.
             *reported = true;
             match timeout(REPORT, send(shared, Some(&status))).await {
                 Ok(Ok(())) => {
                     last = now;
                     due = Instant::now() + jittered(EVERY);
+                    watched_due = Instant::now() + watched_every(shared);
                 }
                 // Tried again at the next look; the broker's health is in the status already.
                 Ok(Err(error)) => tracing::debug!(error, "a status report failed"),
@@ -234,6 +293,25 @@ async fn report_on(shared: &Shared, reported: &mut bool) {
             () = tokio::time::sleep(LOOK) => {},
         }
     }
+}
+
+/// Whether somebody looks at the state of the mesh again and again.
+fn is_watched(shared: &Shared) -> bool {
+    shared.watched_until_ms.load(Ordering::Relaxed) > now_ms()
+}
+
+/// How often an instance reports that is watched. Every sidecar reads every report, so many instances report less often.
+fn watched_every(shared: &Shared) -> Duration {
+    let peers = shared.peers.lock().unwrap_or_else(PoisonError::into_inner).len();
+    let share = WATCHED_SHARE.saturating_mul(u32::try_from(peers).unwrap_or(u32::MAX));
+    // The board is looked at once in a while: a report that is due a moment later would wait for the next look.
+    jittered(share.min(EVERY)).max(LOOK - LOOK / 10)
+}
+
+/// Notes that the state of the mesh is watched for a while.
+pub(super) fn watched(shared: &Shared, for_ms: u64) {
+    let until = now_ms().saturating_add(i64::try_from(for_ms).unwrap_or(i64::MAX).min(MAX_WATCH_MS));
+    shared.watched_until_ms.fetch_max(until, Ordering::Relaxed);
 }
 
 fn jittered(every: Duration) -> Duration {
@@ -325,7 +403,9 @@ fn hear(shared: &Shared, record: &Record, live: bool) {
         status.map(|status| {
             let now = now_ms();
             let heard_ms = if live { now } else { status.reported_ms.min(now) };
-            Peer { status, heard_ms }
+            // One that comes from a time that is not yet tells of a clock, however old it is.
+            let behind = now.saturating_sub(status.reported_ms);
+            Peer { heard_ms, behind_ms: [(live || behind < 0).then_some(behind), None], relapses_ms: [0; 2], status }
         })
     });
     let mut peers = shared.peers.lock().unwrap_or_else(PoisonError::into_inner);
@@ -333,6 +413,7 @@ fn hear(shared: &Shared, record: &Record, live: bool) {
         None => drop(peers.remove(instance)),
         Some(Ok(peer)) if peer.status.instance == instance => {
             if peers.len() < MAX_PEERS || peers.contains_key(instance) {
+                let peer = peer.after(peers.get(instance));
                 peers.insert(instance.to_owned(), peer);
             }
         }

@@ -5,11 +5,12 @@
 use std::{
     collections::BTreeMap,
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicI64},
 };
 
 use mesh_proto::v1;
 use tokio::sync::{Semaphore, watch};
+use tokio_util::sync::CancellationToken;
 
 use super::{commands::Waiting, history, log::Log, report::Peers, snapshot::Snapshot};
 pub(super) use crate::record::now_ms;
@@ -74,6 +75,14 @@ pub(super) struct Shared {
     pub(super) board: Board,
     /// This instance's name.
     pub(super) instance: String,
+    /// When it began, in milliseconds since 1970-01-01 UTC.
+    pub(super) started_ms: i64,
+    /// Until when somebody watches the state of the mesh, in milliseconds since 1970-01-01 UTC.
+    pub(super) watched_until_ms: AtomicI64,
+    /// When this instance told the others so, in the same way.
+    pub(super) watch_told_ms: AtomicI64,
+    /// Cancelled when somebody asks this process to drain.
+    pub(super) drain: CancellationToken,
     log: Mutex<Log>,
     pub(super) progress: watch::Sender<Progress>,
     pub(super) local: watch::Sender<Local>,
@@ -113,6 +122,10 @@ impl Shared {
             config,
             board,
             instance,
+            started_ms: now_ms(),
+            watched_until_ms: AtomicI64::new(0),
+            watch_told_ms: AtomicI64::new(0),
+            drain: CancellationToken::new(),
             progress: watch::Sender::default(),
             local: watch::Sender::default(),
             table: watch::Sender::default(),

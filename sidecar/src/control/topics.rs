@@ -42,6 +42,9 @@ const STATUS_CONFIG: &[(&str, &str)] = &[
 /// A command is worth nothing after some minutes.
 const COMMANDS_CONFIG: &[(&str, &str)] =
     &[("cleanup.policy", "delete"), ("retention.ms", "3600000"), ("segment.ms", "3600000"), ("segment.bytes", "16777216")];
+/// The control plane's own topics, with what they must be set to.
+pub(crate) const OWN: [(&str, &[(&str, &str)]); 4] =
+    [(CONTROL_TOPIC, CONTROL_CONFIG), (STATUS_TOPIC, STATUS_CONFIG), (COMMANDS_TOPIC, COMMANDS_CONFIG), (REDRIVEN_TOPIC, CONTROL_CONFIG)];
 /// How long a retry topic keeps its records at least.
 const RETRIES_KEPT: Duration = Duration::from_secs(7 * 86_400);
 
@@ -143,13 +146,7 @@ pub(crate) async fn create(admin: &dyn Admin, topics: &[NewTopic]) -> Result<(),
 /// What the broker says, or [`BrokerErrorKind::Config`] if the control topic has several partitions.
 pub(crate) async fn ensure_own(admin: &dyn Admin) -> Result<(), BrokerError> {
     let existing = admin.topics().await?;
-    let own = [
-        (CONTROL_TOPIC, CONTROL_CONFIG),
-        (STATUS_TOPIC, STATUS_CONFIG),
-        (COMMANDS_TOPIC, COMMANDS_CONFIG),
-        (REDRIVEN_TOPIC, CONTROL_CONFIG),
-    ];
-    let missing: Vec<_> = own
+    let missing: Vec<_> = OWN
         .into_iter()
         .filter(|(name, _)| !existing.contains_key(*name))
         .map(|(name, config)| NewTopic {

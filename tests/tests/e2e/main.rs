@@ -16,6 +16,7 @@ mod faults;
 mod flow_control;
 mod flows;
 mod insight;
+mod operate;
 mod pitfalls;
 mod reset;
 mod retries;

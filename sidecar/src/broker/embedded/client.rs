@@ -197,6 +197,7 @@ impl Admin for EmbeddedAdmin {
                     partitions: topic.partitions.iter().map(|_| partition()).collect(),
                     config: topic.config.clone(),
                     bytes: Some(bytes),
+                    min_in_sync: None,
                 })
             };
             found.iter().map(of).collect()

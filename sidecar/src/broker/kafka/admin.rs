@@ -31,7 +31,7 @@ use super::{
     together::Together,
 };
 use crate::{
-    broker::{Admin, BrokerError, BrokerErrorKind, Commit, GroupInfo, NewTopic, TopicChange, TopicInfo},
+    broker::{Admin, BrokerError, BrokerErrorKind, BrokerNode, Commit, GroupInfo, NewTopic, TopicChange, TopicInfo},
     record::{Position, TopicPartition},
 };
 
@@ -453,6 +453,10 @@ impl Admin for Asker {
 
     fn delete_topics(&self, topics: Vec<String>) -> BoxFuture<'_, Result<(), BrokerError>> {
         Box::pin(self.delete_whole(topics))
+    }
+
+    fn brokers(&self) -> BoxFuture<'_, Result<Vec<BrokerNode>, BrokerError>> {
+        Box::pin(self.ask(manage::brokers))
     }
 
     fn groups(&self) -> BoxFuture<'_, Result<Vec<GroupInfo>, BrokerError>> {

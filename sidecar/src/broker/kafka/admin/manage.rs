@@ -57,7 +57,8 @@ impl Asker {
             let names: Vec<String> = found.iter().map(|topic| topic.name.clone()).collect();
             let mut configs = self.administer("describe topics", async move |admin| settings_of(admin, &names).await).await?;
             for topic in &mut found {
-                topic.config = configs.remove(&topic.name).unwrap_or_default();
+                let settings = configs.remove(&topic.name).unwrap_or_default();
+                (topic.config, topic.min_in_sync) = (settings.own, settings.min_in_sync);
             }
         }
         Ok(found)
@@ -121,8 +122,16 @@ fn all_done(what: &str, results: Vec<Result<String, (String, Code)>>) -> Result<
     Ok(())
 }
 
-/// The settings of topics that are their own, and not the broker's.
-async fn settings_of(admin: &AdminClient<Reporter>, topics: &[String]) -> Result<BTreeMap<String, BTreeMap<String, String>>, BrokerError> {
+/// The settings of a topic.
+#[derive(Default)]
+struct TopicSettings {
+    /// Those that are its own, and not the broker's.
+    own: BTreeMap<String, String>,
+    min_in_sync: Option<u32>,
+}
+
+/// The settings of topics.
+async fn settings_of(admin: &AdminClient<Reporter>, topics: &[String]) -> Result<BTreeMap<String, TopicSettings>, BrokerError> {
     let mut found = BTreeMap::new();
     for part in topics.chunks(DESCRIBED_AT_ONCE) {
         let asked: Vec<ResourceSpecifier<'_>> = part.iter().map(|topic| ResourceSpecifier::Topic(topic)).collect();
@@ -136,8 +145,11 @@ async fn settings_of(admin: &AdminClient<Reporter>, topics: &[String]) -> Result
                     format!("the broker does not tell the settings of topic `{topic}`: grant the principal DESCRIBE_CONFIGS on it");
                 return Err(BrokerError::new(BrokerErrorKind::Unauthorized, detail));
             }
+            let min_in_sync = resource.entries.iter().find(|entry| entry.name == "min.insync.replicas");
+            let min_in_sync = min_in_sync.and_then(|entry| entry.value.as_ref()?.parse().ok());
             let own = resource.entries.into_iter().filter(|entry| entry.source == ConfigSource::DynamicTopic);
-            found.insert(topic, own.filter_map(|entry| Some((entry.name, entry.value?))).collect());
+            let own = own.filter_map(|entry| Some((entry.name, entry.value?))).collect();
+            found.insert(topic, TopicSettings { own, min_in_sync });
         }
     }
     Ok(found)
@@ -151,7 +163,7 @@ async fn alter(admin: &AdminClient<Reporter>, topic: &str, change: TopicChange) 
         // Without them all of its other settings would be taken away.
         let settings = settings_of(admin, &[topic.to_owned()]).await?.remove(topic);
         let missing = || BrokerError::new(BrokerErrorKind::Other, format!("{}: the broker did not tell them: nothing was changed", what()));
-        let mut settings = settings.ok_or_else(missing)?;
+        let mut settings = settings.ok_or_else(missing)?.own;
         settings.extend(set.clone());
         settings.retain(|name, _| !unset.contains(name));
         let whole = AlterConfig::new(ResourceSpecifier::Topic(topic));
@@ -194,7 +206,7 @@ async fn wait_taken(
 ) -> Result<(), BrokerError> {
     let until = Instant::now() + VISIBLE;
     loop {
-        let now = settings_of(admin, &[topic.to_owned()]).await?.remove(topic).unwrap_or_default();
+        let now = settings_of(admin, &[topic.to_owned()]).await?.remove(topic).unwrap_or_default().own;
         if set.iter().all(|(name, value)| now.get(name) == Some(value)) && !unset.iter().any(|name| now.contains_key(name)) {
             return Ok(());
         }
@@ -222,6 +234,20 @@ pub(super) fn all_watermarks(client: &BaseConsumer<Reporter>, partitions: &[Topi
     let pairs = partitions.iter().zip(lows.into_iter().zip(highs));
     // The end was asked for later: it is never below the beginning.
     pairs.map(|(partition, (low, high))| Ok((number(partition, low)?, number(partition, high)?))).collect()
+}
+
+/// The brokers, as the cluster tells clients to reach them.
+pub(super) fn brokers(client: &BaseConsumer<Reporter>) -> Result<Vec<BrokerNode>, BrokerError> {
+    // One topic keeps the answer small: the brokers are in any.
+    let metadata = client.fetch_metadata(Some("__consumer_offsets"), TIMEOUT).map_err(|error| broker_error("list of brokers", &error))?;
+    let node = |broker: &rdkafka::metadata::MetadataBroker| BrokerNode {
+        id: broker.id(),
+        host: broker.host().to_owned(),
+        port: u16::try_from(broker.port()).unwrap_or(0),
+    };
+    let mut brokers: Vec<BrokerNode> = metadata.brokers().iter().map(node).collect();
+    brokers.sort_by_key(|broker| broker.id);
+    Ok(brokers)
 }
 
 /// The groups that the brokers know.

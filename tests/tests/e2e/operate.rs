@@ -1,0 +1,153 @@
+//! Looking after sidecars that run: drained, found ill, watched.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use mesh_proto::v1::RouteState;
+use mesh_tests::{
+    on_both,
+    process::Output,
+    service::{Rule, Scenario, Service},
+    sidecar::{Sidecar, routes_of},
+    stage::Stage,
+};
+use serde_json::{Value, json};
+
+const MINUTE: Duration = Duration::from_secs(60);
+const ROUTE: &str = "
+    topics: { %in: { partitions: 4 } }
+    routes:
+    - { name: work, service: work, from: [%in], handler: /work, to: void, concurrency: 4 }
+    ";
+
+fn json_of(output: &Output) -> Result<Value> {
+    serde_json::from_str(&output.stdout).with_context(|| format!("{output:?}"))
+}
+
+async fn publish(sidecar: &Sidecar, topic: &str, count: usize) -> Result<()> {
+    for number in 0..count {
+        let key = format!("k{number}");
+        sidecar.publish(topic, Some(&key), "application/json", json!({ "k": key, "n": 0 }).to_string()).await?;
+    }
+    Ok(())
+}
+
+on_both!(a_sidecar_drains_and_another_takes_over, drained);
+
+async fn drained(stage: Stage) -> Result<()> {
+    let service = Service::native(Scenario::new().on("/work", [Rule::echo().after(Duration::from_millis(50))])).await?;
+    let first = stage.sidecar("first").service("work", &service).start().await?;
+    first.apply(ROUTE).await?;
+    first.wait_running(&["work"]).await?;
+    let unknown = first.ctl(&["drain", "nobody", "--execute"]).await?;
+    ensure!(unknown.status == Some(2) && unknown.stderr.contains("there is no instance nobody"), "{unknown:?}");
+    let mut expected = 0;
+    let mut last = first;
+    if stage.is_kafka() {
+        let second = stage.sidecar("second").service("work", &service).start().await?;
+        let both = |status: &mesh_proto::v1::GetStatusResponse| routes_of(status).filter(|route| route.partitions == 2).count() == 2;
+        second.wait_status("both have partitions", MINUTE, both).await?;
+        let (here, there) = (last.status().await?.instance, second.status().await?.instance);
+        let preview = json_of(&second.ctl(&["drain", &here, "-o", "json"]).await?)?;
+        ensure!(preview["executed"] == false && preview["routes"][0]["others"] == json!([there]), "{preview}");
+        expected = 80;
+        publish(&second, &stage.topic("in"), expected).await?;
+        // Another one, under load, by the mesh: what is at the service is finished, and nothing comes twice.
+        let said = second.ctl(&["drain", &here, "--execute", "-o", "json"]).await?;
+        ensure!(said.status == Some(0), "{said:?}");
+        let said = json_of(&said)?;
+        ensure!(said["executed"] == true && said["ended"] == true && said["instance"] == json!(here), "{said}");
+        ensure!(last.process()?.wait(MINUTE).await?.success());
+        second.wait_done(&["work"], MINUTE).await?;
+        ensure!(service.total().await? == expected as u64, "{} deliveries of {expected} records", service.total().await?);
+        let gone = second.ctl(&["drain", &here]).await?;
+        ensure!(gone.status == Some(2) && gone.stderr.contains("there is no instance"), "{gone:?}");
+        last = second;
+    }
+    let preview = last.ctl(&["drain"]).await?;
+    ensure!(
+        preview.status == Some(0) && preview.stdout.contains("nobody") && preview.stderr.contains("no other instance runs work"),
+        "{preview:?}"
+    );
+    publish(&last, &stage.topic("in"), 8).await?;
+    service.wait(expected as u64 + 1, MINUTE).await?;
+    let said = last.ctl(&["drain", "--execute"]).await?;
+    ensure!(said.status == Some(0) && said.stdout.contains("has drained and ended"), "{said:?}");
+    ensure!(last.process()?.wait(MINUTE).await?.success());
+    let nobody = last.ctl(&["drain"]).await?;
+    ensure!(nobody.status == Some(2) && nobody.stderr.contains("no sidecar answers"), "{nobody:?}");
+    Ok(())
+}
+
+on_both!(the_doctor_names_what_is_wrong_with_its_fix, diagnosed);
+
+/// The findings of a check that deserve something.
+fn findings<'a>(said: &'a Value, check: &'a str) -> impl Iterator<Item = &'a Value> {
+    said["findings"].as_array().into_iter().flatten().filter(move |finding| finding["check"] == check && finding["severity"] != "ok")
+}
+
+async fn diagnosed(stage: Stage) -> Result<()> {
+    let service = Service::native(Scenario::new().on("/bad", [Rule::status(400)])).await?;
+    let sidecar = stage.sidecar("sidecar").service("work", &service).app("away", "http://127.0.0.1:9").start().await?;
+    let before = sidecar.ctl(&["doctor", "-o", "json"]).await?;
+    ensure!(before.status == Some(0), "{before:?}");
+    ensure!(findings(&json_of(&before)?, "table").count() == 1, "there is no table: {before:?}");
+
+    sidecar.ctl(&["topics", "create", &stage.topic("few"), "--partitions", "1"]).await?.success()?;
+    let spec = "
+        topics: { %in: { partitions: 2 }, %few: { partitions: 3 } }
+        routes:
+        - { name: bad, service: work, from: [%in], handler: /bad, to: void }
+        - { name: waits, service: away, from: [%in], handler: /x, to: void }
+        - { name: paused, service: work, from: [%few], handler: /paused, to: void }
+        - { name: unserved, service: nowhere, from: [%few], handler: /x, to: [%gone] }
+        ";
+    sidecar.apply(spec).await?;
+    sidecar.ctl(&["pause", "paused", "--reason", "for a test", "--wait"]).await?.success()?;
+    publish(&sidecar, &stage.topic("in"), 3).await?;
+    service.wait(3, MINUTE).await?;
+    sidecar.ctl(&["topics", "delete", &stage.topic("gone"), "--force", "--execute"]).await?.success()?;
+    sidecar
+        .wait_status("it waits, and what died is counted", MINUTE, |status| {
+            let waits = routes_of(status).any(|route| route.route == "waits" && route.state() == RouteState::WaitingForService);
+            waits && routes_of(status).any(|route| route.route == "bad" && route.dispositions.get("dead_lettered") == Some(&3))
+        })
+        .await?;
+    let output = sidecar.ctl(&["doctor", "-o", "json"]).await?;
+    ensure!(output.status == Some(1), "{output:?}");
+    let said = json_of(&output)?;
+    let has = |check: &str, severity: &str, subject: &str, what: &str, fix: &str| {
+        let found = findings(&said, check).any(|finding| {
+            let text = |field: &str| finding[field].as_str().unwrap_or_default().to_owned();
+            text("severity") == severity && text("subject").contains(subject) && text("what").contains(what) && text("fix").contains(fix)
+        });
+        ensure!(found, "no {severity} {check} of {subject} with {what:?} and {fix:?}: {said:#}");
+        Ok(())
+    };
+    has("routes", "error", "waits", "WAITING_FOR_SERVICE", "start service away")?;
+    has("routes", "error", "unserved", "no live instance serves service nowhere", "name: nowhere")?;
+    has("routes", "warning", "paused", "for a test", "mesh-ctl resume paused")?;
+    has("topics", "error", &stage.topic("gone"), "do not exist", "mesh-ctl topics create")?;
+    has("topics", "warning", &stage.topic("few"), "has 1 partitions, and 3 are due", "--partitions 3")?;
+    has("dead-letters", "warning", "bad", "3 dead letters", "dlq redrive bad")?;
+    for check in ["brokers", "clocks", "own-topics", "instances", "authorization"] {
+        ensure!(findings(&said, check).count() == 0, "{check} is well: {said:#}");
+    }
+    let text = sidecar.ctl(&["doctor"]).await?;
+    ensure!(
+        text.status == Some(1) && text.stdout.contains("ERROR    routes") && text.stdout.contains("fix: start service away"),
+        "{text:?}"
+    );
+
+    // A broker that is away is a finding, and nothing hangs.
+    if stage.is_kafka() {
+        let mut lonely = stage.sidecar("lonely").broker(json!({ "kafka": { "bootstrap.servers": "127.0.0.1:9" } })).prepare().await?;
+        lonely.spawn()?;
+        lonely.wait_probe("/livez", 200, MINUTE).await?;
+        let output = lonely.ctl(&["doctor", "-o", "json"]).await?;
+        let said = json_of(&output)?;
+        ensure!(output.status == Some(1) && findings(&said, "brokers").any(|finding| finding["severity"] == "error"), "{output:?}");
+        lonely.kill9().await?;
+    }
+    sidecar.finish().await
+}
