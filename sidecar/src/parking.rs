@@ -5,7 +5,8 @@
 //! record only its place is kept here; when its turn comes, the park topic is read again from there.
 //!
 //! Invariant: a record is free to run only if nothing of its key lies before it in a retry topic, in the park topic, or on its way there.
-//! Invariant: of a key, parked records run in the order of their origins, whatever their order in the park topic.
+//! Invariant: of a key, parked records run in the order of their origins, whatever their order in the park topic; and of several that lie elsewhere since
+//! commits were lost, none runs before an earlier one, wherever they lie.
 //! Invariant: of several copies of a record (after a crash) only the one with the most attempts runs.
 //! Every operation costs O(log n), releasing aside.
 
@@ -139,8 +140,13 @@ impl Key {
     /// The place of the record whose turn it is, if there is one.
     fn wants(&self) -> Option<i64> {
         let (origin, parked) = self.parked.first_key_value()?;
-        let overtaken = self.coming.first().is_some_and(|coming| coming < origin);
-        (self.retrying.is_empty() && !overtaken && parked.kept != Kept::Yes).then_some(parked.offset)
+        (!self.lies_before(*origin) && parked.kept != Kept::Yes).then_some(parked.offset)
+    }
+
+    /// Whether something lies before a record, in a retry or park topic or on its way there. What is in its lane does not count.
+    fn lies_before(&self, origin: i64) -> bool {
+        let first = [self.retrying.keys().next(), self.coming.first(), self.parked.keys().next()];
+        first.into_iter().flatten().any(|first| *first < origin)
     }
 }
 
@@ -188,6 +194,11 @@ impl Parking {
             Some(key) if key.retrying.is_empty() && key.coming.is_empty() && key.parked.is_empty() => Meeting::Free,
             Some(_) => Meeting::Behind,
         }
+    }
+
+    /// Whether a record in a retry topic has to wait although it is due: one before it of its key lies elsewhere, too.
+    pub fn waits(&self, key: u64, origin: i64) -> bool {
+        self.keys.get(&key).is_some_and(|key| key.lies_before(origin))
     }
 
     /// A record is on its way to a retry topic, after so many attempts.
@@ -449,6 +460,26 @@ mod tests {
         assert_eq!(parking.found(3, 30, 7, 4, true, true), Found::Stays);
         assert_eq!(parking.found_retry(3, 30, 3), FoundRetry::Duplicate);
         assert_eq!(parking.sizes().kept, 2);
+    }
+
+    #[test]
+    fn what_ended_before_commits_were_lost_comes_again_in_order() {
+        // 10 ended in retry-2 and 11 in the park topic, then 12 failed into retry-1; nothing of it was committed.
+        let mut parking = Parking::new(0);
+        assert_eq!(parking.index_retry(1, 12, 2), None);
+        assert_eq!(parking.index_retry(1, 10, 3), None);
+        assert_eq!(parking.found(1, 11, 0, 0, false, true), Found::Stays);
+        parking.set_ready();
+        assert_eq!((parking.found_retry(1, 12, 2), parking.found_retry(1, 10, 3)), (FoundRetry::Take, FoundRetry::Take));
+        assert!(parking.waits(1, 12) && !parking.waits(1, 10) && parking.wanted().is_none());
+        parking.finished(1, 10);
+        assert_eq!(parking.wanted(), Some(0), "11 is before 12");
+        assert!(parking.waits(1, 12));
+        assert_eq!(parking.found(1, 11, 0, 0, false, true), Found::Load);
+        assert!(!parking.waits(1, 12), "the lane keeps the order from here on");
+        parking.finished(1, 11);
+        parking.finished(1, 12);
+        assert!(parking.is_empty() && !parking.waits(1, 12));
     }
 
     #[test]

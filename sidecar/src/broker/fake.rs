@@ -42,6 +42,8 @@ pub(crate) struct State {
     pub(crate) high: i64,
     /// Whether there is a record at any offset, or later.
     pub(crate) readable: bool,
+    /// How many commits fail from now on, as in a rebalance.
+    pub(crate) refused_commits: usize,
     /// The consumers that were made.
     pub(crate) consumers: Vec<FakeHandle>,
 }
@@ -72,6 +74,7 @@ impl Fake {
             learn: ProduceErrorKind::UnknownTopic,
             high: 0,
             readable: true,
+            refused_commits: 0,
             consumers: Vec::new(),
         })))
     }
@@ -222,6 +225,11 @@ impl Consumer for FakeConsumer {
     fn seek(&mut self, _partition: &TopicPartition, _offset: i64) {}
 
     fn commit(&self, offsets: Vec<Commit>) -> BoxFuture<'static, Result<(), BrokerError>> {
+        let mut state = self.broker.0.lock().unwrap();
+        if let Some(left) = state.refused_commits.checked_sub(1) {
+            state.refused_commits = left;
+            return Box::pin(async { Err(BrokerError::new(BrokerErrorKind::Other, "the group is in a rebalance")) });
+        }
         self.committing.send_modify(|commits| commits.extend(offsets));
         Box::pin(async { Ok(()) })
     }

@@ -84,7 +84,7 @@ impl RouteLoop {
     /// What has to be committed of these partitions.
     pub(super) fn commits(&self, slots: impl Iterator<Item = u32>) -> Vec<(u32, u64, Snapshot)> {
         let slots = slots.filter_map(|index| Some((index, self.slots.get(index as usize)?)));
-        let due = slots.filter(|(_, slot)| slot.watermark.offset() > slot.committed || slot.watermark.completed() > slot.recorded);
+        let due = slots.filter(|(_, slot)| slot.is_uncommitted());
         let snapshot = |slot: &Slot| match mutation::is(Mutation::CommitNewest) {
             true => Snapshot { offset: slot.watermark.next(), metadata: String::new(), ..slot.watermark.snapshot() },
             false => slot.watermark.snapshot(),
@@ -159,6 +159,7 @@ impl RouteLoop {
         if !done.resets.is_empty() {
             return self.on_reset(done.resets, &done.result);
         }
+        self.commit_failed = done.result.as_ref().err().map(|error| error.kind);
         match done.result {
             Ok(()) => self.note_committed(done.began, done.commits),
             Err(error) => {
@@ -270,14 +271,21 @@ impl RouteLoop {
     pub(super) fn drain(&mut self) {
         tracing::info!(route = %self.route.name, out = self.out, "draining");
         self.draining = Some(Instant::now() + self.parts.drain_timeout);
+        self.commit_failed = None;
         self.hold_all();
         self.abandon_waiting(true);
         self.post_now();
     }
 
-    /// Whether the drain is over.
+    /// Whether the drain is over: all answers are there and committed, or the time is over.
     pub(super) fn drained(&self, now: Instant) -> bool {
-        self.draining.is_some_and(|deadline| now >= deadline || (self.out == 0 && self.outbox.len() == 0))
+        self.draining.is_some_and(|deadline| now >= deadline || (self.out == 0 && self.outbox.len() == 0 && !self.awaits_commit()))
+    }
+
+    /// Whether there is something to commit, and hope: a group in a rebalance takes no commits, and does again when that is over.
+    fn awaits_commit(&self) -> bool {
+        let passes = matches!(self.commit_failed, None | Some(BrokerErrorKind::Other));
+        passes && self.slots.iter().any(|slot| slot.owned && !slot.revoking && slot.is_uncommitted())
     }
 
     /// Commits what is complete, and leaves the group.
@@ -313,7 +321,7 @@ pub(super) mod tests {
     use std::sync::Arc;
 
     use mesh_routing::Route;
-    use tokio::sync::{oneshot, watch};
+    use tokio::sync::{mpsc, oneshot, watch};
     use tokio_util::sync::CancellationToken;
 
     use super::*;
@@ -321,6 +329,7 @@ pub(super) mod tests {
         broker::{Assigned, Commit, Event, fake::Fake},
         consume::{route::Parts, test_delivery},
         deliver::Leaf,
+        outcome::{Answer, Delivery, Outcome},
         record::{Batch, Record, TopicPartition},
         status::{Board, RouteState},
         telemetry::{metrics::Metrics, trace::Tracer},
@@ -329,7 +338,11 @@ pub(super) mod tests {
     /// A route's loop on a fake consumer, with partitions 0 to 2 assigned.
     pub(in crate::consume) struct Fixture {
         board: Board,
-        events: tokio::sync::mpsc::Sender<Event>,
+        events: mpsc::Sender<Event>,
+        /// What the service is called with, and its answers.
+        called: mpsc::Receiver<Delivery>,
+        answers: mpsc::Sender<Answer>,
+        stop: CancellationToken,
         running: tokio::task::JoinHandle<()>,
         _kept: Box<dyn Send>,
     }
@@ -361,7 +374,9 @@ pub(super) mod tests {
     pub(in crate::consume) async fn fixture_on(fake: &Fake, fields: &str) -> Fixture {
         let route: Arc<Route> = test_delivery(fields, 0).route;
         let (change, changes) = watch::channel(route.clone());
-        let (leaf, answers) = Leaf::played(|_| {});
+        let (calls, called) = mpsc::channel(16);
+        let (leaf, answers) = Leaf::played(move |batch| batch.into_iter().for_each(|delivery| calls.try_send(delivery).unwrap()));
+        let stop = CancellationToken::new();
         let board = Board::default();
         let parts = Parts {
             broker: Arc::new(fake.clone()),
@@ -376,14 +391,14 @@ pub(super) mod tests {
             instance: None,
             transactional_id: "test".to_owned(),
             buffer_bytes: 1 << 20,
-            drain_timeout: Duration::from_secs(1),
-            stop: CancellationToken::new(),
+            drain_timeout: Duration::from_secs(5),
+            stop: stop.clone(),
             seed: 1,
         };
         let running = tokio::spawn(RouteLoop::new(parts).unwrap().run());
         let events = fake.0.lock().unwrap().consumers[0].events.clone();
         events.send(assigned(0..3)).await.unwrap();
-        Fixture { board, events, running, _kept: Box::new((change, answers)) }
+        Fixture { board, events, called, answers, stop, running, _kept: Box::new(change) }
     }
 
     /// After a standstill the consumer has given up one revocation and announces the next: the first one's partitions are gone, too.
@@ -398,6 +413,23 @@ pub(super) mod tests {
         assert_eq!(answer.await.unwrap(), []);
         tokio::time::sleep(Duration::from_secs(1)).await;
         assert_eq!(board.routes()[0].partitions, 1, "only the third is left");
+    }
+
+    /// While the group is in a rebalance it takes no commits: a drain that left then would have everything since then delivered again.
+    #[tokio::test(start_paused = true)]
+    async fn a_drain_waits_until_the_group_takes_commits_again() {
+        let fake = Fake::new(&["in"]);
+        let mut fixture = fixture_on(&fake, "").await;
+        fake.0.lock().unwrap().refused_commits = 5;
+        fixture.events.send(Event::Records(Batch { partition: partition(0), records: vec![(0, Record::default())] })).await.unwrap();
+        let delivery = fixture.called.recv().await.unwrap();
+        fixture.stop.cancel();
+        fixture.answers.send(Answer { id: delivery.id, outcome: Outcome::Ignore }).await.unwrap();
+        let mut commits = fake.0.lock().unwrap().consumers[0].commits.clone();
+        let committed = tokio::time::timeout(Duration::from_secs(60), &mut fixture.running).await;
+        committed.expect("the drain ends").unwrap();
+        let last = commits.borrow_and_update().last().map(|commit| (commit.partition.clone(), commit.offset));
+        assert_eq!((last, fake.0.lock().unwrap().refused_commits), (Some((partition(0), 1)), 0));
     }
 
     /// A route whose session ended does not say that it runs and has nothing to do.

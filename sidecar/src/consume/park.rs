@@ -38,6 +38,8 @@ pub(super) const TRACKED: usize = 100_000;
 pub(super) const LONGEST: Duration = Duration::from_secs(31 * 86_400);
 /// The pause before retry topics are looked for again.
 pub(super) const AGAIN: Duration = Duration::from_millis(500);
+/// The pause before a record is looked at again that is due, and behind another one that lies elsewhere: after a crash only.
+const BEHIND: Duration = Duration::from_millis(200);
 /// A partition's end may be no record, but a mark of a transaction: of one that brought nothing for so long it is asked whether there is more.
 const QUIET: Duration = Duration::from_millis(300);
 
@@ -286,6 +288,12 @@ impl RouteLoop {
             && entry.key().0 <= now
         {
             let Waiting { lane, job } = entry.remove();
+            let (of, key, origin) = (self.source_of(job.slot), job.key, job.delivery.position.offset);
+            if lane.is_some() && self.parking(of).is_some_and(|parking| parking.waits(key, origin)) {
+                self.sides.sequence += 1;
+                self.sides.delayed.insert((now + BEHIND, self.sides.sequence), Waiting { lane, job });
+                continue;
+            }
             self.lanes.push(lane, job);
         }
         if self.sides.again.is_some_and(|again| again <= now) {

@@ -35,7 +35,7 @@ use super::{
     transaction::Transacted,
 };
 use crate::{
-    broker::{Broker, BrokerError, Consumer, ConsumerConfig, Event, Revoking, StartOffset},
+    broker::{Broker, BrokerError, BrokerErrorKind, Consumer, ConsumerConfig, Event, Revoking, StartOffset},
     command::Command,
     deliver::{
         Leaf,
@@ -236,6 +236,8 @@ pub(crate) struct RouteLoop {
     pub(super) paused: Option<Pause>,
     /// Draining, until this time.
     pub(super) draining: Option<Instant>,
+    /// Why the last commit failed; `None` if it did not.
+    pub(super) commit_failed: Option<BrokerErrorKind>,
     pub(super) broker_trouble: Option<BrokerError>,
     pub(super) service_trouble: Option<String>,
     /// The last gap that was passed, and until when it is told.
@@ -314,6 +316,7 @@ impl RouteLoop {
             ordered: Vec::new(),
             paused: None,
             draining: None,
+            commit_failed: None,
             broker_trouble: None,
             service_trouble: None,
             passed_gap: None,
@@ -586,6 +589,11 @@ impl Slot {
             watermark,
             role,
         }
+    }
+
+    /// Whether more is complete than was committed.
+    pub(super) fn is_uncommitted(&self) -> bool {
+        self.watermark.offset() > self.committed || self.watermark.completed() > self.recorded
     }
 
     /// The assignment ended: nothing of it changes an offset any more.

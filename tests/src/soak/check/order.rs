@@ -3,8 +3,8 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 use super::super::{
-    ledger::{Place, What},
-    lines::Order,
+    ledger::{Answer, Place, What},
+    lines::{Guarantee, Order},
 };
 use super::{Evidence, Facts, Lane, REPLIES_DISORDERED, STARTED_EARLY, facts::self_history, place_of};
 
@@ -77,7 +77,7 @@ impl Facts<'_> {
         for found in &evidence.contents.b {
             let Some(place) = Self::cause(found, evidence.line.name) else { continue };
             let Some(source) = self.a.get(&place) else { continue };
-            if self.b.get(&place).is_some_and(|left| left.first != place_of(found)) {
+            if self.b.get(&place).is_some_and(|left| left.first != place_of(found)) || self.was_given_up(evidence, place) {
                 continue;
             }
             let before = last.insert(source.name.key, place);
@@ -90,5 +90,24 @@ impl Facts<'_> {
             let (one, other) = (self.history(place), self.history(before));
             self.faults.add(3, REPLIES_DISORDERED, || format!("{one}, behind {other}"));
         }
+    }
+
+    /// Whether a record that was replied to had ended before, as a dead letter whose attempts were used up. With `at_least_once` one whose commit was
+    /// lost comes again, and may end otherwise: that is a duplicate, and its place in the order is that of the dead letter.
+    fn was_given_up(&self, evidence: &Evidence<'_>, place: Place) -> bool {
+        let exhausted = self.dead.get(&place).is_some_and(|(_, reason)| reason == "attempts");
+        if !exhausted || evidence.line.guarantee != Guarantee::AtLeastOnce {
+            return false;
+        }
+        let mut attempt = 0;
+        for event in self.books.events.iter().filter(|event| event.place == place) {
+            match event.what {
+                What::Start(number) => attempt = number,
+                What::End(Answer::Reply) => return false,
+                What::End(_) if attempt >= evidence.line.last_attempt() => return true,
+                What::End(_) => {}
+            }
+        }
+        false
     }
 }

@@ -268,6 +268,23 @@ fn check_3_replies_of_a_key_in_another_order() {
 }
 
 #[test]
+fn check_3_a_dead_letter_that_comes_again_keeps_its_place() {
+    let line = *Line::ALL.iter().find(|line| line.guarantee == Guarantee::AtLeastOnce && !line.pauses.is_empty()).unwrap();
+    let mut run = Run { faults: true, ..well_of(line) };
+    let letter = run.contents.dead.iter().find(|letter| letter.header("mesh-dlq-reason").as_deref() == Some("attempts")).unwrap();
+    let source: i64 = letter.header("mesh-dlq-offset").unwrap().parse().unwrap();
+    let name = Name { key: (source % 3) as u32, seq: (source / 3) as u32 };
+    let event = |what| Event { at: Duration::from_secs(1), place: place(source), name, uuid: uuid(name), what };
+    run.books.events.extend([event(What::Start(line.last_attempt())), event(What::End(Answer::Reply))]);
+    run.contents.b.push(reply(line, run.contents.b.len() as i64, source, name));
+    assert_eq!(run.fails(), [0_u8; 0]);
+    // One that was not given up before it was replied to has no such excuse.
+    let given_up = |event: &Event| event.place == place(source) && event.what == What::End(Answer::Fail);
+    run.books.events.retain(|event| !given_up(event));
+    assert_eq!(run.fails(), [3]);
+}
+
+#[test]
 fn check_4_a_commit_beyond_what_is_complete() {
     let mut run = well();
     run.samples[100].committed.insert(0, 110);

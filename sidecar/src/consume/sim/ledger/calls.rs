@@ -53,6 +53,15 @@ impl Ledger {
         if !waits && !twice && holding.ended.contains(&offset) {
             return Err(format!("{what}, which has its end already"));
         }
+        // Also of what lies in retry and park topics since commits were lost, nothing overtakes what was before it; but for what a former owner put
+        // there late, since nobody knew of it, and for a second copy, of a record whose acknowledgement was lost. What is read from its source again
+        // may come while a later one is tried again. A batch may be answered as done behind the record that failed.
+        let one_by_one = self.plan.routes.iter().all(|route| route.batch.is_none());
+        let again = copies().filter(|(_, copy)| copy.attempts + 1 == delivery.attempt).nth(1).is_some();
+        let overtaken = holding.reached.iter().find(|(lane, later)| **later > offset && self.plan.same_lane(key, **lane));
+        if let Some((_, later)) = overtaken.filter(|_| one_by_one && offset < holding.position && !anew && !late && !read().any(|(_, copy)| copy.stale) && !again) {
+            return Err(format!("{what} after {later} of its lane"));
+        }
         let attempt = holding.failed.get(&offset).copied().unwrap_or(0) + 1;
         let unsure = owner.trust.as_ref().is_some_and(|trust| trust.unsure);
         let written = || read().map(|(_, waiting)| waiting.attempts + 1);
@@ -88,6 +97,10 @@ impl Ledger {
         }
         let assignment = holding.assignment;
         let owner = self.owner(life);
+        if let Some(holding) = owner.has.get_mut(partition) {
+            let reached = holding.reached.entry(key).or_insert(offset);
+            *reached = offset.max(*reached);
+        }
         owner.deliveries += 1;
         owner.out.insert(delivery.id, Out { partition: partition.clone(), offset, assignment, call });
         if let Some(source) = self.sources.get_mut(partition).and_then(|records| records.get_mut(offset as usize)) {

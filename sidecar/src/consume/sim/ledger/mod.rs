@@ -89,6 +89,8 @@ struct Holding {
     /// Attempts that were counted when this began, as is written in a retry or park topic.
     counted: BTreeMap<i64, u32>,
     ended: BTreeSet<i64>,
+    /// The last record of each lane that was delivered.
+    reached: BTreeMap<Option<u64>, i64>,
     assignment: u64,
 }
 
