@@ -42,6 +42,8 @@ pub(crate) enum Mutation {
     ForgetTier,
     /// A record of a retry topic runs before it is due.
     RunEarly,
+    /// Of what lies in retry and park topics since commits were lost, a record runs before an earlier one of its key.
+    RunAhead,
     /// The outcome of a record behind a failure counts, as it came in the same batch.
     UseBehind,
     /// What is to be one transaction is sent without one.
@@ -98,7 +100,7 @@ pub(crate) mod built_in {
     }
 
     /// All of them.
-    pub(crate) const ALL: [Mutation; 20] = [
+    pub(crate) const ALL: [Mutation; 21] = [
         Mutation::CommitEarly,
         Mutation::CommitNewest,
         Mutation::DropReply,
@@ -116,6 +118,7 @@ pub(crate) mod built_in {
         Mutation::HandOverEarly,
         Mutation::ForgetTier,
         Mutation::RunEarly,
+        Mutation::RunAhead,
         Mutation::UseBehind,
         Mutation::OutsideTransaction,
         Mutation::ForgetOffsets,

@@ -289,7 +289,8 @@ impl RouteLoop {
         {
             let Waiting { lane, job } = entry.remove();
             let (of, key, origin) = (self.source_of(job.slot), job.key, job.delivery.position.offset);
-            if lane.is_some() && self.parking(of).is_some_and(|parking| parking.waits(key, origin)) {
+            let ahead = mutation::is(Mutation::RunAhead);
+            if lane.is_some() && !ahead && self.parking(of).is_some_and(|parking| parking.waits(key, origin)) {
                 self.sides.sequence += 1;
                 self.sides.delayed.insert((now + BEHIND, self.sides.sequence), Waiting { lane, job });
                 continue;

@@ -59,7 +59,9 @@ impl Ledger {
         let one_by_one = self.plan.routes.iter().all(|route| route.batch.is_none());
         let again = copies().filter(|(_, copy)| copy.attempts + 1 == delivery.attempt).nth(1).is_some();
         let overtaken = holding.reached.iter().find(|(lane, later)| **later > offset && self.plan.same_lane(key, **lane));
-        if let Some((_, later)) = overtaken.filter(|_| one_by_one && offset < holding.position && !anew && !late && !read().any(|(_, copy)| copy.stale) && !again) {
+        if let Some((_, later)) =
+            overtaken.filter(|_| one_by_one && offset < holding.position && !anew && !late && !read().any(|(_, copy)| copy.stale) && !again)
+        {
             return Err(format!("{what} after {later} of its lane"));
         }
         let attempt = holding.failed.get(&offset).copied().unwrap_or(0) + 1;
