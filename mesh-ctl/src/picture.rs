@@ -199,13 +199,16 @@ fn head(view: &View<'_>) -> Vec<Vec<Cell>> {
     vec![first, vec![(all, Style::Plain)]]
 }
 
-/// What the marked route waits for: its line may have no room for that.
+/// The marked route: where it runs, and what it waits for, for which its line may have no room.
 fn detail(view: &View<'_>, look: Look) -> Vec<Cell> {
-    let said = view.flows.get(look.marked).filter(|flow| !flow.reason.is_empty()).map(|flow| {
-        let style = if flow.is_bad() { Style::Bad } else { Style::Warn };
-        vec![(format!("{}: ", flow.route), Style::Bold), (flow.reason.clone(), style)]
-    });
-    said.unwrap_or_default()
+    let Some(flow) = view.flows.get(look.marked) else { return Vec::new() };
+    let mut line = vec![(format!("{}: ", flow.route), Style::Bold)];
+    if !flow.reason.is_empty() {
+        line.push((format!("{}  ", flow.reason), if flow.is_bad() { Style::Bad } else { Style::Warn }));
+    }
+    let (at, partitions) = (count(flow.instances.into(), "instance"), count(flow.partitions.into(), "partition"));
+    line.push((format!("service {}, {partitions} at {at}", flow.service), Style::Plain));
+    line
 }
 
 fn foot(view: &View<'_>, look: Look, first: usize, room: usize) -> Vec<Cell> {
@@ -461,6 +464,7 @@ mod tests {
                 "a-route-with-quite-a-long-name-that-says-what-it-does  WAITING_FOR_SERVICE     0      0       0   40      3s       1       0     0  service pricing is not ther…",
             ]
         );
+        assert_eq!(lines[48], "price: service pricing, 2 partitions at 1 instance");
         assert_eq!(lines[49], "q quit  ↑↓ move  s sort (rate)  p hold  every 2s");
     }
 

@@ -17,6 +17,9 @@ use serde::Serialize;
 /// Records by how they ended.
 type Ends<T> = BTreeMap<String, T>;
 
+/// How long instances that have not reported twice are waited for, once it was watched as long as it was asked for, and how often it is looked.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(3);
+pub(crate) const AGAIN: Duration = Duration::from_millis(200);
 /// The shortest time between two reports from which a rate is taken.
 const LEAST: Duration = Duration::from_millis(200);
 
@@ -45,6 +48,13 @@ impl Rates {
             let old = before.remove(&status.instance);
             self.instances.insert(status.instance.clone(), Instance::after(old, status));
         }
+    }
+
+    /// Whether some live instance that runs routes has not reported twice yet.
+    pub(crate) fn lack(&self, mesh: &v1::GetStatusResponse) -> bool {
+        let live = mesh.instances.iter().filter(|instance| instance.state() != InstanceState::Lost && !instance.routes.is_empty());
+        let mut known = live.map(|instance| self.instances.get(&instance.instance).is_some_and(|known| !known.rates.is_empty()));
+        known.any(|known| !known)
     }
 
     /// Records a second by their end, of a route at an instance; `None` until that is known.
@@ -285,8 +295,10 @@ pub(crate) mod tests {
         let second = mesh(vec![report("a", 1, 102, 1_020, 0), report("b", 1, 80, 500, 7)]);
         rates.take(&second);
         assert_eq!(forwarded(&rates, &second), "10.0");
+        assert!(rates.lack(&second), "of `b` nothing is known yet");
         let third = mesh(vec![report("a", 1, 104, 1_060, 0), report("b", 1, 110, 620, 10)]);
         rates.take(&third);
+        assert!(!rates.lack(&third));
         let flow = flows(&third, None, &rates).pop().unwrap();
         let told = ["forwarded", "dead_lettered", "void"].map(|end| rate(flow.rate_of(end)));
         assert_eq!(told, ["24.0", "0.1", "0"]);

@@ -257,16 +257,17 @@ pub fn graph_with(table: &Table, format: GraphFormat, notes: &AllNotes) -> Strin
 /// The notes of a route on each of its edges.
 struct Noted<'a> {
     notes: Option<&'a Notes>,
-    /// Whether there are several edges of a kind: a note on one of them is about all.
+    /// Whether there are several sources, and several ways out: a note on one of them is about all.
     sources: bool,
     targets: bool,
 }
 
 impl<'a> Noted<'a> {
     fn new(edge: &Edge<'_>, notes: &'a AllNotes) -> Self {
-        let ways = edge.to();
-        let topics = ways.iter().filter(|(topic, _)| *topic != "void").count();
-        Self { notes: notes.get(edge.name), sources: edge.from().len() > 1, targets: topics > 1 }
+        // An answer goes one of these ways, to all topics of it.
+        let ways = edge.fields.to.iter().chain(edge.fields.cases.iter().flatten().map(|case| &case.to));
+        let ways = ways.filter(|way| matches!(way, To::Topics(_))).count();
+        Self { notes: notes.get(edge.name), sources: edge.from().len() > 1, targets: ways > 1 }
     }
 
     fn route(&self) -> &str {

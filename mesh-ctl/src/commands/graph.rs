@@ -1,5 +1,7 @@
 //! `mesh-ctl graph`: draws the routes, of a file or of the mesh; with `--live` with what flows through them.
 
+use std::time::{Duration, Instant};
+
 use mesh_proto::v1;
 use mesh_routing::{AllNotes, Notes, Table};
 use serde::Serialize;
@@ -9,7 +11,7 @@ use crate::{
     client,
     flags::{Form, Graph, GraphFormat},
     output::{Code, Failure, age},
-    rates::{Flow, Rates, flows, rate, short},
+    rates::{AGAIN, Flow, PATIENCE, Rates, flows, rate, short},
 };
 
 /// What `--live -o json` and `-o yaml` print.
@@ -63,9 +65,16 @@ async fn watch(context: &Context, flags: &Graph, table: &Table) -> Result<Vec<Fl
     rates.take(&look().await?);
     context.progress_line(&format!("watching for {} …", age(flags.interval)));
     tokio::time::sleep(flags.interval).await;
+    let until = Instant::now() + PATIENCE;
+    let mesh = loop {
+        let mesh = look().await?;
+        rates.take(&mesh);
+        if !rates.lack(&mesh) || Instant::now() >= until {
+            break mesh;
+        }
+        tokio::time::sleep(AGAIN).await;
+    };
     context.progress_over();
-    let mesh = look().await?;
-    rates.take(&mesh);
     Ok(flows(&mesh, Some(table), &rates))
 }
 
@@ -85,7 +94,7 @@ fn notes(flow: &Flow) -> Notes {
     );
     let mut from = vec![format!("{}/s", rate(flow.rate))];
     if flow.lag_records > 0 {
-        let seconds = std::time::Duration::try_from_secs_f64(flow.lag_seconds).unwrap_or_default();
+        let seconds = Duration::try_from_secs_f64(flow.lag_seconds).unwrap_or_default();
         from.push(format!("lag {}, {}", short(flow.lag_records), age(seconds)));
     }
     if flow.parked_records > 0 {

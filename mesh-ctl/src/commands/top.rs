@@ -16,7 +16,7 @@ use crate::{
     flags::{Form, Top},
     output::{Code, Failure, age},
     picture::{Look, View, draw, plain},
-    rates::{Flow, Rates, flows},
+    rates::{AGAIN, Flow, PATIENCE, Rates, flows},
     screen::{Key, Screen},
     view,
 };
@@ -53,10 +53,16 @@ pub(super) async fn run(context: &Context, flags: &Top) -> Result<Code, Failure>
     let mut rates = Rates::default();
     rates.take(&first.mesh);
     let mut shown = 0;
+    let until = Instant::now() + flags.interval + PATIENCE;
     loop {
         tokio::time::sleep(flags.interval).await;
-        let now = look(&mut client).await?;
+        let mut now = look(&mut client).await?;
         rates.take(&now.mesh);
+        while shown == 0 && rates.lack(&now.mesh) && Instant::now() < until {
+            tokio::time::sleep(AGAIN).await;
+            now = look(&mut client).await?;
+            rates.take(&now.mesh);
+        }
         let mut found = flows(&now.mesh, now.table.as_ref(), &rates);
         flags.sort.apply(&mut found);
         say(context, flags, &now.mesh, &found, shown > 0)?;

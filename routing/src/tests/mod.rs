@@ -188,7 +188,7 @@ fn notes_stand_at_the_edges() {
     let notes = AllNotes::from([("a".to_owned(), note.clone()), ("b".to_owned(), note), ("gone".to_owned(), Notes::default())]);
     let text = graph_with(&table, GraphFormat::Text, &notes);
     assert!(text.contains("  from in  [1/s]\n  to   out  [2/s]\n  dead a.dlq  [4/s]"), "{text}");
-    assert!(text.contains("  to   x  [in all 2/s]\n  to   y  [in all 2/s]"), "{text}");
+    assert!(text.contains("  to   x  [2/s]\n  to   y  [2/s]"), "each of both gets all: {text}");
     let dot = graph_with(&table, GraphFormat::Dot, &notes);
     assert!(dot.contains("\\nr\\\"\"") && dot.contains("\"in\" -> \"route a\" [label=\"1/s\"];"), "{dot}");
     let mermaid = graph_with(&table, GraphFormat::Mermaid, &notes);

@@ -1,12 +1,14 @@
 //! Looking after sidecars that run: drained, found ill, watched.
 
-use std::time::Duration;
+use std::{pin::pin, time::Duration};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use mesh_proto::v1::RouteState;
 use mesh_tests::{
+    broker::Broker,
     on_both,
     process::Output,
+    python::python,
     service::{Rule, Scenario, Service},
     sidecar::{Sidecar, routes_of},
     stage::Stage,
@@ -133,6 +135,8 @@ async fn diagnosed(stage: Stage) -> Result<()> {
     for check in ["brokers", "clocks", "own-topics", "instances", "authorization"] {
         ensure!(findings(&said, check).count() == 0, "{check} is well: {said:#}");
     }
+    let told = |check: &str| said["findings"].as_array().into_iter().flatten().any(|finding| finding["check"] == check);
+    ensure!(told("authorization") == stage.is_kafka(), "the embedded broker refuses nothing: {said:#}");
     let text = sidecar.ctl(&["doctor"]).await?;
     ensure!(
         text.status == Some(1) && text.stdout.contains("ERROR    routes") && text.stdout.contains("fix: start service away"),
@@ -150,4 +154,130 @@ async fn diagnosed(stage: Stage) -> Result<()> {
         lonely.kill9().await?;
     }
     sidecar.finish().await
+}
+
+on_both!(rates_stand_at_the_edges_and_in_top, rates);
+
+/// Publishes for as long as other work takes.
+async fn under_load<T>(sidecar: &Sidecar, topic: &str, work: impl Future<Output = Result<T>>) -> Result<T> {
+    let mut work = pin!(work);
+    for number in 0_u64.. {
+        let key = format!("k{}", number % 40);
+        let publishing = sidecar.publish(topic, Some(&key), "application/json", "{}");
+        tokio::select! {
+            done = &mut work => return done,
+            stored = publishing => drop(stored?),
+        }
+    }
+    bail!("the numbers are used up")
+}
+
+fn route<'a>(said: &'a Value, name: &str) -> Result<&'a Value> {
+    let found = said["routes"].as_array().into_iter().flatten().find(|route| route["route"] == name);
+    found.with_context(|| format!("no route {name}: {said:#}"))
+}
+
+async fn rates(stage: Stage) -> Result<()> {
+    let service = Service::native(Scenario::light()).await?;
+    let mut sidecars = vec![stage.sidecar("first").service("work", &service).start().await?];
+    if stage.is_kafka() {
+        sidecars.push(stage.sidecar("second").service("work", &service).start().await?);
+        // Asked is one that runs no route: what the others do it hears of.
+        sidecars.push(stage.sidecar("asked").start().await?);
+    }
+    let asked = sidecars.pop().context("a sidecar")?;
+    asked
+        .apply("{ topics: { %in: { partitions: 4 } }, routes: [{ name: work, service: work, from: [%in], handler: /work, to: [%out] }] }")
+        .await?;
+    asked.wait_running(&["work"]).await?;
+    let topic = stage.topic("in");
+
+    let live = ["graph", "--live", "--interval", "3s"];
+    let output = under_load(&asked, &topic, asked.ctl(&[&live[..], &["-o", "json"]].concat())).await?;
+    let said = json_of(&output)?;
+    let work = route(&said, "work")?;
+    ensure!(work["rates"]["forwarded"].as_f64().is_some_and(|rate| rate > 1.0), "{said:#}");
+    ensure!(
+        work["rate"] == work["rates"]["forwarded"] && work["from"] == json!([topic]) && work["to"] == json!([stage.topic("out")]),
+        "{said:#}"
+    );
+    let drawn = asked.ctl(&["graph", "--live", "--interval", "500ms"]).await?.success()?;
+    ensure!(drawn.contains(&format!("to   {}  [", stage.topic("out"))), "all instances have reported: {drawn}");
+
+    // One that is started again in between counts from its start: no rate is negative.
+    let mut first = if stage.is_kafka() { Some(sidecars.remove(0)) } else { None };
+    let looking = asked.ctl(&["top", "-n", "4", "--interval", "1s", "-o", "json"]);
+    let again = async {
+        if let Some(first) = &mut first {
+            first.kill9().await?;
+            first.start().await?;
+        }
+        anyhow::Ok(())
+    };
+    let output = under_load(&asked, &topic, async {
+        let (looked, restarted) = tokio::join!(looking, again);
+        restarted?;
+        looked
+    });
+    let output = output.await?;
+    let looks: Vec<Value> =
+        output.stdout.lines().map(serde_json::from_str).collect::<Result<_, _>>().with_context(|| format!("{output:?}"))?;
+    ensure!(output.status == Some(0) && looks.len() == 4, "{output:?}");
+    let mut busy = 0;
+    for look in &looks {
+        let work = route(look, "work")?;
+        let rate = work["rate"].as_f64();
+        ensure!(rate.is_none_or(|rate| rate >= 0.0), "{look:#}");
+        ensure!(work["rates"].as_object().into_iter().flatten().all(|(_, rate)| rate.as_f64().is_some_and(|rate| rate >= 0.0)), "{look:#}");
+        busy += usize::from(rate.is_some_and(|rate| rate > 1.0));
+    }
+    ensure!(busy > 0, "nothing flowed: {looks:#?}");
+    let table = asked.ctl(&["top", "--once", "--interval", "500ms"]).await?.success()?;
+    ensure!(table.contains("ROUTE") && table.contains("work") && table.contains("INSTANCE") && !table.contains('\x1b'), "{table}");
+    Ok(())
+}
+
+/// The full screen: keys are obeyed, nothing is wider or higher than the terminal, and the terminal is given back as it was.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn top_gives_the_terminal_back() -> Result<()> {
+    let Some(python) = python().await? else { return Ok(()) };
+    Stage::run(Broker::Embedded, async |stage| {
+        let service = Service::native(Scenario::light()).await?;
+        let sidecar = stage.sidecar("sidecar").service("work", &service).start().await?;
+        sidecar.apply(ROUTE).await?;
+        sidecar.wait_running(&["work"]).await?;
+        let program = mesh_tests::sidecar::binaries().await?.join("mesh-ctl");
+        let program = program.to_str().context("a path")?;
+        let admin = format!("http://{}", sidecar.admin_address());
+        for (end, columns, lines) in [("q", "80", "24"), ("SIGTERM", "20", "6")] {
+            let arguments = [
+                "--columns",
+                columns,
+                "--lines",
+                lines,
+                "--keys",
+                "sjp",
+                "--end",
+                end,
+                "--",
+                program,
+                "--admin",
+                &admin,
+                "top",
+                "--interval",
+                "500ms",
+            ];
+            let said = python.run("terminal.py", &arguments, Vec::new(), MINUTE).await?.success()?;
+            let said: Value = serde_json::from_str(&said)?;
+            ensure!(said["status"] == 0 && said["restored"] == true && said["left"] == true, "{end:?}: {said:#}");
+            let rows: Vec<&str> = said["screen"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+            let (columns, lines): (usize, usize) = (columns.parse()?, lines.parse()?);
+            ensure!(rows.len() <= lines && rows.iter().all(|row| row.chars().count() <= columns), "{said:#}");
+            ensure!(rows.iter().any(|row| row.starts_with("work")), "{said:#}");
+            // `s` sorts by what comes next, and `p` holds it.
+            ensure!(columns < 80 || rows.last().is_some_and(|foot| foot.contains("s sort (name)") && foot.ends_with("held")), "{said:#}");
+        }
+        sidecar.finish().await
+    })
+    .await
 }

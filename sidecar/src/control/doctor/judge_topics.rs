@@ -28,8 +28,8 @@ pub(super) fn of_table(found: &[TopicInfo], plan: &Plan, brokers: usize) -> Vec<
     }
     findings.extend(durability("topics", found, brokers));
     if findings.is_empty() {
-        let count = found.len();
-        findings.push(ok("topics", "", format!("{count} topics of the table: all partitions are led, and all replicas in sync")));
+        let how = if brokers > 0 { "all partitions are led, and all replicas in sync" } else { "they are there as it wants them" };
+        findings.push(ok("topics", "", format!("{} topics of the table: {how}", found.len())));
     }
     bounded("topics", findings)
 }
@@ -58,8 +58,9 @@ pub(super) fn own(found: &[TopicInfo], brokers: usize, settings: bool) -> Vec<Fi
     }
     findings.extend(durability("own-topics", found, brokers));
     if findings.is_empty() {
-        let what = if settings { "they are compacted where they must be, led, and in sync" } else { "they are led, and in sync" };
-        findings.push(ok("own-topics", "", what));
+        let compacted = if settings { "they are compacted where they must be" } else { "they are there" };
+        let led = if brokers > 0 { ", led, and in sync" } else { "" };
+        findings.push(ok("own-topics", "", format!("{compacted}{led}")));
     }
     findings
 }
