@@ -12,7 +12,9 @@ mod records;
 mod tables;
 
 pub(crate) use self::{operate::*, records::*};
-pub(crate) use tables::{Apply, Diff, History, How, Keys, KeysGenerate, KeysShow, Rollback, Side};
+pub(crate) use tables::{
+    Apply, Diff, History, How, Keys, KeysGenerate, KeysShow, Rollback, Rollout, RolloutAbort, RolloutPromote, RolloutStatus, Side,
+};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -112,6 +114,9 @@ pub(crate) enum Command {
     History(History),
     /// Bring the content of an earlier generation back, as a new generation.
     Rollback(Rollback),
+    /// Follow, promote and abort a table that some instances run before all do (`apply --canary`).
+    #[command(subcommand)]
+    Rollout(Rollout),
     /// Make and show the keys that sign routing tables.
     #[command(subcommand)]
     Keys(Keys),

@@ -278,7 +278,7 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn mesh(instances: Vec<v1::InstanceStatus>) -> v1::GetStatusResponse {
-        v1::GetStatusResponse { mesh: "shop".into(), generation: 3, instance: "a".into(), instances }
+        v1::GetStatusResponse { mesh: "shop".into(), generation: 3, instance: "a".into(), instances, rollout: None }
     }
 
     fn forwarded(rates: &Rates, mesh: &v1::GetStatusResponse) -> String {

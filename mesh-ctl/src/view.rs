@@ -56,6 +56,10 @@ pub(crate) struct Applied {
     pub(crate) signed_by: Option<String>,
     /// The generation whose content it is, in a rollback.
     pub(crate) rollback_to: Option<u64>,
+    /// Who runs it before all do.
+    pub(crate) canary: Option<String>,
+    /// The canary that it is, for all.
+    pub(crate) promotes: Option<u64>,
     pub(crate) changes: Vec<String>,
     pub(crate) new_routes: Vec<Backlog>,
     pub(crate) warnings: Vec<Fault>,
@@ -79,6 +83,8 @@ impl Applied {
             dry_run,
             signed_by: None,
             rollback_to: None,
+            canary: None,
+            promotes: None,
             changes: response.changes,
             new_routes: response.new_routes.into_iter().map(backlog).collect(),
             warnings: response.warnings.into_iter().map(Fault::from).collect(),
@@ -122,6 +128,12 @@ pub(crate) struct Generation {
     pub(crate) routes: Option<RouteCounts>,
     pub(crate) signed_by: Option<String>,
     pub(crate) refused: String,
+    /// Who runs it before all do.
+    pub(crate) canary: Option<String>,
+    /// How that was ended.
+    pub(crate) aborted: Option<String>,
+    /// The canary that it is, for all.
+    pub(crate) promotes: Option<u64>,
 }
 
 /// How many routes differ from the generation before.
@@ -148,6 +160,9 @@ impl History {
             routes: entry.routes.map(|v1::RouteCounts { added, changed, removed }| RouteCounts { added, changed, removed }),
             signed_by: entry.signature.map(|signature| signature.key_id),
             refused: entry.refused,
+            canary: Some(entry.canary).filter(|selector| !selector.is_empty()),
+            aborted: Some(entry.aborted).filter(|aborted| !aborted.is_empty()),
+            promotes: Some(entry.promotes).filter(|generation| *generation > 0),
         };
         let generations = response.generations.into_iter().map(generation).collect();
         Self { mesh: response.mesh, generation: response.generation, generations }
@@ -159,9 +174,53 @@ impl History {
 pub(crate) struct Mesh {
     pub(crate) mesh: String,
     pub(crate) generation: u64,
+    /// The newest generation, if it is a canary.
+    pub(crate) rollout: Option<Rollout>,
     pub(crate) instances: Vec<Instance>,
     /// Routes of the table in force whose service has no live instance: nobody delivers their records.
     pub(crate) unserved: Vec<Unserved>,
+}
+
+/// A canary.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Rollout {
+    /// `OPEN` or `ABORTED`.
+    pub(crate) state: &'static str,
+    pub(crate) generation: u64,
+    /// What the others run.
+    pub(crate) stable_generation: u64,
+    /// Who runs it.
+    pub(crate) selector: String,
+    pub(crate) dead_letters: u64,
+    pub(crate) max_dead_letters: u64,
+    pub(crate) refusals: u64,
+    pub(crate) max_refusals: u64,
+    pub(crate) applied: String,
+    pub(crate) applied_by: String,
+    pub(crate) message: String,
+    /// How it was ended.
+    pub(crate) aborted: Option<String>,
+}
+
+impl From<v1::Rollout> for Rollout {
+    fn from(rollout: v1::Rollout) -> Self {
+        let entry = rollout.entry.unwrap_or_default();
+        let v1::Canary { selector, max_dead_letters, max_refusals } = rollout.canary.unwrap_or_default();
+        Self {
+            state: if entry.aborted.is_empty() { "OPEN" } else { "ABORTED" },
+            generation: rollout.generation,
+            stable_generation: rollout.stable_generation,
+            selector,
+            dead_letters: rollout.dead_letters,
+            max_dead_letters,
+            refusals: rollout.refusals,
+            max_refusals,
+            applied: time(entry.applied_ms),
+            applied_by: entry.applied_by,
+            message: entry.message,
+            aborted: Some(entry.aborted).filter(|aborted| !aborted.is_empty()),
+        }
+    }
 }
 
 /// A route that nobody serves.
@@ -182,6 +241,10 @@ pub(crate) struct Instance {
     pub(crate) origin: &'static str,
     pub(crate) error: String,
     pub(crate) refused_generation: u64,
+    /// What it ought to run; 0 if the sidecar that answers does not tell.
+    pub(crate) target_generation: u64,
+    pub(crate) labels: BTreeMap<String, String>,
+    pub(crate) canary_dead_letters: u64,
     pub(crate) waiting: Vec<String>,
     pub(crate) version: String,
     pub(crate) reported: String,
@@ -239,12 +302,16 @@ impl Mesh {
             digest: instance.digest,
             error: instance.error,
             refused_generation: instance.refused_generation,
+            target_generation: instance.target_generation,
+            labels: instance.labels.into_iter().collect(),
+            canary_dead_letters: instance.canary_dead_letters,
             waiting: instance.waiting,
             version: instance.version,
             routes: instance.routes.into_iter().map(route).collect(),
         };
         let instances = response.instances.into_iter().map(instance).collect();
-        Self { mesh: response.mesh, generation: response.generation, instances, unserved }
+        let rollout = response.rollout.map(Rollout::from);
+        Self { mesh: response.mesh, generation: response.generation, rollout, instances, unserved }
     }
 }
 

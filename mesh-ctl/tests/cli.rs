@@ -103,6 +103,10 @@ impl v1::control_server::Control for Script {
         Err(Status::not_found("there is no such route"))
     }
 
+    async fn abort_rollout(&self, _: Request<v1::AbortRolloutRequest>) -> Result<Response<v1::AbortRolloutResponse>, Status> {
+        Err(Status::failed_precondition("no rollout is open"))
+    }
+
     async fn resume(&self, _: Request<v1::ResumeRequest>) -> Result<Response<v1::ResumeResponse>, Status> {
         Err(Status::not_found("there is no such route"))
     }
@@ -657,6 +661,42 @@ async fn a_table_is_signed_for_the_generation_that_it_becomes() {
         assert!(said.err.contains(why), "{}", said.err);
     }
     assert!(bench.script.0.lock().unwrap().applied.is_empty(), "nothing of these was proposed");
+}
+
+#[tokio::test]
+async fn a_canary_is_signed_for_those_that_it_chooses_and_promoted_as_it_is() {
+    use mesh_routing::sign::{PublicKey, Signed};
+    let bench = Bench::new().await;
+    bench.file("routes.yaml", TABLE);
+    let made = bench.run(&["keys", "generate", "--out", "mesh.key", "-o", "json"]).await.ends(0).json();
+    let key: PublicKey = made["public_key"].as_str().unwrap().parse().unwrap();
+    let digest = mesh_routing::parse("t", TABLE).unwrap().digest();
+    let rollout = v1::Rollout { generation: 7, stable_generation: 6, ..v1::Rollout::default() };
+    bench.script.set(|state| {
+        state.history = v1::GetHistoryResponse { generation: 7, ..v1::GetHistoryResponse::default() };
+        state.apply = Some(Ok(v1::ApplyResponse { generation: 8, changed: true, ..v1::ApplyResponse::default() }));
+        state.table = Some(in_force(TABLE, 7));
+        state.status = vec![v1::GetStatusResponse { rollout: Some(rollout), ..mesh(7, Vec::new()) }];
+    });
+    let canary = ["--canary", "percent=10,service=pricing", "--max-dead-letters", "5", "--max-refusals", "1"];
+    let said = bench.run(&[&["apply", "-f", "routes.yaml", "--sign-key", "mesh.key"][..], &canary].concat()).await.ends(0);
+    assert!(said.out.contains("applied generation 8, a canary for service=pricing percent=10"), "{}", said.out);
+    let asked = bench.script.0.lock().unwrap().applied.pop().unwrap();
+    let told = asked.canary.unwrap();
+    assert_eq!((&*told.selector, told.max_dead_letters, told.max_refusals), ("service=pricing percent=10", 5, 1));
+    let place = Signed { mesh: "shop", channel: "canary service=pricing percent=10", generation: 8, digest: &digest };
+    assert!(key.verifies(&place, &asked.signature.unwrap().ed25519));
+
+    let said = bench.run(&["rollout", "promote", "--sign-key", "mesh.key"]).await.ends(0);
+    assert!(said.out.contains("applied generation 8, the canary of generation 7, for all"), "{}", said.out);
+    let asked = bench.script.0.lock().unwrap().applied.pop().unwrap();
+    assert_eq!((asked.promotes, asked.expected_generation, asked.canary), (7, Some(7), None));
+    let place = Signed { mesh: "shop", channel: "stable", generation: 8, digest: &digest };
+    assert!(key.verifies(&place, &asked.signature.unwrap().ed25519));
+    bench.run(&["rollout", "promote", "--generation", "6"]).await.ends(3);
+    bench.run(&["rollout", "abort"]).await.ends(1);
+    let said = bench.run(&["apply", "-f", "routes.yaml", "--canary", "zone=a"]).await.ends(2);
+    assert!(said.err.contains("which is none of service=NAME"), "{}", said.err);
 }
 
 #[tokio::test]

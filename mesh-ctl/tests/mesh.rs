@@ -1,7 +1,7 @@
 //! The binary against real control planes: two instances over one embedded broker.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test panics on purpose")]
 
-use std::{net::SocketAddr, path::Path, process::Output, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, path::Path, process::Output, sync::Arc, time::Duration};
 
 use mesh_sidecar::{
     api::admin::{self, AdminService},
@@ -38,6 +38,7 @@ impl Instance {
             mesh: "shop".into(),
             services: vec![ServiceConfig { name: "pricing".into(), app: None, publish: None, subscribe: None, token_file: None }],
             instance: Some(name.to_owned()),
+            labels: BTreeMap::new(),
             state: folder.join(name),
             broker: BrokerConfig::Embedded { path: folder.to_owned() },
             table: pinned.map(Path::to_owned),

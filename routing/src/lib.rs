@@ -23,6 +23,7 @@
 //! lends its stack to the compiler of expressions.
 //! Invariant: no text, record or reply makes it panic or run without bound.
 
+pub mod channel;
 mod check;
 mod compile;
 mod diff;

@@ -23,7 +23,7 @@ const PRIVATE: &str = "ed25519-private:";
 pub struct Signed<'a> {
     /// The mesh.
     pub mesh: &'a str,
-    /// The channel, such as [`STABLE`].
+    /// The text of the [channel](crate::channel::Channel).
     pub channel: &'a str,
     /// The generation that carries the table.
     pub generation: u64,

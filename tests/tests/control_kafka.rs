@@ -35,6 +35,7 @@ async fn start(bootstrap: &str, name: &str, folder: &Path) -> (ControlHandle, Ar
         mesh: "shop".into(),
         services: vec![ServiceConfig { name: "pricing".into(), app: None, publish: None, subscribe: None, token_file: None }],
         instance: Some(name.to_owned()),
+        labels: BTreeMap::new(),
         state: folder.join(name),
         broker: BrokerConfig::Kafka(keys.clone()),
         table: None,

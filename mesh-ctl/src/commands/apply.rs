@@ -2,7 +2,7 @@
 
 use super::{
     Context,
-    propose::{self, Proposal},
+    propose::{self, Canary, Proposal},
 };
 use crate::{
     client,
@@ -13,7 +13,12 @@ use crate::{
 pub(super) async fn run(context: &Context, flags: &Apply) -> Result<Code, Failure> {
     let text = flags.file.read()?;
     let mut client = client::connect(&context.admin).await?;
+    let canary = flags.canary.clone().map(|selector| Canary {
+        selector,
+        max_dead_letters: flags.max_dead_letters,
+        max_refusals: flags.max_refusals,
+    });
     let expected = flags.how.expect_generation;
-    let proposal = Proposal { name: flags.file.name(), text, expected, rollback_to: None, how: &flags.how };
+    let proposal = Proposal { expected, canary, ..Proposal::new(flags.file.name(), text, &flags.how) };
     propose::run(context, &mut client, proposal).await
 }

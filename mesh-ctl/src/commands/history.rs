@@ -22,6 +22,11 @@ pub(super) async fn run(context: &Context, flags: &History) -> Result<Code, Fail
         Some(form @ (Form::Json | Form::Yaml)) => context.print_document(form, &history)?,
         None | Some(Form::Table) => {
             context.print(&text(context, &history))?;
+            for generation in &history.generations {
+                if let Some(aborted) = &generation.aborted {
+                    context.note(&format!("generation {} was {aborted}", generation.generation));
+                }
+            }
             for generation in history.generations.iter().filter(|generation| !generation.refused.is_empty()) {
                 context.note(&format!("generation {} is refused by this sidecar: {}", generation.generation, generation.refused));
             }
@@ -37,12 +42,15 @@ fn text(context: &Context, history: &view::History) -> String {
     for generation in &history.generations {
         let state = match generation {
             _ if !generation.refused.is_empty() => ("REFUSED".to_owned(), Style::Bad),
+            _ if generation.aborted.is_some() => ("ABORTED".to_owned(), Style::Bad),
+            _ if generation.canary.is_some() && generation.generation == history.generation => ("CANARY".to_owned(), Style::Warn),
             _ if generation.in_force => ("IN FORCE".to_owned(), Style::Good),
             _ => plain("-"),
         };
-        let from = match generation.rollback_to {
-            Some(old) => format!("rollback to {old}"),
-            None => generation.source.clone(),
+        let from = match (generation.rollback_to, generation.promotes) {
+            (Some(old), _) => format!("rollback to {old}"),
+            (None, Some(canary)) => format!("promotes {canary}"),
+            (None, None) => generation.source.clone(),
         };
         let routes = match &generation.routes {
             Some(view::RouteCounts { added, changed, removed }) => format!("+{added} ~{changed} -{removed}"),

@@ -19,6 +19,7 @@ mod release;
 mod replay;
 mod reset;
 mod rollback;
+mod rollout;
 mod shell;
 mod status;
 mod tail;
@@ -64,6 +65,7 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<Code, Fai
         Command::Diff(flags) => diff::run(context, &flags).await,
         Command::History(flags) => history::run(context, &flags).await,
         Command::Rollback(flags) => rollback::run(context, &flags).await,
+        Command::Rollout(command) => rollout::run(context, &command).await,
         Command::Keys(command) => keys::run(context, &command),
         Command::Status(flags) => status::run(context, &flags).await,
         Command::Graph(flags) => graph::run(context, &flags).await,

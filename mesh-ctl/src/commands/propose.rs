@@ -1,10 +1,13 @@
-//! Proposes a table to the mesh, signed if there is a key: what `apply` and `rollback` have in common.
+//! Proposes a table to the mesh, signed if there is a key: what `apply`, `rollback` and `rollout promote` have in common.
 //!
 //! Invariant: what is signed is what this program read itself, and the sidecar reads the same: a signature is never made for a digest
 //! that somebody else computed.
 
 use mesh_proto::v1;
-use mesh_routing::sign::{STABLE, Signed, SigningKey};
+use mesh_routing::{
+    channel::{Channel, Selector},
+    sign::{Signed, SigningKey},
+};
 
 use super::{Context, fault, keys, wait};
 use crate::{
@@ -24,8 +27,26 @@ pub(super) struct Proposal<'a> {
     pub(super) expected: Option<u64>,
     /// The generation whose content it is, in a rollback.
     pub(super) rollback_to: Option<u64>,
+    /// Who runs it before all do.
+    pub(super) canary: Option<Canary>,
+    /// The canary that it is, for all.
+    pub(super) promotes: Option<u64>,
     /// How it is applied.
     pub(super) how: &'a How,
+}
+
+/// Who runs a table before all do, and when that is aborted.
+pub(super) struct Canary {
+    pub(super) selector: Selector,
+    pub(super) max_dead_letters: u64,
+    pub(super) max_refusals: u64,
+}
+
+impl<'a> Proposal<'a> {
+    /// A table for all, whatever is in force.
+    pub(super) fn new(name: String, text: String, how: &'a How) -> Self {
+        Self { name, text, expected: None, rollback_to: None, canary: None, promotes: None, how }
+    }
 }
 
 /// Proposes a table, says what came of it, and waits for the mesh if told so.
@@ -53,9 +74,21 @@ pub(super) async fn run(context: &Context, client: &mut Client, proposal: Propos
         applied_by: whoami(),
         message: how.message.clone().unwrap_or_default(),
         rollback_to: proposal.rollback_to.unwrap_or(0),
+        canary: proposal.canary.as_ref().map(|canary| v1::Canary {
+            selector: canary.selector.to_string(),
+            max_dead_letters: canary.max_dead_letters,
+            max_refusals: canary.max_refusals,
+        }),
+        promotes: proposal.promotes.unwrap_or(0),
     };
     let response = client.apply(client::request(message, client::APPLY)).await.map_err(|status| client::refused(&status))?;
-    let applied = view::Applied { signed_by, rollback_to: proposal.rollback_to, ..view::Applied::new(response.into_inner(), how.dry_run) };
+    let applied = view::Applied {
+        signed_by,
+        rollback_to: proposal.rollback_to,
+        canary: proposal.canary.as_ref().map(|canary| canary.selector.to_string()),
+        promotes: proposal.promotes,
+        ..view::Applied::new(response.into_inner(), how.dry_run)
+    };
     let code = conclude(context, &proposal, &applied)?;
     if how.wait {
         wait::run(context, client, applied.generation, how.timeout).await?;
@@ -89,7 +122,8 @@ async fn sign(
     let request = client::request(v1::GetHistoryRequest { limit: 1 }, client::ASK);
     let newest = client.get_history(request).await.map_err(|status| client::refused(&status))?.into_inner().generation;
     let base = proposal.expected.unwrap_or(newest);
-    let signed = Signed { mesh: &table.mesh, channel: STABLE, generation: base.saturating_add(1), digest: &digest };
+    let channel = proposal.canary.as_ref().map_or(Channel::Stable, |canary| Channel::Canary(canary.selector.clone())).to_string();
+    let signed = Signed { mesh: &table.mesh, channel: &channel, generation: base.saturating_add(1), digest: &digest };
     Ok(Ok((base, v1::TableSignature { key_id: key.public().id().to_owned(), ed25519: key.sign(&signed).into() })))
 }
 
@@ -137,7 +171,12 @@ fn said(context: &Context, applied: &view::Applied) -> String {
         }
     }
     let view::Applied { generation, digest, .. } = applied;
-    let content = applied.rollback_to.map(|old| format!(", the content of generation {old}")).unwrap_or_default();
+    let content = match (applied.rollback_to, applied.promotes, &applied.canary) {
+        (Some(old), ..) => format!(", the content of generation {old}"),
+        (None, Some(canary), _) => format!(", the canary of generation {canary}, for all"),
+        (None, None, Some(selector)) => format!(", a canary for {selector}"),
+        (None, None, None) => String::new(),
+    };
     out + &match (applied.dry_run, applied.changed) {
         (true, _) if applied.changes.is_empty() => format!("dry run: generation {generation} is this table already ({digest})\n"),
         (true, _) => format!("dry run: nothing was applied, generation {generation} stays in force\n"),

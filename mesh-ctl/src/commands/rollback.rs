@@ -3,7 +3,10 @@
 //! Invariant: it is applied onto the generation that was in force when it began, or not at all.
 
 use mesh_proto::v1;
-use mesh_routing::sign::{STABLE, Signed};
+use mesh_routing::{
+    channel::Channel,
+    sign::{PublicKey, Signed},
+};
 
 use super::{
     Context, keys,
@@ -28,23 +31,30 @@ pub(super) async fn run(context: &Context, flags: &Rollback) -> Result<Code, Fai
     })?;
     let old = old.into_inner();
     if let Some(file) = &flags.how.sign_key {
-        let key = keys::read(context, file)?.public();
-        let known = mesh_routing::parse("the generation", &old.json).is_ok_and(|table| {
-            let digest = table.digest();
-            let place = Signed { mesh: &table.mesh, channel: STABLE, generation: flags.generation, digest: &digest };
-            let signature = old.entry.as_ref().and_then(|entry| entry.signature.as_ref());
-            signature.is_some_and(|signature| key.verifies(&place, &signature.ed25519))
-        });
-        if !known {
-            // A sidecar that lies would have it signed.
-            context.note(&format!(
-                "generation {} was not signed by this key: what is signed now is what the sidecar at {} says it was; look at the changes",
-                flags.generation, context.admin
-            ));
-        }
+        note_unknown(context, &keys::read(context, file)?.public(), &old);
     }
     let expected = Some(flags.how.expect_generation.unwrap_or(history.generation));
     let name = format!("generation {}", flags.generation);
-    let proposal = Proposal { name, text: old.json, expected, rollback_to: Some(flags.generation), how: &flags.how };
+    let proposal = Proposal { expected, rollback_to: Some(flags.generation), ..Proposal::new(name, old.json, &flags.how) };
     propose::run(context, &mut client, proposal).await
+}
+
+/// Says so if an earlier table that is to be signed was not signed by this key: a sidecar that lies would have it signed.
+pub(super) fn note_unknown(context: &Context, key: &PublicKey, old: &v1::GetTableResponse) {
+    let entry = old.entry.clone().unwrap_or_default();
+    let known = mesh_routing::parse("the generation", &old.json).is_ok_and(|table| {
+        let channel = match entry.canary.parse() {
+            Ok(selector) => Channel::Canary(selector),
+            Err(_) => Channel::Stable,
+        };
+        let (digest, channel) = (table.digest(), channel.to_string());
+        let place = Signed { mesh: &table.mesh, channel: &channel, generation: old.generation, digest: &digest };
+        entry.signature.as_ref().is_some_and(|signature| key.verifies(&place, &signature.ed25519))
+    });
+    if !known {
+        context.note(&format!(
+            "generation {} was not signed by this key: what is signed now is what the sidecar at {} says it was; look at the changes",
+            old.generation, context.admin
+        ));
+    }
 }

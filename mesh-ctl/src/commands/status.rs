@@ -47,7 +47,15 @@ fn text(context: &Context, mesh: &view::Mesh) -> String {
             // The asked sidecar has not read the mesh's table: it runs a copy, a file, or nothing.
             0 if mesh.instances.iter().any(|instance| instance.generation > 0) => "its table is not known there yet".to_owned(),
             0 => "no table applied yet".to_owned(),
-            generation => format!("generation {generation}"),
+            generation => match &mesh.rollout {
+                None => format!("generation {generation}"),
+                Some(rollout) if rollout.aborted.is_some() => {
+                    format!("generation {} (generation {generation}, a canary, was aborted)", rollout.stable_generation)
+                }
+                Some(rollout) => {
+                    format!("generation {}, and generation {generation}, a canary, for {}", rollout.stable_generation, rollout.selector)
+                }
+            },
         };
         out += &format!("mesh {}, {generation}, as seen from {}\n\n", mesh.mesh, context.admin);
     }

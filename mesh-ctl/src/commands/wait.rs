@@ -153,6 +153,11 @@ impl Picture {
     }
 }
 
+/// How a canary was ended; `None` while it is open.
+fn ended(rollout: &v1::Rollout) -> Option<String> {
+    rollout.entry.as_ref().map(|entry| entry.aborted.clone()).filter(|aborted| !aborted.is_empty())
+}
+
 /// The line of a state that no instance has.
 fn empty(stand: Stand) -> String {
     format!("{:<8} 0", stand.word())
@@ -167,7 +172,14 @@ fn news<'a>(before: &[(Stand, String)], now: &'a [(Stand, String)]) -> Vec<&'a s
     changed.map(|(_, (_, line))| line.as_str()).collect()
 }
 
-/// Waits until all live instances run the generation.
+/// Those that ought to run the generation: all, or those that a canary chooses.
+fn concerned(mut instances: Vec<v1::InstanceStatus>, generation: u64) -> Vec<v1::InstanceStatus> {
+    // A sidecar of an older version does not tell: there every instance ought to run the newest.
+    instances.retain(|instance| instance.target_generation == 0 || instance.target_generation >= generation);
+    instances
+}
+
+/// Waits until all live instances that ought to do so run the generation.
 pub(super) async fn run(context: &Context, client: &mut Client, generation: u64, limit: Duration) -> Result<(), Failure> {
     let begin = Instant::now();
     let mut picture = Picture::default();
@@ -190,9 +202,17 @@ pub(super) async fn run(context: &Context, client: &mut Client, generation: u64,
                 });
             }
         };
-        picture.show(context, lines(&status.instances, generation), generation, begin.elapsed());
-        let all = |wanted: Stand| status.instances.iter().filter(move |one| Stand::of(one, generation) == wanted);
-        let awaited: Vec<_> = status.instances.iter().filter(|one| Stand::of(one, generation).is_awaited()).collect();
+        if let Some(ended) = status.rollout.as_ref().filter(|rollout| rollout.generation == generation).and_then(ended) {
+            return Err(Failure::Said {
+                code: Code::No,
+                message: format!("generation {generation} is a canary that is over: {ended}"),
+                hint: "`mesh-ctl rollout status` tells what its instances reported".into(),
+            });
+        }
+        let instances = concerned(status.instances, generation);
+        picture.show(context, lines(&instances, generation), generation, begin.elapsed());
+        let all = |wanted: Stand| instances.iter().filter(move |one| Stand::of(one, generation) == wanted);
+        let awaited: Vec<_> = instances.iter().filter(|one| Stand::of(one, generation).is_awaited()).collect();
 
         let refused = all(Stand::Nacked).count();
         let refused_for = refused_since.filter(|_| refused > 0).map(|since| since.elapsed());

@@ -1,19 +1,85 @@
-//! The flags of what changes and compares tables: `apply`, `rollback`, `diff`, `history`, `keys`.
+//! The flags of what changes and compares tables: `apply`, `rollback`, `rollout`, `diff`, `history`, `keys`.
 
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use clap::{Args, Subcommand};
+use mesh_routing::channel::Selector;
 
 use super::Source;
 
 /// `apply`.
 #[derive(Debug, Args)]
+#[command(after_help = APPLY_HELP)]
 pub(crate) struct Apply {
     /// The file; `-` is stdin.
     #[arg(short, long, value_name = "FILE")]
     pub(crate) file: Source,
     #[command(flatten)]
     pub(crate) how: How,
+    /// Only these instances run it, until it is promoted or aborted (`rollout`): of services, of instances, with labels, a share of them. What is
+    /// given of different kinds must all fit.
+    #[arg(long, value_name = "SELECTOR", help_heading = "Canary")]
+    pub(crate) canary: Option<Selector>,
+    /// Abort the canary when its instances have more dead letters than this, together, since they took it.
+    #[arg(long, value_name = "N", default_value = "0", requires = "canary", help_heading = "Canary")]
+    pub(crate) max_dead_letters: u64,
+    /// Abort the canary when more instances than this refuse it.
+    #[arg(long, value_name = "N", default_value = "0", requires = "canary", help_heading = "Canary")]
+    pub(crate) max_refusals: u64,
+}
+
+const APPLY_HELP: &str = "\
+Examples:
+  mesh-ctl apply -f routes.yaml --dry-run
+  mesh-ctl apply -f routes.yaml --message 'prices are rounded' --wait
+  mesh-ctl apply -f routes.yaml --canary service=pricing,percent=10 --max-dead-letters 5 --wait
+  mesh-ctl apply -f routes.yaml --canary label.zone=a,label.stage=early
+  mesh-ctl apply -f routes.yaml --canary instance=pricing-0,instance=pricing-1";
+
+/// `rollout`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Rollout {
+    /// Show the canary: who runs it, what it counts, how it ended.
+    Status(RolloutStatus),
+    /// Apply the canary's table to all, as a new generation.
+    Promote(RolloutPromote),
+    /// End the canary: its instances go back to what the others run.
+    Abort(RolloutAbort),
+}
+
+/// `rollout status`.
+#[derive(Debug, Args)]
+pub(crate) struct RolloutStatus {
+    /// Show it again and again, every 2 s or as often as given.
+    #[arg(long, value_name = "TIME", num_args = 0..=1, default_missing_value = "2s", value_parser = humantime::parse_duration)]
+    pub(crate) watch: Option<Duration>,
+}
+
+/// `rollout promote`.
+#[derive(Debug, Args)]
+pub(crate) struct RolloutPromote {
+    /// Only if this generation is the canary.
+    #[arg(long, value_name = "N")]
+    pub(crate) generation: Option<u64>,
+    #[command(flatten)]
+    pub(crate) how: How,
+}
+
+/// `rollout abort`.
+#[derive(Debug, Args)]
+pub(crate) struct RolloutAbort {
+    /// Only if this generation is the canary.
+    #[arg(long, value_name = "N")]
+    pub(crate) generation: Option<u64>,
+    /// Why, for those who look at `rollout status` and `history`.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: Option<String>,
+    /// Wait until no live instance runs it any more.
+    #[arg(long)]
+    pub(crate) wait: bool,
+    /// How long that may take.
+    #[arg(long, value_name = "TIME", default_value = "2m", value_parser = humantime::parse_duration, requires = "wait")]
+    pub(crate) timeout: Duration,
 }
 
 /// `rollback`.

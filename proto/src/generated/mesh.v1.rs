@@ -1950,6 +1950,25 @@ pub struct ApplyRequest {
     /// The generation whose content this is, in a rollback; 0: it is none.
     #[prost(uint64, tag = "8")]
     pub rollback_to: u64,
+    /// A canary: it is run by the instances that this chooses, until it is promoted or aborted. Absent: by all.
+    #[prost(message, optional, tag = "6")]
+    pub canary: ::core::option::Option<Canary>,
+    /// The open canary that is promoted: its table is applied to all; 0: none is.
+    #[prost(uint64, tag = "9")]
+    pub promotes: u64,
+}
+/// A table that some instances run before all do.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Canary {
+    /// Who runs it: `service=pricing,label.zone=a,percent=10`.
+    #[prost(string, tag = "1")]
+    pub selector: ::prost::alloc::string::String,
+    /// It is aborted when the instances that run it have more dead letters than this since they took it.
+    #[prost(uint64, tag = "2")]
+    pub max_dead_letters: u64,
+    /// It is aborted when more instances than this refuse it.
+    #[prost(uint64, tag = "3")]
+    pub max_refusals: u64,
 }
 /// The signature of a table in its place: ed25519 over mesh, channel, generation and digest.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2084,6 +2103,15 @@ pub struct Generation {
     /// Why this sidecar refuses it. Empty if it does not.
     #[prost(string, tag = "11")]
     pub refused: ::prost::alloc::string::String,
+    /// Who runs it, of a canary. Empty if all do.
+    #[prost(string, tag = "12")]
+    pub canary: ::prost::alloc::string::String,
+    /// How the canary was ended. Empty if it was not, or is none.
+    #[prost(string, tag = "13")]
+    pub aborted: ::prost::alloc::string::String,
+    /// The canary that it promotes; 0: none.
+    #[prost(uint64, tag = "14")]
+    pub promotes: u64,
 }
 /// How many routes differ between two tables.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2120,6 +2148,31 @@ pub struct GetStatusResponse {
     /// The instance that answers.
     #[prost(string, tag = "4")]
     pub instance: ::prost::alloc::string::String,
+    /// The newest generation, if it is a canary. Absent otherwise.
+    #[prost(message, optional, tag = "5")]
+    pub rollout: ::core::option::Option<Rollout>,
+}
+/// A canary: how far it is.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Rollout {
+    /// Its generation.
+    #[prost(uint64, tag = "1")]
+    pub generation: u64,
+    /// The generation that the others run.
+    #[prost(uint64, tag = "2")]
+    pub stable_generation: u64,
+    /// Who runs it, and when it is aborted.
+    #[prost(message, optional, tag = "3")]
+    pub canary: ::core::option::Option<Canary>,
+    /// Dead letters of the instances that run it, since they took it.
+    #[prost(uint64, tag = "4")]
+    pub dead_letters: u64,
+    /// Instances that refuse it.
+    #[prost(uint64, tag = "5")]
+    pub refusals: u64,
+    /// Its entry in the history; `aborted` says how it ended.
+    #[prost(message, optional, tag = "6")]
+    pub entry: ::core::option::Option<Generation>,
 }
 /// The state of one running sidecar.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -2163,6 +2216,18 @@ pub struct InstanceStatus {
     /// When its process began, in milliseconds since 1970-01-01 UTC: it counts from then on. 0: not known.
     #[prost(int64, tag = "13")]
     pub started_ms: i64,
+    /// Its labels.
+    #[prost(map = "string, string", tag = "14")]
+    pub labels: ::std::collections::HashMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    /// The generation that it ought to run.
+    #[prost(uint64, tag = "15")]
+    pub target_generation: u64,
+    /// Dead letters since it took the newest canary, if it runs that or did.
+    #[prost(uint64, tag = "16")]
+    pub canary_dead_letters: u64,
 }
 /// The state of a route at one instance.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -3009,6 +3074,29 @@ pub struct TraceResponse {
     /// The traces that its records carry: each is a question of its own, and may have more records.
     #[prost(string, repeated, tag = "4")]
     pub traces: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+/// Asks for the end of a rollout.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AbortRolloutRequest {
+    /// The canary's generation; 0: whichever is open.
+    #[prost(uint64, tag = "1")]
+    pub generation: u64,
+    /// Why.
+    #[prost(string, tag = "2")]
+    pub reason: ::prost::alloc::string::String,
+    /// Who asks, where the connection does not tell.
+    #[prost(string, tag = "3")]
+    pub by: ::prost::alloc::string::String,
+}
+/// The rollout is over.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AbortRolloutResponse {
+    /// The generation of the canary.
+    #[prost(uint64, tag = "1")]
+    pub generation: u64,
+    /// The generation that all run now.
+    #[prost(uint64, tag = "2")]
+    pub stable_generation: u64,
 }
 /// Where a table came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
@@ -3988,6 +4076,31 @@ pub mod control_client {
             req.extensions_mut().insert(GrpcMethod::new("mesh.v1.Control", "Diagnose"));
             self.inner.unary(req, path, codec).await
         }
+        /// Ends the rollout that is open: the instances of its canary go back to the table that the others run.
+        pub async fn abort_rollout(
+            &mut self,
+            request: impl tonic::IntoRequest<super::AbortRolloutRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::AbortRolloutResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/mesh.v1.Control/AbortRollout",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("mesh.v1.Control", "AbortRollout"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -4216,6 +4329,14 @@ pub mod control_server {
             request: tonic::Request<super::DiagnoseRequest>,
         ) -> std::result::Result<
             tonic::Response<super::DiagnoseResponse>,
+            tonic::Status,
+        >;
+        /// Ends the rollout that is open: the instances of its canary go back to the table that the others run.
+        async fn abort_rollout(
+            &self,
+            request: tonic::Request<super::AbortRolloutRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::AbortRolloutResponse>,
             tonic::Status,
         >;
     }
@@ -5479,6 +5600,51 @@ pub mod control_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = DiagnoseSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/mesh.v1.Control/AbortRollout" => {
+                    #[allow(non_camel_case_types)]
+                    struct AbortRolloutSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::UnaryService<super::AbortRolloutRequest>
+                    for AbortRolloutSvc<T> {
+                        type Response = super::AbortRolloutResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::AbortRolloutRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::abort_rollout(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = AbortRolloutSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -20,7 +20,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::{guard::Principal, produce};
 use crate::{
     broker::{BrokerError, BrokerErrorKind},
-    control::{ApplyError, ApplyOptions, Control, OperationError},
+    control::{ApplyError, ApplyOptions, CanaryOptions, Control, OperationError},
     publish::Publisher,
 };
 
@@ -91,6 +91,8 @@ impl v1::control_server::Control for AdminService {
             applied_by: by.clone(),
             message: request.message,
             rollback_to: Some(request.rollback_to).filter(|generation| *generation > 0),
+            canary: request.canary.map(canary).transpose()?,
+            promotes: Some(request.promotes).filter(|generation| *generation > 0),
         };
         let response = match self.control.apply(&table.file, &table.text, options).await {
             Ok(applied) => {
@@ -204,6 +206,12 @@ impl v1::control_server::Control for AdminService {
         Ok(Response::new(v1::ResumeResponse { changed }))
     }
 
+    async fn abort_rollout(&self, request: Request<v1::AbortRolloutRequest>) -> Result<Response<v1::AbortRolloutResponse>, Status> {
+        let by = Principal::of(&request, &request.get_ref().by);
+        let v1::AbortRolloutRequest { generation, reason, .. } = request.into_inner();
+        self.control.abort_rollout(generation, by, reason).await.map(Response::new).map_err(|error| operation_status(&error))
+    }
+
     type PlanStream = Streamed<v1::PlanProgress>;
 
     async fn plan(&self, request: Request<v1::PlanRequest>) -> Result<Response<Self::PlanStream>, Status> {
@@ -301,6 +309,12 @@ fn check_signature(signature: Option<&v1::TableSignature>) -> Result<(), Status>
     Ok(())
 }
 
+fn canary(canary: v1::Canary) -> Result<CanaryOptions, Status> {
+    let v1::Canary { selector, max_dead_letters, max_refusals } = canary;
+    let selector = selector.parse().map_err(|error| Status::invalid_argument(format!("`canary.selector`: {selector:?} {error}")))?;
+    Ok(CanaryOptions { selector, max_dead_letters, max_refusals })
+}
+
 fn faults(faults: Vec<Fault>) -> Vec<v1::Fault> {
     let convert = |Fault { file, line, column, field, message, hint, code }| v1::Fault {
         file,
@@ -369,9 +383,9 @@ fn status(error: &ApplyError) -> Status {
     let message = error.to_string();
     match error {
         ApplyError::Faults(_) => Status::invalid_argument(message),
-        ApplyError::Pinned { .. } | ApplyError::Untrusted(_) => Status::failed_precondition(message),
+        ApplyError::Pinned { .. } | ApplyError::Untrusted(_) | ApplyError::Open { .. } => Status::failed_precondition(message),
         // Compare-and-set failed: read, and try again.
-        ApplyError::Expected { .. } | ApplyError::Lost { .. } => Status::aborted(message),
+        ApplyError::Expected { .. } | ApplyError::Lost { .. } | ApplyError::NotOpen { .. } => Status::aborted(message),
         ApplyError::NotReady(_) => Status::unavailable(message),
         ApplyError::Broker(broker) => broker_status(broker, message),
         ApplyError::Refused(_) => Status::failed_precondition(message),

@@ -97,6 +97,7 @@ pub(crate) fn config(services: &[&str]) -> Config {
             .map(|name| ServiceConfig { name: (*name).into(), app: None, publish: None, subscribe: None, token_file: None })
             .collect(),
         instance: None,
+        labels: BTreeMap::new(),
         state: "state".into(),
         broker: BrokerConfig::Kafka(BTreeMap::new()),
         table: None,

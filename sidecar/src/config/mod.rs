@@ -64,6 +64,8 @@ pub struct Config {
     pub services: Vec<ServiceConfig>,
     /// The instance's stable name; set means static membership.
     pub instance: Option<String>,
+    /// What it is chosen by, for a canary.
+    pub labels: BTreeMap<String, String>,
     /// The folder of the table cache.
     pub state: PathBuf,
     /// The broker.

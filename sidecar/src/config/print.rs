@@ -31,6 +31,10 @@ pub fn print(config: &Config) -> String {
     if let Some(instance) = &config.instance {
         line(format!("instance: {}", quote(instance)));
     }
+    if !config.labels.is_empty() {
+        let labels = config.labels.iter().map(|(name, value)| format!("{}: {}", quote(name), quote(value)));
+        line(format!("labels: {{ {} }}", labels.collect::<Vec<_>>().join(", ")));
+    }
     line(format!("state: {}", quote(&config.state.to_string_lossy())));
     line("broker:".into());
     match &config.broker {

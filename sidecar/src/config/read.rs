@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
+use mesh_routing::channel::is_word;
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
 use super::{
@@ -128,8 +129,21 @@ impl Reader {
     }
 
     fn config(&mut self, root: Node, from_file: bool) -> Option<Config> {
-        const KNOWN: [&str; 12] =
-            ["apiVersion", "kind", "mesh", "services", "instance", "state", "broker", "table", "listen", "control", "telemetry", "limits"];
+        const KNOWN: [&str; 13] = [
+            "apiVersion",
+            "kind",
+            "mesh",
+            "services",
+            "instance",
+            "labels",
+            "state",
+            "broker",
+            "table",
+            "listen",
+            "control",
+            "telemetry",
+            "limits",
+        ];
         let mut fields = self.fields("", root, &KNOWN)?;
         self.head(&mut fields, from_file);
         let mesh = match fields.take("mesh") {
@@ -141,6 +155,7 @@ impl Reader {
             None => self.missing("services", "name at least one, as in services: [{name: pricing, app: \"http://127.0.0.1:8080\"}]"),
         };
         let instance = self.parsed(fields.take("instance"), name);
+        let labels = fields.take("labels").map(|(path, node)| self.labels(&path, node)).unwrap_or_default();
         let state = self.parsed(fields.take("state"), path).unwrap_or_else(|| PathBuf::from("./mesh-state"));
         let broker = match fields.take("broker") {
             Some((path, node)) => self.broker(&path, node),
@@ -158,6 +173,7 @@ impl Reader {
             mesh: mesh?.into(),
             services: services?,
             instance,
+            labels,
             state,
             broker: broker?,
             table,
@@ -226,6 +242,29 @@ impl Reader {
         };
         let name = self.parsed(Some(field), name)?;
         Some(ServiceConfig { name: name.into(), app, publish, subscribe, token_file })
+    }
+
+    fn labels(&mut self, path: &str, node: Node) -> BTreeMap<String, String> {
+        let Value::Map(entries) = node.value else {
+            self.fault(&node.place, path, None, "must be a map of names and values", "as in {zone: a}");
+            return BTreeMap::new();
+        };
+        let mut labels = BTreeMap::new();
+        for entry in entries {
+            let field = join(path, &entry.name);
+            let hint = "1 to 200 of a-z A-Z 0-9 . _ -";
+            if !is_word(&entry.name) {
+                self.fault(&entry.place, &field, None, "is no name of a label", hint);
+                continue;
+            }
+            let word =
+                |text: &str| if is_word(text) { Ok(text.to_owned()) } else { Err(("is no value of a label".to_owned(), hint.to_owned())) };
+            let Some(value) = self.parsed(Some((field.clone(), entry.node)), word) else { continue };
+            if labels.insert(entry.name, value).is_some() {
+                self.fault(&entry.place, &field, None, "is set twice", "remove one of the two");
+            }
+        }
+        labels
     }
 
     fn topics(&mut self, path: &str, node: Node) -> Option<Vec<String>> {

@@ -181,10 +181,11 @@ impl<'de> Visitor<'de> for RawVisitor {
 }
 
 /// The fields that the environment can set, by their paths. A path that has fields of its own takes YAML.
-const FIELDS: [&[&str]; 36] = [
+const FIELDS: [&[&str]; 37] = [
     &["mesh"],
     &["services"],
     &["instance"],
+    &["labels"],
     &["state"],
     &["broker"],
     &["broker", "embedded"],
@@ -290,7 +291,7 @@ fn service_field(name: &str) -> Option<(usize, &'static str)> {
 /// Reads a variable: YAML where the field has fields of its own, a list of names where it is one, else plain text.
 fn read(path: &[&str], value: &str, place: &Place) -> Result<Node, Box<Fault>> {
     match path {
-        ["services" | "broker" | "table" | "listen" | "control" | "telemetry" | "limits"]
+        ["services" | "labels" | "broker" | "table" | "listen" | "control" | "telemetry" | "limits"]
         | ["broker", "embedded" | "kafka"]
         | ["listen", "tls"]
         | ["listen", "tls", "api" | "admin"]

@@ -162,6 +162,9 @@ fn refuses_what_is_ambiguous() {
     assert!(fault("mesh: other").contains("6:1: mesh: is set twice"));
     assert!(fault("instance: 1.10").contains("put it in quotes"));
     assert!(fault("instance: [a]").contains("must be text"));
+    assert!(fault("labels: [a]").contains("must be a map of names and values"));
+    assert!(fault("labels: {zone: a/b}").contains("labels.zone: \"a/b\" is no value of a label"));
+    assert!(fault("labels: {\"a b\": c}").contains("is no name of a label"));
     assert!(fault("listen: {probe: '[::1]:4500', admin: '[::1]:4500'}").contains("is also the address of listen.admin"));
     let both = SMALL.replace("{kafka:", "{embedded: {path: x}, kafka:");
     assert!(faults(&both, &[])[0].contains("has both embedded and kafka"));
@@ -438,6 +441,7 @@ prop_compose! {
         mesh in "[a-zA-Z0-9][a-zA-Z0-9._-]{0,20}",
         services in services(),
         instance in option::of("[a-zA-Z0-9][a-zA-Z0-9._-]{0,20}"),
+        labels in collection::btree_map("[a-zA-Z0-9._-]{1,9}", "[a-zA-Z0-9._-]{1,9}", 0..3),
         state in paths(),
         broker in brokers(),
         table in option::of(paths()),
@@ -457,6 +461,7 @@ prop_compose! {
             mesh: mesh.into(),
             services,
             instance,
+            labels,
             state,
             broker,
             table,

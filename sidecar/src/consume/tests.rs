@@ -40,6 +40,7 @@ fn config() -> Config {
         mesh: "test".into(),
         services: vec![ServiceConfig { name: "worker".into(), app: None, publish: None, subscribe: None, token_file: None }],
         instance: None,
+        labels: BTreeMap::new(),
         state: PathBuf::new(),
         broker: BrokerConfig::Embedded { path: PathBuf::new() },
         table: None,

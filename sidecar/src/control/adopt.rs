@@ -3,7 +3,7 @@
 //! Invariant: a table that cannot be read or compiled changes nothing but the status: the last good one stays.
 //! Invariant: a sidecar that starts falls back as one that runs does: to the newest generation that is good, then to its copies on disk, the newest
 //! good one first.
-//! Invariant: the generation in force here never goes back.
+//! Invariant: the generation in force here never goes back, but from a canary that was aborted to the newest one that is meant for all.
 
 use std::{path::Path, sync::Arc};
 
@@ -14,8 +14,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     CACHE_AFTER, StartError, cache,
+    rollout::{self, Rollout},
     snapshot::Snapshot,
-    state::{Backoff, Local, Shared, now_ms, origin_of},
+    state::{Backoff, Local, Progress, Shared, now_ms, origin_of},
     topics,
 };
 use crate::{
@@ -91,14 +92,17 @@ pub(super) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
     }
     let mut first = true;
     loop {
-        let judged = shared.local.borrow().judged;
-        let news = progress.wait_for(|progress| progress.caught_up && (first || progress.head > judged));
-        let head = match stop.run_until_cancelled(news).await {
-            Some(Ok(progress)) => progress.head,
+        let (judged, over) = {
+            let local = shared.local.borrow();
+            (local.judged, local.judged_over)
+        };
+        let is_news = |now: &Progress| first || now.head > judged || (now.head == judged && now.over != over);
+        let now = match stop.run_until_cancelled(progress.wait_for(|now| now.caught_up && is_news(now))).await {
+            Some(Ok(now)) => *now,
             // Stopped; the sender is never gone, it is in `shared`.
             None | Some(Err(_)) => return,
         };
-        let Some(taken) = stop.run_until_cancelled(judge(&shared, head, copy.as_ref())).await else { return };
+        let Some(taken) = stop.run_until_cancelled(judge(&shared, now, copy.as_ref())).await else { return };
         let Judged::Done(taken) = taken else { continue };
         first = false;
         if shared.table.borrow().as_ref().is_none_or(|active| active.origin != TableOrigin::Cache) {
@@ -123,11 +127,11 @@ struct Copy {
 }
 
 async fn load_copy(shared: &Shared) -> Option<Copy> {
-    let config = shared.config.clone();
+    let (config, chosen) = (shared.config.clone(), rollout::chosen(shared));
     let load = move || {
         let mut refused = Vec::new();
         for name in [cache::FILE, cache::PREVIOUS] {
-            match load_file(&config, name) {
+            match load_file(&config, name, &chosen) {
                 Ok(None) => {}
                 Ok(found) => return (found, refused),
                 Err(reason) => refused.push(reason),
@@ -146,10 +150,14 @@ async fn load_copy(shared: &Shared) -> Option<Copy> {
     copy
 }
 
-/// Reads and compiles a copy; `None` if there is none. The error is the reason in words, with the file.
-fn load_file(config: &Config, name: &str) -> Result<Option<Copy>, String> {
+/// Reads and compiles a copy; `None` if there is none. The error is the reason in words, with the file. `chosen` tells whether a channel is meant for
+/// this instance: its labels may have changed since.
+fn load_file(config: &Config, name: &str, chosen: &impl Fn(&str) -> bool) -> Result<Option<Copy>, String> {
     let loaded = cache::load(&config.state, name, &config.mesh, &config.control.trusted_keys).map_err(|error| error.to_string())?;
     let Some(snapshot) = loaded else { return Ok(None) };
+    if !chosen(&snapshot.channel) {
+        return Err(format!("{}: it is a {}, which this instance is none of", config.state.join(name).display(), snapshot.channel));
+    }
     let compiled = compile(&config.mesh, &snapshot).map_err(|reason| format!("{}: {reason}", config.state.join(name).display()))?;
     Ok(Some(Copy { snapshot, compiled: Arc::new(compiled) }))
 }
@@ -164,17 +172,26 @@ fn use_copy(shared: &Shared, copy: &Copy, verdict: Verdict) {
 /// What was found about the newest generation.
 #[derive(Debug, Default)]
 struct Verdict {
-    /// The generation.
-    judged: u64,
-    /// Why it is refused; `None` if it is not.
+    /// How far the log was read.
+    judged: Progress,
+    /// The generation that this instance ought to run.
+    target: u64,
+    /// Why that is refused; `None` if it is not.
     refused: Option<String>,
-    /// Its digest, if its record can be read.
-    digest: Option<String>,
+    /// The newest generation, if it is a canary.
+    rollout: Option<Arc<Rollout>>,
+    /// The digests of the generations that were read.
+    digests: Vec<(u64, String)>,
+    /// The newest generation that is meant for all: older ones matter to nobody.
+    stable: u64,
 }
 
 impl Verdict {
     fn say(self, local: &mut Local) {
-        (local.judged, local.refused, local.head_digest) = (self.judged, self.refused, self.digest);
+        (local.judged, local.judged_over, local.target) = (self.judged.head, self.judged.over, self.target);
+        (local.refused, local.rollout) = (self.refused, self.rollout);
+        local.digests.extend(self.digests);
+        local.digests.retain(|generation, _| *generation >= self.stable);
     }
 }
 
@@ -186,15 +203,12 @@ enum Judged {
     Superseded,
 }
 
-/// Takes the newest good generation up to `head` into force, if it is newer than what is.
-async fn judge(shared: &Shared, head: u64, copy: Option<&Copy>) -> Judged {
+/// Takes the newest good generation up to the head into force, of those that this instance may run, if it is newer than what is.
+async fn judge(shared: &Shared, now: Progress, copy: Option<&Copy>) -> Judged {
+    let head = now.head;
     let active = shared.table.borrow().clone();
     let settled = active.as_ref().is_some_and(|active| active.origin == TableOrigin::Mesh);
     let floor = active.as_ref().map_or_else(|| copy.map_or(0, |copy| copy.snapshot.generation), |active| active.generation);
-    let candidates: Vec<u64> = shared.log(|log| {
-        let newer = |generation: &u64| *generation > floor || (*generation == floor && !settled);
-        log.generations().skip_while(|generation| *generation > head).take_while(newer).collect()
-    });
     let behind = (head < floor).then(|| {
         format!(
             "the mesh's control topic knows generation {head} only, this sidecar had generation {floor} and keeps it: \
@@ -203,22 +217,35 @@ async fn judge(shared: &Shared, head: u64, copy: Option<&Copy>) -> Judged {
     });
     shared.wait_for("generation", behind);
 
-    let mut verdict = Verdict { judged: head, ..Verdict::default() };
+    let me = shared.member();
+    let (candidates, target, stable) = shared.log(|log| {
+        // Under a canary that is over there is no floor.
+        let floor = if log.may_run(floor, &me) { floor } else { 0 };
+        let newer = |generation: &u64| *generation > floor || (*generation == floor && !settled);
+        let candidates = log.generations().skip_while(|generation| *generation > head);
+        let candidates: Vec<u64> = candidates.filter(|generation| log.may_run(*generation, &me)).take_while(newer).collect();
+        (candidates, log.target(&me), log.stable())
+    });
+    let mut verdict = Verdict { judged: now, target, stable, rollout: learn(shared, head).await, ..Verdict::default() };
+    if let Some(rollout) = &verdict.rollout {
+        verdict.digests.push((head, rollout.entry.digest.clone()));
+    }
     for generation in candidates {
         match prepare(shared, generation).await {
             Ok((snapshot, compiled)) => {
-                if generation == head {
-                    verdict.digest = Some(snapshot.digest.clone());
-                }
+                verdict.digests.push((generation, snapshot.digest.clone()));
                 if !ensure_topics(shared, &compiled, head).await {
                     return Judged::Superseded;
+                }
+                if verdict.rollout.as_ref().is_some_and(|rollout| rollout.entry.generation == generation) {
+                    rollout::begin(shared, generation);
                 }
                 put(shared, Local::response(&snapshot, TableOrigin::Mesh), TableOrigin::Mesh, Arc::new(compiled), verdict);
                 return Judged::Done(Some(Box::new(snapshot)));
             }
             Err(reason) => {
                 tracing::error!(generation, reason, "the routing table is refused, and the last good one stays in force");
-                if generation == head {
+                if generation == target {
                     verdict.refused = Some(reason);
                 }
             }
@@ -231,6 +258,19 @@ async fn judge(shared: &Shared, head: u64, copy: Option<&Copy>) -> Judged {
     Judged::Done(None)
 }
 
+/// What is told of the newest generation, if it is a canary. `None` also where its record cannot be read: those that it chooses refuse it then.
+async fn learn(shared: &Shared, head: u64) -> Option<Arc<Rollout>> {
+    let winner = shared.log(|log| log.winner(head).filter(|winner| winner.is_canary()).cloned())?;
+    let config = shared.config.clone();
+    let read = spawn_blocking(move || {
+        let snapshot = Snapshot::unpack(&winner.value).ok()?;
+        snapshot.check(&config.mesh, head).and_then(|()| snapshot.check_channel(winner.channel.as_ref())).ok()?;
+        snapshot.verify(&config.control.trusted_keys).ok()?;
+        Some(Arc::new(Rollout::new(&snapshot)))
+    });
+    read.await.ok().flatten()
+}
+
 /// Reads, verifies and compiles a generation. The error is the reason in words.
 async fn prepare(shared: &Shared, generation: u64) -> Result<(Snapshot, CompiledTable), String> {
     let winner = shared.log(|log| log.winner(generation).cloned()).ok_or("its record was deleted")?;
@@ -238,6 +278,7 @@ async fn prepare(shared: &Shared, generation: u64) -> Result<(Snapshot, Compiled
     spawn_blocking(move || {
         let snapshot = Snapshot::unpack(&winner.value).map_err(|error| error.to_string())?;
         snapshot.check(&config.mesh, generation).map_err(|error| error.to_string())?;
+        snapshot.check_channel(winner.channel.as_ref()).map_err(|error| error.to_string())?;
         snapshot.verify(&config.control.trusted_keys).map_err(|error| error.to_string())?;
         let compiled = compile(&config.mesh, &snapshot)?;
         Ok((snapshot, compiled))

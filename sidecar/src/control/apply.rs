@@ -6,7 +6,12 @@
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
 use mesh_proto::v1;
-use mesh_routing::{CompiledTable, Fault, Faults, RouteFields, Table, count_routes, sign::Signed};
+use mesh_routing::{
+    CompiledTable, Fault, Faults, RouteFields, Table,
+    channel::{Channel, Selector},
+    count_routes,
+    sign::Signed,
+};
 use tokio::{
     task::spawn_blocking,
     time::{Instant, timeout, timeout_at},
@@ -15,7 +20,8 @@ use tokio::{
 use super::{
     Control, history,
     log::{Winner, proposal_key},
-    snapshot::{About, CHANNEL, Snapshot},
+    report, rollout,
+    snapshot::{About, Limits, Snapshot},
     state::now_ms,
     topics::{self, CONTROL_TOPIC, Plan, RouteBacklog},
     trust::{self, Seal, TrustError},
@@ -53,6 +59,21 @@ pub struct ApplyOptions {
     pub message: String,
     /// The generation whose content it is, in a rollback.
     pub rollback_to: Option<u64>,
+    /// Only some instances run it at first.
+    pub canary: Option<CanaryOptions>,
+    /// The open canary whose table this is: all run it from now on.
+    pub promotes: Option<u64>,
+}
+
+/// Who runs a table before all do, and when that is ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CanaryOptions {
+    /// Who.
+    pub selector: Selector,
+    /// The dead letters that its instances may have together since they took it; one more aborts it.
+    pub max_dead_letters: u64,
+    /// The instances that may refuse it; one more aborts it.
+    pub max_refusals: u64,
 }
 
 /// A table without faults.
@@ -125,6 +146,24 @@ pub enum ApplyError {
         /// What it changed, one a line; not all of it if it is much.
         changes: Vec<String>,
     },
+    /// A canary is open.
+    #[error(
+        "generation {generation} is being rolled out to {selector}: end that first, with `mesh-ctl rollout promote` or `mesh-ctl rollout abort`"
+    )]
+    Open {
+        /// Its generation.
+        generation: u64,
+        /// Who runs it.
+        selector: String,
+    },
+    /// What is to be promoted is no open canary, or another table.
+    #[error("generation {generation} cannot be promoted: {problem}")]
+    NotOpen {
+        /// The generation.
+        generation: u64,
+        /// Why not.
+        problem: String,
+    },
     /// It is not signed as this sidecar's config wants it.
     #[error("the table is refused: {0}")]
     Untrusted(#[from] TrustError),
@@ -158,10 +197,16 @@ pub(super) struct Candidate {
     warnings: Vec<Fault>,
 }
 
-/// The table in force in the mesh.
+/// The table in force in the mesh: the newest that is meant for all.
 struct InForce {
-    /// Its generation; 0: there is none.
+    /// The generation that the next one follows: its own, or that of a canary since; 0: there is none.
     generation: u64,
+    /// Its generation.
+    stable: u64,
+    /// The canary that is open.
+    canary: Option<Winner>,
+    /// How the newest generation ended, if it is a canary that was aborted.
+    aborted: Option<String>,
     /// Its digest, if its record can be read and is trusted.
     digest: Option<String>,
     /// The name of the key that signed it.
@@ -196,9 +241,13 @@ impl Control {
 
         self.catch_up().await?;
         let in_force = self.in_force().await?;
-        if let Some(expected) = options.expected_generation.filter(|expected| *expected != in_force.generation) {
+        // Where a canary was aborted, the one before it is in force.
+        let expected = |generation: u64| generation == in_force.generation || (in_force.aborted.is_some() && generation == in_force.stable);
+        if let Some(expected) = options.expected_generation.filter(|generation| !expected(*generation)) {
             return Err(self.unexpected(expected, in_force).await);
         }
+        self.check_rollout(&in_force, &options, &candidate).await?;
+        let channel = options.canary.as_ref().map_or(Channel::Stable, |canary| Channel::Canary(canary.selector.clone()));
         let digest = candidate.compiled.digest.to_string();
         let key = options.signature.as_ref().map(|signature| signature.key_id.clone());
         // The same table signed by another key is news: so are keys rotated.
@@ -208,7 +257,8 @@ impl Control {
         let next = in_force.generation.checked_add(1).ok_or_else(|| ApplyError::Internal("no generation is left".into()))?;
         let seal = options.signature.as_ref().map(Seal::from);
         if changed {
-            let signed = Signed { mesh: &self.0.config.mesh, channel: CHANNEL, generation: next, digest: &digest };
+            let channel = channel.to_string();
+            let signed = Signed { mesh: &self.0.config.mesh, channel: &channel, generation: next, digest: &digest };
             match trust::check(&self.0.config.control.trusted_keys, &signed, seal.as_ref()) {
                 Ok(()) => {}
                 // Whoever has no key may still see what would be done.
@@ -232,7 +282,18 @@ impl Control {
         changes.extend(plan.create.iter().map(|topic| created(topic, options.dry_run)));
         let new_routes = if differs { self.backlogs(file, &existing, &in_force, &mut candidate).await } else { Vec::new() };
 
-        let mut generation = in_force.generation;
+        if let Channel::Canary(selector) = &channel {
+            let chosen = report::mesh(&self.0).instances.iter().any(|instance| report::is_chosen(instance, selector));
+            if !chosen {
+                candidate.warnings.push(Fault {
+                    message: format!("no instance is chosen by {selector}: nobody runs this table until one is, or it is promoted"),
+                    hint: "`mesh-ctl status -o json` has the services and labels of all instances".into(),
+                    ..fault(file, "", "canary_chooses_nobody")
+                });
+            }
+        }
+
+        let mut generation = in_force.stable;
         if !options.dry_run {
             within(CREATION, "the creation of topics", topics::create(&*admin, &plan.create)).await?;
             if changed {
@@ -245,10 +306,15 @@ impl Control {
                     rollback_to: options.rollback_to,
                     routes: counts
                         .or_else(|| Some(count_routes(&self.empty_table(), &candidate.table)).filter(|_| in_force.generation == 0)),
+                    limits: options.canary.as_ref().map_or_else(Limits::default, |canary| Limits {
+                        dead_letters: canary.max_dead_letters,
+                        refusals: canary.max_refusals,
+                    }),
+                    promotes: options.promotes,
                 };
                 let mut snapshot = Snapshot::new(&self.0.config.mesh, generation, now_ms(), &self.0.instance, candidate.json);
-                (snapshot.signature, snapshot.about) = (seal, about.bounded());
-                self.propose(snapshot, in_force.table).await?;
+                (snapshot.signature, snapshot.about, snapshot.channel) = (seal, about.bounded(), channel.to_string());
+                self.propose(snapshot, &channel, in_force.table).await?;
                 let mut local = self.0.local.subscribe();
                 // Not waiting longer is no error: status tells how far each instance is.
                 timeout(ADOPTION, local.wait_for(|local| local.judged >= generation)).await.map(drop).unwrap_or_default();
@@ -300,23 +366,62 @@ impl Control {
         if wait.is_ok_and(|progress| progress.is_ok()) { Ok(()) } else { Err(not_ready()) }
     }
 
+    /// Whether the canary that is open, or that none is, allows what is asked for.
+    async fn check_rollout(&self, in_force: &InForce, options: &ApplyOptions, candidate: &Candidate) -> Result<(), ApplyError> {
+        match (options.promotes, &in_force.canary) {
+            (None, None) => Ok(()),
+            (None, Some(open)) => {
+                let selector = open.channel.as_ref().map_or_else(|| "instances of a newer version".to_owned(), Channel::to_string);
+                Err(ApplyError::Open { generation: in_force.generation, selector })
+            }
+            (Some(generation), None) => {
+                let problem = match &in_force.aborted {
+                    Some(aborted) if generation == in_force.generation => format!("it was {aborted}"),
+                    Some(_) | None => "it is no canary that is open".to_owned(),
+                };
+                Err(ApplyError::NotOpen { generation, problem })
+            }
+            (Some(generation), Some(_)) if generation != in_force.generation => {
+                Err(ApplyError::NotOpen { generation, problem: format!("generation {} is the canary that is open", in_force.generation) })
+            }
+            (Some(generation), Some(open)) => {
+                let value = open.value.clone();
+                let read =
+                    spawn_blocking(move || Snapshot::unpack(&value)).await.map_err(|error| ApplyError::Internal(error.to_string()))?;
+                let problem = match read {
+                    Ok(snapshot) if snapshot.digest == candidate.compiled.digest.to_string() => return Ok(()),
+                    Ok(_) => "the table is another one than the canary's".to_owned(),
+                    Err(error) => error.to_string(),
+                };
+                Err(ApplyError::NotOpen { generation, problem })
+            }
+        }
+    }
+
     async fn in_force(&self) -> Result<InForce, ApplyError> {
-        let (head, winner) = self.0.log(|log| (log.head(), log.winner(log.head()).cloned()));
+        let (head, in_log, winner, canary, aborted) = self.0.log(|log| {
+            let aborted = log.aborted(log.head()).map(rollout::said);
+            let canary = log.canary().map(|(_, canary)| canary.clone());
+            (log.head(), log.stable(), log.winner(log.stable()).cloned(), canary, aborted)
+        });
         let local = self.0.local.borrow().table.clone();
         // A copy on disk may be ahead of a control topic that was lost: generations grow all the same.
+        let ahead = local.as_ref().map_or(0, |table| table.generation).max(head) > head;
+        let local = local.filter(|table| ahead || table.generation == in_log);
         let generation = local.as_ref().map_or(0, |table| table.generation).max(head);
+        let stable = if ahead { generation } else { in_log };
         let config = self.0.config.clone();
         spawn_blocking(move || {
-            let snapshot = winner.filter(|_| head == generation).and_then(|winner| Snapshot::unpack(&winner.value).ok());
+            let snapshot = winner.filter(|_| !ahead).and_then(|winner| Snapshot::unpack(&winner.value).ok());
             let good =
-                |snapshot: &Snapshot| snapshot.check(&config.mesh, head).is_ok() && snapshot.verify(&config.control.trusted_keys).is_ok();
+                |snapshot: &Snapshot| snapshot.check(&config.mesh, stable).is_ok() && snapshot.verify(&config.control.trusted_keys).is_ok();
             let snapshot = snapshot.filter(good);
             let digest = snapshot.as_ref().map(|snapshot| snapshot.digest.clone());
             let signed_by = snapshot.as_ref().and_then(|snapshot| Some(snapshot.signature.as_ref()?.key.clone()));
             let json = snapshot.map(|snapshot| snapshot.table).or_else(|| local.map(|table| table.json.clone()));
             let table = json.and_then(|json| mesh_routing::parse("the table in force", &json).ok());
             let compiled = table.as_ref().and_then(|table| mesh_routing::compile(table).ok());
-            InForce { generation, digest, signed_by, table, compiled }
+            InForce { generation, stable, canary, aborted, digest, signed_by, table, compiled }
         })
         .await
         .map_err(|error| ApplyError::Internal(error.to_string()))
@@ -386,14 +491,14 @@ impl Control {
     }
 
     /// Appends the proposal, and waits for the log to say who won.
-    async fn propose(&self, snapshot: Snapshot, before: Option<Table>) -> Result<(), ApplyError> {
+    async fn propose(&self, snapshot: Snapshot, channel: &Channel, before: Option<Table>) -> Result<(), ApplyError> {
         let deadline = Instant::now() + READ_BACK;
         let generation = snapshot.generation;
         let unclear = |detail: &str| ApplyError::Unclear { generation, detail: detail.to_owned() };
         let packed = spawn_blocking(move || snapshot.pack()).await;
         let value = packed.map_err(|error| error.to_string()).and_then(|packed| packed.map_err(|error| error.to_string()));
         let value = value.map_err(ApplyError::Internal)?;
-        let key = proposal_key(&self.0.config.mesh, generation, &uuid::Uuid::new_v4().simple().to_string());
+        let key = proposal_key(&self.0.config.mesh, generation, &uuid::Uuid::new_v4().simple().to_string(), channel);
 
         let producer = self.0.broker.producer();
         producer.learn_topic(CONTROL_TOPIC, BROKER).await.map_err(ApplyError::Refused)?;

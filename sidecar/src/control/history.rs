@@ -4,12 +4,13 @@
 //! Invariant: what others wrote about themselves is bounded, and drives no terminal.
 
 use mesh_proto::v1;
-use mesh_routing::{Change, Table};
+use mesh_routing::{Change, Table, channel::Channel};
 use tokio::task::spawn_blocking;
 
 use super::{
     Control,
     apply::ApplyError,
+    rollout,
     snapshot::{About, Snapshot},
 };
 
@@ -34,8 +35,9 @@ pub(super) fn clean(text: &str, most: usize) -> String {
 impl About {
     /// The same, bounded.
     pub(super) fn bounded(self) -> Self {
-        let Self { by, source, message, rollback_to, routes } = self;
-        Self { by: clean(&by, WORD), source: clean(&source, WORD), message: clean(&message, MESSAGE), rollback_to, routes }
+        let Self { by, source, message, .. } = &self;
+        let (by, source, message) = (clean(by, WORD), clean(source, WORD), clean(message, MESSAGE));
+        Self { by, source, message, ..self }
     }
 }
 
@@ -67,7 +69,11 @@ pub(super) fn changed_lines(before: Option<&Table>, after: Option<&Table>) -> Ve
 
 /// A snapshot as an entry of the history.
 pub(super) fn entry(snapshot: &Snapshot, refused: String) -> v1::Generation {
-    let About { by, source, message, rollback_to, routes } = snapshot.about.clone().bounded();
+    let About { by, source, message, rollback_to, routes, limits: _, promotes } = snapshot.about.clone().bounded();
+    let canary = match snapshot.channel.parse() {
+        Ok(Channel::Canary(selector)) => selector.to_string(),
+        Ok(Channel::Stable) | Err(_) => String::new(),
+    };
     v1::Generation {
         generation: snapshot.generation,
         digest: snapshot.digest.clone(),
@@ -80,6 +86,9 @@ pub(super) fn entry(snapshot: &Snapshot, refused: String) -> v1::Generation {
         routes: routes.map(|counts| v1::RouteCounts { added: counts.added, changed: counts.changed, removed: counts.removed }),
         signature: snapshot.signature.as_ref().map(v1::TableSignature::from),
         refused,
+        canary,
+        aborted: String::new(),
+        promotes: promotes.unwrap_or(0),
     }
 }
 
@@ -92,26 +101,30 @@ impl Control {
         self.catch_up().await?;
         let limit = if limit == 0 { usize::MAX } else { limit as usize };
         let (head, winners) = self.0.log(|log| {
-            let winner = |generation| Some((generation, log.winner(generation)?.clone()));
+            let winner = |generation| {
+                let aborted = log.aborted(generation).map(rollout::said).unwrap_or_default();
+                Some((generation, log.winner(generation)?.clone(), aborted))
+            };
             (log.head(), log.generations().take(limit).filter_map(winner).collect::<Vec<_>>())
         });
         let local = self.0.local.borrow().clone();
         let config = self.0.config.clone();
         // Why the newest is refused was found out with more effort than is made here.
-        let judged = (local.judged, local.refused.clone());
+        let judged = (local.target, local.refused.clone());
         let read = move || -> Vec<v1::Generation> {
-            let read_one = |(generation, winner): (u64, super::log::Winner)| {
+            let read_one = |(generation, winner, aborted): (u64, super::log::Winner, String)| {
                 let snapshot = Snapshot::unpack(&winner.value).and_then(|snapshot| {
                     snapshot.check(&config.mesh, generation)?;
+                    snapshot.check_channel(winner.channel.as_ref())?;
                     Ok(snapshot)
                 });
                 let known = judged.1.clone().filter(|_| judged.0 == generation);
                 match snapshot {
                     Ok(snapshot) => {
                         let distrusted = || snapshot.verify(&config.control.trusted_keys).err().map(|error| error.to_string());
-                        entry(&snapshot, known.or_else(distrusted).unwrap_or_default())
+                        v1::Generation { aborted, ..entry(&snapshot, known.or_else(distrusted).unwrap_or_default()) }
                     }
-                    Err(error) => v1::Generation { generation, refused: error.to_string(), ..v1::Generation::default() },
+                    Err(error) => v1::Generation { generation, refused: error.to_string(), aborted, ..v1::Generation::default() },
                 }
             };
             winners.into_iter().map(read_one).collect()

@@ -13,8 +13,6 @@
 //! Invariant: whatever is wrong with a new table, the last good one stays in force, and status says why.
 //! Invariant: once keys are trusted (`control.trusted_keys`), no table is taken that none of them signed, but a pinned one.
 //! Invariant: nothing here needs the broker at start; what is waited for is visible in status.
-//!
-//! Later, and kept free: further channels (`Snapshot::channel`).
 
 mod adopt;
 mod apply;
@@ -27,6 +25,7 @@ mod insight;
 mod lag;
 mod letters;
 mod log;
+mod marks;
 mod owners;
 mod pause;
 mod range;
@@ -36,6 +35,7 @@ mod release;
 mod replay;
 mod report;
 mod reset;
+mod rollout;
 mod snapshot;
 mod state;
 mod tail;
@@ -60,7 +60,7 @@ use self::{
     state::{Local, Shared},
 };
 pub use self::{
-    apply::{Applied, ApplyError, ApplyOptions, Checked},
+    apply::{Applied, ApplyError, ApplyOptions, CanaryOptions, Checked},
     reset::OperationError,
     topics::RouteBacklog,
     trust::TrustError,
@@ -162,6 +162,7 @@ impl Control {
             None => tasks.spawn(adopt::run(shared.clone(), stop.clone())),
         };
         tasks.spawn(pause::keep(shared.clone(), stop.clone()));
+        tasks.spawn(rollout::watch(shared.clone(), stop.clone()));
         tasks.spawn(report::read(shared.clone(), stop.clone()));
         tasks.spawn(commands::run(shared.clone(), stop.clone()));
         tasks.spawn(report::publish(shared.clone(), stop.clone()));
@@ -231,6 +232,7 @@ impl Control {
                 let read = tokio::task::spawn_blocking(move || {
                     let snapshot = snapshot::Snapshot::unpack(&winner.value)?;
                     snapshot.check(&config.mesh, generation)?;
+                    snapshot.check_channel(winner.channel.as_ref())?;
                     let mut response = Local::response(&snapshot, TableOrigin::Mesh);
                     // One that is not trusted can be read, and says so.
                     if let (Some(entry), Err(error)) = (&mut response.entry, snapshot.verify(&config.control.trusted_keys)) {

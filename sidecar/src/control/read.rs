@@ -114,19 +114,21 @@ fn take(shared: &Shared, offset: i64, record: &crate::record::Record) {
             "somebody deleted the record of the routing table in force from {CONTROL_TOPIC}: apply it again, or sidecars that start will not find it"
         ),
         Meaning::Pause(route) => tracing::debug!(route, offset, "a route is paused, or resumed"),
+        Meaning::Abort(generation) => tracing::info!(generation, offset, "the rollout of a canary is aborted"),
         Meaning::Deleted | Meaning::Foreign => {}
     }
 }
 
 fn publish(shared: &Shared, end: i64) {
-    let (next_offset, head, pauses) = shared.log(|log| (log.next_offset(), log.head(), log.pauses()));
+    let (next_offset, head, over, pauses) =
+        shared.log(|log| (log.next_offset(), log.head(), log.aborted(log.head()).is_some(), log.pauses()));
     if shared.progress.borrow().caught_up || next_offset >= end {
         // Before "caught up" is said: with a table come its pauses. Until then those on disk count.
         shared.pauses.send_if_modified(|known| std::mem::replace(known, pauses.clone()) != pauses);
     }
     shared.progress.send_if_modified(|progress| {
         let caught_up = progress.caught_up || next_offset >= end;
-        let new = super::state::Progress { next_offset, head, caught_up };
+        let new = super::state::Progress { next_offset, head, over, caught_up };
         std::mem::replace(progress, new) != new
     });
 }

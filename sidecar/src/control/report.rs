@@ -13,11 +13,13 @@ use std::{
 };
 
 use mesh_proto::v1;
+use mesh_routing::channel::{Member, Selector};
 use prost::Message as _;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    rollout,
     state::{Backoff, Shared, now_ms},
     topics::STATUS_TOPIC,
 };
@@ -87,8 +89,6 @@ impl Peer {
 pub(super) fn mesh(shared: &Shared) -> v1::GetStatusResponse {
     let now = now_ms();
     let head = shared.progress.borrow().head;
-    let local = shared.local.borrow().clone();
-    let digest = local.head_digest.as_deref().filter(|_| local.judged == head);
     let mut peers = {
         let mut peers = shared.peers.lock().unwrap_or_else(PoisonError::into_inner);
         peers.retain(|_, peer| now.saturating_sub(peer.heard_ms) < FORGOTTEN_AFTER_MS);
@@ -98,7 +98,7 @@ pub(super) fn mesh(shared: &Shared) -> v1::GetStatusResponse {
     let mut instances: Vec<_> = peers
         .into_values()
         .map(|Peer { mut status, heard_ms, .. }| {
-            status.state = derive(&status, head, digest, now.saturating_sub(heard_ms)).into();
+            judge(shared, &mut status, now.saturating_sub(heard_ms));
             // Its age, by one clock.
             status.reported_ms = heard_ms;
             if status.state() == v1::InstanceState::Lost {
@@ -110,7 +110,24 @@ pub(super) fn mesh(shared: &Shared) -> v1::GetStatusResponse {
         .collect();
     instances.push(own(shared));
     instances.sort_by(|a, b| a.instance.cmp(&b.instance));
-    v1::GetStatusResponse { mesh: shared.config.mesh.to_string(), generation: head, instances, instance: shared.instance.clone() }
+    let rollout = rollout::status(shared, &instances);
+    v1::GetStatusResponse { mesh: shared.config.mesh.to_string(), generation: head, instances, instance: shared.instance.clone(), rollout }
+}
+
+/// Whether a selector chooses an instance, and one that may take a table.
+pub(super) fn is_chosen(status: &v1::InstanceStatus, selector: &Selector) -> bool {
+    let member = Member { instance: &status.instance, services: &status.services, labels: &status.labels };
+    !matches!(status.state(), v1::InstanceState::Lost | v1::InstanceState::Pinned) && selector.chooses(&member)
+}
+
+/// Says how an instance stands to the table that it ought to run.
+fn judge(shared: &Shared, status: &mut v1::InstanceStatus, age_ms: i64) {
+    let member = Member { instance: &status.instance, services: &status.services, labels: &status.labels };
+    let (target, over) = shared.log(|log| (log.target(&member), !log.may_run(status.generation, &member)));
+    status.target_generation = target;
+    let local = shared.local.borrow();
+    let digest = local.digests.get(&target).map(String::as_str);
+    status.state = derive(status, Target { generation: target, digest, over }, age_ms).into();
 }
 
 /// The live instances that report a route, this one among them: those that may own its partitions.
@@ -164,8 +181,8 @@ pub(super) fn liveness(shared: &Shared, instance: &str) -> Option<Result<(), Dur
 /// This instance, now.
 fn own(shared: &Shared) -> v1::InstanceStatus {
     let local = shared.local.borrow().clone();
-    let head = shared.progress.borrow().head;
     let refused = local.refused.is_some();
+    let head = shared.progress.borrow().head;
     let mut status = v1::InstanceStatus {
         instance: shared.instance.clone(),
         services: shared.config.services.iter().map(|service| service.name.to_string()).collect(),
@@ -178,16 +195,28 @@ fn own(shared: &Shared) -> v1::InstanceStatus {
         routes: shared.board.routes().iter().map(route).collect(),
         waiting: shared.waiting_reasons(),
         origin: local.table.as_ref().map_or(0, |table| table.origin),
-        refused_generation: if refused { local.judged } else { 0 },
         started_ms: shared.started_ms,
+        refused_generation: if refused { local.target } else { 0 },
+        labels: shared.labels.clone(),
+        target_generation: 0,
+        canary_dead_letters: rollout::dead_letters_since(shared, head),
     };
-    let digest = local.head_digest.as_deref().filter(|_| local.judged == head);
-    status.state = derive(&status, head, digest, 0).into();
+    judge(shared, &mut status, 0);
     status
 }
 
-/// How an instance stands to the newest table, from what it says and how long ago it said it.
-fn derive(status: &v1::InstanceStatus, head: u64, digest: Option<&str>, age_ms: i64) -> v1::InstanceState {
+/// The table that an instance ought to run.
+#[derive(Clone, Copy, Debug)]
+struct Target<'a> {
+    generation: u64,
+    /// Its digest, if it is known here.
+    digest: Option<&'a str>,
+    /// Whether what the instance runs is a canary that is none of its business any more.
+    over: bool,
+}
+
+/// How an instance stands to the table that it ought to run, from what it says and how long ago it said it.
+fn derive(status: &v1::InstanceStatus, target: Target<'_>, age_ms: i64) -> v1::InstanceState {
     use v1::InstanceState as State;
     if age_ms > LOST_AFTER_MS {
         return State::Lost;
@@ -198,12 +227,13 @@ fn derive(status: &v1::InstanceStatus, head: u64, digest: Option<&str>, age_ms: 
         v1::TableOrigin::Mesh | v1::TableOrigin::Unspecified => {}
     }
     // What was refused may have been replaced by now.
-    if status.refused_generation >= head && status.refused_generation > 0 {
+    if status.refused_generation >= target.generation && status.refused_generation > 0 && !target.over {
         return State::Nacked;
     }
-    match status.generation.cmp(&head) {
+    match status.generation.cmp(&target.generation) {
+        _ if target.over => State::Pending,
         std::cmp::Ordering::Less => State::Pending,
-        std::cmp::Ordering::Equal if digest.is_none_or(|digest| digest == status.digest) => State::Synced,
+        std::cmp::Ordering::Equal if target.digest.is_none_or(|digest| digest == status.digest) => State::Synced,
         std::cmp::Ordering::Equal | std::cmp::Ordering::Greater => State::Drift,
     }
 }
@@ -433,7 +463,8 @@ mod tests {
     #[test]
     fn states_follow_from_reports() {
         use v1::InstanceState::{Cached, Drift, Lost, Nacked, Pending, Pinned, Synced};
-        let of = |status: &v1::InstanceStatus, age_ms| derive(status, 7, Some("d7"), age_ms);
+        let target = Target { generation: 7, digest: Some("d7"), over: false };
+        let of = |status: &v1::InstanceStatus, age_ms| derive(status, target, age_ms);
         assert_eq!(of(&status(7, "d7"), 0), Synced);
         assert_eq!(of(&status(7, "other"), 0), Drift);
         assert_eq!(of(&status(8, "d8"), 0), Drift);
@@ -446,8 +477,13 @@ mod tests {
         assert_eq!(of(&origin(v1::TableOrigin::Cache), 0), Cached);
         assert_eq!(of(&origin(v1::TableOrigin::Pinned), 0), Pinned);
         assert_eq!(of(&origin(v1::TableOrigin::Pinned), LOST_AFTER_MS + 1), Lost);
-        assert_eq!(derive(&v1::InstanceStatus::default(), 0, None, 0), Synced, "no table anywhere");
-        assert_eq!(derive(&status(7, "d7"), 7, None, 0), Synced, "the newest digest is not known here");
+        assert_eq!(
+            derive(&v1::InstanceStatus::default(), Target { generation: 0, digest: None, over: false }, 0),
+            Synced,
+            "no table anywhere"
+        );
+        assert_eq!(derive(&status(7, "d7"), Target { digest: None, ..target }, 0), Synced, "the digest is not known here");
+        assert_eq!(derive(&status(8, "d8"), Target { over: true, ..target }, 0), Pending, "it goes back from a canary");
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::io::Read as _;
 use bytes::Bytes;
 use mesh_routing::{
     RouteCounts,
+    channel::Channel,
     sign::{PublicKey, STABLE, Signed},
 };
 use serde::{Deserialize, Serialize};
@@ -17,8 +18,6 @@ use super::trust::{self, Seal, TrustError};
 
 /// The schema that this version writes, and the only one that it reads.
 pub(crate) const SCHEMA: u32 = 1;
-/// The only channel. Others are for later.
-pub(crate) const CHANNEL: &str = STABLE;
 /// The largest snapshot that is unpacked, in bytes.
 pub(crate) const MAX_BYTES: u64 = 64 << 20;
 /// The compression's level: tables are written seldom and read by everybody.
@@ -31,7 +30,7 @@ pub(crate) struct Snapshot {
     pub(crate) schema: u32,
     /// The mesh.
     pub(crate) mesh: String,
-    /// The channel: [`CHANNEL`].
+    /// Who runs it: the text of a [`Channel`].
     pub(crate) channel: String,
     /// The generation, from 1.
     pub(crate) generation: u64,
@@ -65,6 +64,20 @@ pub(crate) struct About {
     pub(crate) rollback_to: Option<u64>,
     /// How many routes differ from the generation before.
     pub(crate) routes: Option<RouteCounts>,
+    /// When a canary is aborted.
+    pub(crate) limits: Limits,
+    /// The canary that it promotes.
+    pub(crate) promotes: Option<u64>,
+}
+
+/// What the instances of a canary may report before it is aborted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct Limits {
+    /// Dead letters, of all of them, since they took it.
+    pub(crate) dead_letters: u64,
+    /// Instances that refuse it.
+    pub(crate) refusals: u64,
 }
 
 /// Why a snapshot is refused.
@@ -83,7 +96,7 @@ pub(crate) enum SnapshotError {
     #[error("the snapshot has schema {0}, and this version reads schema {SCHEMA} only: update this sidecar")]
     Schema(u32),
     /// A channel that this version does not know.
-    #[error("the snapshot is for channel {0:?}, and this version knows {CHANNEL:?} only: update this sidecar")]
+    #[error("the snapshot is for channel {0:?}, which this version does not know: update this sidecar")]
     Channel(String),
     /// Not signed by a key that is trusted here.
     #[error(transparent)]
@@ -106,7 +119,7 @@ impl Snapshot {
         Self {
             schema: SCHEMA,
             mesh: mesh.to_owned(),
-            channel: CHANNEL.to_owned(),
+            channel: STABLE.to_owned(),
             generation,
             digest: digest(&table),
             applied_ms,
@@ -145,7 +158,7 @@ impl Snapshot {
             other => return Err(SnapshotError::Schema(other)),
         }
         let snapshot: Self = serde_json::from_slice(json)?;
-        if snapshot.channel != CHANNEL {
+        if snapshot.channel.parse::<Channel>().is_err() {
             return Err(SnapshotError::Channel(snapshot.channel));
         }
         snapshot.expect("digest", &snapshot.digest, &digest(&snapshot.table))?;
@@ -156,6 +169,11 @@ impl Snapshot {
     pub(crate) fn check(&self, mesh: &str, generation: u64) -> Result<(), SnapshotError> {
         self.expect("mesh", &self.mesh, mesh)?;
         self.expect("generation", &self.generation.to_string(), &generation.to_string())
+    }
+
+    /// Checks that it is for those for whom its key in the log says that it is.
+    pub(crate) fn check_channel(&self, channel: Option<&Channel>) -> Result<(), SnapshotError> {
+        self.expect("channel", &self.channel, &channel.map(Channel::to_string).unwrap_or_default())
     }
 
     /// Checks the signature, if keys are trusted here. [`Snapshot::check`] comes first: what is signed is what it claims.
@@ -205,8 +223,12 @@ mod tests {
         assert!(matches!(Snapshot::unpack(b"no zstd"), Err(SnapshotError::Unpack(_))));
         let other = Snapshot { schema: 2, ..sample() };
         assert!(matches!(Snapshot::unpack(&other.pack().unwrap()), Err(SnapshotError::Schema(2))));
-        let canary = Snapshot { channel: "canary".into(), ..sample() };
-        assert!(matches!(Snapshot::unpack(&canary.pack().unwrap()), Err(SnapshotError::Channel(_))));
+        let unknown = Snapshot { channel: "canary moon=full".into(), ..sample() };
+        assert!(matches!(Snapshot::unpack(&unknown.pack().unwrap()), Err(SnapshotError::Channel(_))));
+        let canary = Snapshot { channel: "canary percent=1".into(), ..sample() };
+        let canary = Snapshot::unpack(&canary.pack().unwrap()).unwrap();
+        assert!(canary.check_channel(Some(&"canary percent=1".parse().unwrap())).is_ok());
+        assert!(canary.check_channel(Some(&Channel::Stable)).unwrap_err().to_string().contains("channel"));
         let forged = Snapshot { table: "{}".into(), ..sample() };
         assert!(matches!(Snapshot::unpack(&forged.pack().unwrap()), Err(SnapshotError::Mismatch { field: "digest", .. })));
         let truncated = sample().pack().unwrap();
@@ -234,7 +256,7 @@ mod tests {
         let mut snapshot = sample();
         snapshot.verify(&[]).unwrap();
         assert!(matches!(snapshot.verify(&trusted), Err(SnapshotError::Trust(TrustError::Unsigned { .. }))));
-        let signed = Signed { mesh: "shop", channel: CHANNEL, generation: 7, digest: &snapshot.digest };
+        let signed = Signed { mesh: "shop", channel: STABLE, generation: 7, digest: &snapshot.digest };
         let signature = mesh_proto::v1::TableSignature { key_id: key.public().id().to_owned(), ed25519: key.sign(&signed).into() };
         snapshot.signature = Some(Seal::from(&signature));
         Snapshot::unpack(&snapshot.pack().unwrap()).unwrap().verify(&trusted).unwrap();

@@ -3,16 +3,24 @@
 //! Invariant: one writer each: `read` writes the log and `progress`, `adopt` writes `local` and `table`, `report` writes `peers`.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     fmt,
     sync::{Arc, Mutex, PoisonError, atomic::AtomicI64},
 };
 
 use mesh_proto::v1;
+use mesh_routing::channel::Member;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::{commands::Waiting, history, log::Log, report::Peers, snapshot::Snapshot};
+use super::{
+    commands::Waiting,
+    history,
+    log::Log,
+    report::Peers,
+    rollout::{Count, Rollout},
+    snapshot::Snapshot,
+};
 pub(super) use crate::record::now_ms;
 use crate::{
     broker::Broker,
@@ -33,6 +41,8 @@ pub(super) struct Progress {
     pub(super) next_offset: i64,
     /// The newest generation.
     pub(super) head: u64,
+    /// Whether that is a canary that was aborted.
+    pub(super) over: bool,
     /// Whether the end was reached once.
     pub(super) caught_up: bool,
 }
@@ -42,12 +52,18 @@ pub(super) struct Progress {
 pub(super) struct Local {
     /// The table in force here.
     pub(super) table: Option<Arc<v1::GetTableResponse>>,
-    /// The newest generation that was judged, adopted or refused.
+    /// The newest generation that was judged: adopted, refused, or left to those that it chooses.
     pub(super) judged: u64,
-    /// Why the newest generation is refused; `None` if it is not.
+    /// Whether that was a canary that was aborted.
+    pub(super) judged_over: bool,
+    /// The generation that this instance ought to run.
+    pub(super) target: u64,
+    /// Why that one is refused; `None` if it is not.
     pub(super) refused: Option<String>,
-    /// The digest of the generation `judged`; `None` if its record cannot be read.
-    pub(super) head_digest: Option<String>,
+    /// The digests of generations that some instance ought to run, as far as their records were read here.
+    pub(super) digests: BTreeMap<u64, String>,
+    /// The newest generation, if it is a canary and its record can be read.
+    pub(super) rollout: Option<Arc<Rollout>>,
 }
 
 impl Local {
@@ -75,6 +91,10 @@ pub(super) struct Shared {
     pub(super) board: Board,
     /// This instance's name.
     pub(super) instance: String,
+    /// The services that it serves.
+    pub(super) services: Vec<String>,
+    /// Its labels.
+    pub(super) labels: HashMap<String, String>,
     /// When it began, in milliseconds since 1970-01-01 UTC.
     pub(super) started_ms: i64,
     /// Until when somebody watches the state of the mesh, in milliseconds since 1970-01-01 UTC.
@@ -93,6 +113,8 @@ pub(super) struct Shared {
     /// What is waited for, by subject.
     waiting: Mutex<BTreeMap<&'static str, String>>,
     pub(super) peers: Mutex<Peers>,
+    /// Dead letters since the newest canary was taken.
+    pub(super) canary: Mutex<Count>,
     /// To the routes of this process.
     pub(super) commands: Commands,
     /// To other instances, until they answer.
@@ -118,6 +140,8 @@ impl Shared {
         });
         Self {
             log: Mutex::new(Log::new(&config.mesh)),
+            services: config.services.iter().map(|service| service.name.to_string()).collect(),
+            labels: config.labels.clone().into_iter().collect(),
             broker,
             config,
             board,
@@ -133,11 +157,17 @@ impl Shared {
             ready: watch::Sender::default(),
             waiting: Mutex::default(),
             peers: Mutex::default(),
+            canary: Mutex::default(),
             commands,
             waiting_commands: Waiting::default(),
             applying: Semaphore::new(1),
             reading: Semaphore::new(READINGS),
         }
+    }
+
+    /// This instance, as a canary's selector looks at it.
+    pub(super) fn member(&self) -> Member<'_> {
+        Member { instance: &self.instance, services: &self.services, labels: &self.labels }
     }
 
     /// Uses the log, shortly.

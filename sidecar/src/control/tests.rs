@@ -1,10 +1,12 @@
 //! The control plane over a broker in memory: several instances, rivals, refusals, restarts, absences.
 
+mod rollout;
 mod signed;
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 
 use mesh_proto::v1::{self, InstanceState};
+use mesh_routing::channel::Channel;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -27,6 +29,7 @@ fn config(instance: &str, state: &Path, table: Option<&Path>) -> Arc<Config> {
         mesh: "shop".into(),
         services: vec![ServiceConfig { name: "pricing".into(), app: None, publish: None, subscribe: None, token_file: None }],
         instance: (!instance.is_empty()).then(|| instance.to_owned()),
+        labels: BTreeMap::new(),
         state: state.to_owned(),
         broker: BrokerConfig::Embedded { path: state.to_owned() },
         table: table.map(Path::to_owned),
@@ -295,7 +298,7 @@ async fn old_generations_are_deleted_and_history_is_readable() {
     assert!(last(&broker).value.is_some(), "the log ends with the record in force, which compaction keeps");
     let deleted = broker.records(CONTROL_TOPIC).into_iter().filter(|record| record.value.is_none());
     let keys: Vec<_> = deleted.map(|record| String::from_utf8(record.key.unwrap().to_vec()).unwrap()).collect();
-    assert!(keys.len() == 1 && keys[0].starts_with(&proposal_key("shop", 1, "")), "{keys:?}");
+    assert!(keys.len() == 1 && keys[0].starts_with(&proposal_key("shop", 1, "", &Channel::Stable)), "{keys:?}");
 }
 
 #[tokio::test(start_paused = true)]

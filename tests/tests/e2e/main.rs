@@ -20,6 +20,7 @@ mod operate;
 mod pitfalls;
 mod reset;
 mod retries;
+mod rollout;
 mod routes;
 mod schema;
 mod subscribe;

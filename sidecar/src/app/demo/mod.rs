@@ -154,6 +154,7 @@ fn config(args: &Args, folder: PathBuf, telemetry: TelemetryConfig, services: Ve
             })
             .collect(),
         instance: None,
+        labels: BTreeMap::new(),
         state: folder.join("state"),
         broker: BrokerConfig::Embedded { path: folder.join("data") },
         table: None,

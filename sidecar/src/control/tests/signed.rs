@@ -98,7 +98,7 @@ async fn what_the_log_holds_is_refused_with_its_reason_and_the_last_good_table_s
         ("says generation", stored(99, &other, good(99))),
     ];
     for (generation, (reason, value)) in (2..).zip(cases) {
-        broker.append(CONTROL_TOPIC, 0, &proposal_key("shop", generation, "x"), Some(&value));
+        broker.append(CONTROL_TOPIC, 0, &proposal_key("shop", generation, "x", &Channel::Stable), Some(&value));
         let nacked = |status: &v1::GetStatusResponse| status.instances[0].refused_generation == generation;
         let status = a.status(reason, nacked).await;
         let mine = &status.instances[0];
