@@ -1,5 +1,10 @@
 //! What librdkafka calls while a consumer is polled: errors, log lines, rebalances. Nothing is handled here, only noted; the session
 //! handles it between polls.
+//!
+//! A static member that joins again after its session has ended is given another member id, and its partitions are others' by then. When it learns
+//! that from the answer to a JoinGroup, librdkafka (2.12) keeps them all the same, joins with the new id, and lets them be given back in good order
+//! later: until then the group takes offsets for them. (A dynamic member is told to ask for an id first, and loses them by that.) All that says so
+//! is a line of its log.
 
 use std::{
     collections::VecDeque,
@@ -42,11 +47,26 @@ pub(super) struct Context {
     errors: Mutex<Vec<(Code, String)>>,
     served: AtomicU64,
     closing: AtomicBool,
+    /// The group gave this member another id: it was none any more in between.
+    replaced: AtomicBool,
+}
+
+/// Whether a line of the log says that a member id takes the place of another one.
+fn is_replaced(facility: &str, text: &str) -> bool {
+    let ids = || text.split_once("updating member id \"")?.1.split_once("\" -> \"");
+    facility == "MEMBERID" && ids().is_some_and(|(before, _)| !before.is_empty() && before != "(not-set)")
 }
 
 impl Context {
     pub(super) fn new(health: Arc<Health>) -> Self {
-        Self { health, rebalances: Mutex::default(), errors: Mutex::default(), served: AtomicU64::new(0), closing: AtomicBool::new(false) }
+        Self {
+            health,
+            rebalances: Mutex::default(),
+            errors: Mutex::default(),
+            served: AtomicU64::new(0),
+            closing: AtomicBool::new(false),
+            replaced: AtomicBool::new(false),
+        }
     }
 
     /// Grows with everything that was served: a poll that returns nothing and serves nothing found the queue empty.
@@ -56,6 +76,11 @@ impl Context {
 
     fn count(&self) {
         self.served.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Whether the group gave this member another id since the last call.
+    pub(super) fn take_replaced(&self) -> bool {
+        self.replaced.swap(false, Ordering::AcqRel)
     }
 
     /// The next rebalance that waits.
@@ -82,6 +107,9 @@ impl Context {
 impl ClientContext for Context {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
         self.count();
+        if is_replaced(facility, text) {
+            self.replaced.store(true, Ordering::Release);
+        }
         self.health.log(level, facility, text);
     }
 
@@ -116,5 +144,18 @@ impl ConsumerContext for Context {
             Rebalance::Revoke { list: list.clone(), lost: consumer.assignment_lost() }
         };
         lock(&self.rebalances).push_back(rebalance);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_member_id_that_takes_the_place_of_another_is_seen() {
+        let line = |before: &str, after: &str| format!("[thrd:main]: Group \"g\": updating member id \"{before}\" -> \"{after}\"");
+        assert!(is_replaced("MEMBERID", &line("a-1", "")) && is_replaced("MEMBERID", &line("a-1", "a-2")));
+        assert!(!is_replaced("MEMBERID", &line("", "a-1")) && !is_replaced("MEMBERID", &line("(not-set)", "a-1")));
+        assert!(!is_replaced("JOIN", &line("a-1", "")) && !is_replaced("MEMBERID", "something else"));
     }
 }

@@ -95,6 +95,8 @@ pub(super) struct Session {
     /// The producer of transactions failed for good: partitions are assigned again once it stands.
     starting_over: bool,
     fatal: Option<BrokerError>,
+    /// The membership ended unseen: the partitions are others', and the client does not know.
+    replaced: bool,
     /// Since when the partitions have enough.
     full_since: Option<Instant>,
 }
@@ -124,6 +126,7 @@ impl Session {
             abandoned: false,
             starting_over: false,
             fatal: None,
+            replaced: false,
             full_since: None,
         };
         session.connect()?;
@@ -167,6 +170,11 @@ impl Session {
             self.subscribe(&client);
             self.work(&client);
             drop(client);
+            if std::mem::take(&mut self.replaced) {
+                tracing::warn!("kafka: {}: the session had ended, and its partitions are others' by now: joining anew", self.name());
+                self.lose(self.locals.iter().map(|local| local.partition.clone()).collect());
+                self.disconnect();
+            }
             if let Some(error) = self.fatal.take() {
                 tracing::error!("kafka: {error}; joining again in {REJOIN:?}");
                 self.lose(self.locals.iter().map(|local| local.partition.clone()).collect());
@@ -195,6 +203,12 @@ impl Session {
         while !self.shared.closing() && self.fatal.is_none() {
             let rests = self.rests(client);
             let more = !rests && self.pump(client);
+            // Before a rebalance is answered, and with it the metadata of the new membership is captured.
+            if client.context().take_replaced() && !self.locals.is_empty() {
+                *lock(&self.shared.metadata) = None;
+                self.replaced = true;
+                return;
+            }
             while let Some(rebalance) = client.context().take_rebalance() {
                 match rebalance {
                     Rebalance::Assign(list) => self.assign(client, &list),
@@ -202,7 +216,7 @@ impl Session {
                 }
             }
             self.take_choices(client);
-            self.watch_transactions(client);
+            self.watch_transactions(client, rests);
             let seeks = lock(&self.shared.queue).take_seeks();
             for (partition, offset) in seeks {
                 self.seek(client, &partition, offset);

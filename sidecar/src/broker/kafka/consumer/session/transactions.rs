@@ -46,8 +46,8 @@ impl Session {
     }
 
     /// Looks after the producer: when it failed for good, the end of its last transaction is not known, so the partitions begin anew at what
-    /// is committed, once another stands.
-    pub(super) fn watch_transactions(&mut self, client: &Arc<Client>) {
+    /// is committed, once another stands. `rests`: what the client has to tell was not heard.
+    pub(super) fn watch_transactions(&mut self, client: &Arc<Client>, rests: bool) {
         let Some(transactor) = &self.shared.transactor else { return };
         match transactor.stage() {
             Stage::Ready => {
@@ -56,11 +56,12 @@ impl Session {
                 if std::mem::take(&mut self.starting_over) {
                     self.abandoned = false;
                     self.adopt(client);
-                } else if self.shared.stale_metadata.swap(false, Ordering::AcqRel)
+                } else if !rests
+                    && self.shared.stale_metadata.swap(false, Ordering::AcqRel)
                     && !client.context().rebalance_waits()
                     && lock(&self.shared.metadata).is_some()
                 {
-                    // With `group.protocol: consumer` the member's epoch grows without a rebalance here.
+                    // Not before the queue was heard, which tells when it was refused since the membership had ended. With `group.protocol: consumer` the member's epoch grows without a rebalance here.
                     self.capture_metadata(client);
                 }
             }
