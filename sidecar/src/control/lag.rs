@@ -13,7 +13,7 @@ use std::{
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use mesh_proto::v1;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use super::{Control, reset::OperationError, state::now_ms};
 use crate::{
@@ -21,6 +21,9 @@ use crate::{
     record::{Position, TopicPartition},
 };
 
+/// How often the ends are asked for again while topics vanish, and the pause before.
+const VANISHING: usize = 10;
+const PAUSE: Duration = Duration::from_millis(200);
 /// The most groups that are looked at with one request.
 const GROUPS: usize = 500;
 /// How many groups are asked for at once.
@@ -186,11 +189,21 @@ async fn marks(
     admin: &dyn Admin,
     partitions: BTreeSet<TopicPartition>,
 ) -> Result<(BTreeMap<TopicPartition, (i64, i64)>, Vec<String>), BrokerError> {
-    let partitions: Vec<TopicPartition> = partitions.into_iter().collect();
-    let error = match admin.all_watermarks(partitions.clone()).await {
-        Ok(marks) => return Ok((partitions.into_iter().zip(marks).collect(), Vec::new())),
-        Err(error) if error.kind == BrokerErrorKind::Unreachable => error,
-        Err(error) => return Err(error),
+    let mut partitions: Vec<TopicPartition> = partitions.into_iter().collect();
+    let mut again = 0;
+    let error = loop {
+        match admin.all_watermarks(partitions.clone()).await {
+            Ok(marks) => return Ok((partitions.into_iter().zip(marks).collect(), Vec::new())),
+            Err(error) if error.kind == BrokerErrorKind::Unreachable => break error,
+            // Somebody deletes topics meanwhile, for which groups had committed: in what is gone nothing is behind.
+            Err(error) if error.kind == BrokerErrorKind::UnknownTopic && again < VANISHING => {
+                again += 1;
+                sleep(PAUSE).await;
+                let there = admin.topics().await?;
+                partitions.retain(|partition| there.get(&*partition.topic).is_some_and(|count| partition.partition < *count));
+            }
+            Err(error) => return Err(error),
+        }
     };
     let topics: BTreeSet<String> = partitions.iter().map(|partition| partition.topic.to_string()).collect();
     let described = admin.describe_topics(topics.into_iter().collect(), false).await?;
