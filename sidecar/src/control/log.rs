@@ -158,7 +158,7 @@ impl Log {
             return self.pause(route, value);
         }
         if let Some(generation) = key.and_then(|key| parse_abort(&self.mesh, key)) {
-            return self.abort(generation, value);
+            return self.abort(offset, generation, value);
         }
         let Some((key, (generation, channel))) = key.and_then(|key| Some((key, parse_key(&self.mesh, key)?))) else {
             return Meaning::Foreign;
@@ -200,11 +200,11 @@ impl Log {
     }
 
     /// What cannot be read ends it all the same: somebody wanted that.
-    fn abort(&mut self, generation: u64, value: Option<&Bytes>) -> Meaning {
+    fn abort(&mut self, offset: i64, generation: u64, value: Option<&Bytes>) -> Meaning {
         match value {
             None => drop(self.aborts.remove(&generation)),
-            // Of what is no canary here, or not any more, nothing is remembered.
-            Some(_) if !self.winners.get(&generation).is_some_and(Winner::is_canary) => {}
+            // Of what is no canary, or not any more, nothing is remembered, and nothing counts that was there before it: also for who reads it again.
+            Some(_) if !self.winners.get(&generation).is_some_and(|winner| winner.is_canary() && winner.offset < offset) => {}
             Some(value) => drop(self.aborts.insert(generation, serde_json::from_slice(value).unwrap_or_default())),
         }
         Meaning::Abort(generation)
