@@ -2,7 +2,11 @@
 
 use std::{error::Error as _, time::Duration};
 
-use mesh_proto::admin::{AdminAddress, AdminClient, ConnectError, root_cause};
+use mesh_proto::{
+    admin::{AdminAddress, AdminClient, ConnectError, root_cause},
+    v1,
+};
+use mesh_routing::Table;
 use tonic::{Code as GrpcCode, Request, Status};
 
 use crate::output::{Code, Failure};
@@ -33,6 +37,21 @@ pub(crate) fn request<T>(message: T, deadline: Duration) -> Request<T> {
     let mut request = Request::new(message);
     request.set_timeout(deadline);
     request
+}
+
+/// The state of the mesh. `watch`: it will be asked for again and again, so instances are to report more often for a while.
+pub(crate) async fn status(client: &mut Client, watch: bool) -> Result<v1::GetStatusResponse, Failure> {
+    let asked = client.get_status(request(v1::GetStatusRequest { watch }, ASK)).await;
+    asked.map(tonic::Response::into_inner).map_err(|status| refused(&status))
+}
+
+/// The table in force; `None` where there is none, or one that this version cannot read.
+pub(crate) async fn table(client: &mut Client) -> Result<Option<Table>, Failure> {
+    match client.get_table(request(v1::GetTableRequest { generation: None }, ASK)).await {
+        Ok(table) => Ok(mesh_routing::parse("the table in force", &table.into_inner().json).ok()),
+        Err(status) if status.code() == GrpcCode::NotFound => Ok(None),
+        Err(status) => Err(refused(&status)),
+    }
 }
 
 /// What a sidecar's refusal means for us.

@@ -201,6 +201,23 @@ impl Output {
         ensure!(self.status == Some(0), "{} ended with {:?}\n{}{}", self.name, self.status, self.stdout, self.stderr);
         Ok(self.stdout)
     }
+
+    /// The same, if it ended with this code.
+    ///
+    /// # Errors
+    /// If it did not.
+    pub fn ends(self, code: i32) -> Result<Self> {
+        ensure!(self.status == Some(code), "not {code}: {self:?}");
+        Ok(self)
+    }
+
+    /// Its output as JSON, however it ended.
+    ///
+    /// # Errors
+    /// If that is no JSON.
+    pub fn json(&self) -> Result<serde_json::Value> {
+        serde_json::from_str(&self.stdout).with_context(|| format!("{self:?}"))
+    }
 }
 
 /// Tells the watchdog of a group that began (`+ id`) or ended (`- id`). It kills what is left when this process is gone, however it went.

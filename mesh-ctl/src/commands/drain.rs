@@ -47,7 +47,7 @@ struct Route {
 
 pub(super) async fn run(context: &Context, flags: &Drain) -> Result<Code, Failure> {
     let mut client = client::connect(&context.admin).await?;
-    let mesh = status(&mut client, client::ASK).await.map_err(|status| client::refused(&status))?;
+    let mesh = client::status(&mut client, false).await?;
     let name = flags.instance.clone().unwrap_or_else(|| mesh.instance.clone());
     let mut said = preview(&mesh, &name)?;
     if !flags.execute {
@@ -73,10 +73,6 @@ pub(super) async fn run(context: &Context, flags: &Drain) -> Result<Code, Failur
         context.note(&format!("ended after {:.1}s", begin.elapsed().as_secs_f64()));
     }
     Ok(Code::Done)
-}
-
-async fn status(client: &mut Client, deadline: Duration) -> Result<v1::GetStatusResponse, tonic::Status> {
-    Ok(client.get_status(client::request(v1::GetStatusRequest { watch: false }, deadline)).await?.into_inner())
 }
 
 /// What it does, and who takes over.
@@ -129,8 +125,9 @@ impl Before {
 async fn wait(context: &Context, mut client: Client, before: &Before, begin: Instant, wait: Duration) -> bool {
     let mut unanswered = 0;
     let ended = loop {
-        let trouble = match status(&mut client, LOOK_TIME).await {
-            Ok(mesh) => match before.remains(&mesh) {
+        let look = client::request(v1::GetStatusRequest { watch: false }, LOOK_TIME);
+        let trouble = match client.get_status(look).await {
+            Ok(mesh) => match before.remains(mesh.get_ref()) {
                 None => break true,
                 Some(found) => {
                     unanswered = 0;

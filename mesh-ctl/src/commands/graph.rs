@@ -2,7 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use mesh_proto::v1;
 use mesh_routing::{AllNotes, Notes, Table};
 use serde::Serialize;
 
@@ -58,16 +57,12 @@ pub(super) async fn run(context: &Context, flags: &Graph) -> Result<Code, Failur
 async fn watch(context: &Context, flags: &Graph, table: &Table) -> Result<Vec<Flow>, Failure> {
     let mut client = client::connect(&context.admin).await?;
     let mut rates = Rates::default();
-    let mut look = async || {
-        let request = client::request(v1::GetStatusRequest { watch: true }, client::ASK);
-        Ok::<_, Failure>(client.get_status(request).await.map_err(|status| client::refused(&status))?.into_inner())
-    };
-    rates.take(&look().await?);
+    rates.take(&client::status(&mut client, true).await?);
     context.progress_line(&format!("watching for {} …", age(flags.interval)));
     tokio::time::sleep(flags.interval).await;
     let until = Instant::now() + PATIENCE;
     let mesh = loop {
-        let mesh = look().await?;
+        let mesh = client::status(&mut client, true).await?;
         rates.take(&mesh);
         if !rates.lack(&mesh) || Instant::now() >= until {
             break mesh;

@@ -49,8 +49,7 @@ pub(super) async fn resume(context: &Context, flags: &Resume) -> Result<Code, Fa
 async fn wait(client: &mut Client, route: &str, timeout: Duration) -> Result<Vec<String>, Failure> {
     let until = Instant::now() + timeout;
     loop {
-        let request = client::request(v1::GetStatusRequest { watch: false }, client::ASK);
-        let mesh = client.get_status(request).await.map_err(|status| client::refused(&status))?.into_inner();
+        let mesh = client::status(client, false).await?;
         let left = delivering(&mesh, route);
         if left.is_empty() || Instant::now() >= until {
             return Ok(left);

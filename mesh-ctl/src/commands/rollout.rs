@@ -30,11 +30,6 @@ pub(super) async fn run(context: &Context, command: &Rollout) -> Result<Code, Fa
     }
 }
 
-async fn ask(client: &mut Client) -> Result<v1::GetStatusResponse, Failure> {
-    let request = client::request(v1::GetStatusRequest { watch: false }, client::ASK);
-    Ok(client.get_status(request).await.map_err(|status| client::refused(&status))?.into_inner())
-}
-
 /// What `rollout status` prints.
 #[derive(Debug, Serialize)]
 struct Shown {
@@ -78,7 +73,7 @@ impl Shown {
 async fn status(context: &Context, flags: &RolloutStatus) -> Result<Code, Failure> {
     let mut client = client::connect(&context.admin).await?;
     loop {
-        let shown = Shown::new(ask(&mut client).await?);
+        let shown = Shown::new(client::status(&mut client, false).await?);
         match context.form {
             Some(form @ (Form::Json | Form::Yaml)) => context.print_document(form, &shown)?,
             None | Some(Form::Table) => {
@@ -152,7 +147,7 @@ fn open(status: v1::GetStatusResponse, wanted: Option<u64>) -> Result<(u64, Vec<
 
 async fn promote(context: &Context, flags: &RolloutPromote) -> Result<Code, Failure> {
     let mut client = client::connect(&context.admin).await?;
-    let (generation, instances) = open(ask(&mut client).await?, flags.generation)?;
+    let (generation, instances) = open(client::status(&mut client, false).await?, flags.generation)?;
     let behind = instances.iter().filter(|one| one.target_generation == generation && one.state() != v1::InstanceState::Synced).count();
     if behind > 0 {
         context.note(&format!("{} of the canary do not run it yet", count(behind as u64, "instance")));
@@ -207,7 +202,7 @@ async fn abort(context: &Context, flags: &RolloutAbort) -> Result<Code, Failure>
 async fn wait(client: &mut Client, generation: u64, timeout: Duration) -> Result<Vec<String>, Failure> {
     let until = Instant::now() + timeout;
     loop {
-        let mesh = ask(client).await?;
+        let mesh = client::status(client, false).await?;
         let running = mesh.instances.iter().filter(|one| one.generation == generation && one.state() != v1::InstanceState::Lost);
         let left: Vec<String> = running.map(|one| one.instance.clone()).collect();
         if left.is_empty() || Instant::now() >= until {

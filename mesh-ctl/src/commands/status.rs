@@ -2,8 +2,6 @@
 
 use std::time::Duration;
 
-use mesh_proto::v1;
-
 use super::Context;
 use crate::{
     client,
@@ -15,15 +13,9 @@ use crate::{
 pub(super) async fn run(context: &Context, flags: &Status) -> Result<Code, Failure> {
     let mut client = client::connect(&context.admin).await?;
     loop {
-        let request = client::request(v1::GetStatusRequest { watch: flags.watch.is_some() }, client::ASK);
-        let response = client.get_status(request).await.map_err(|status| client::refused(&status))?.into_inner();
+        let response = client::status(&mut client, flags.watch.is_some()).await?;
         // What is in force tells what nobody serves. Without a table, or with one that this version cannot read, that is not told.
-        let request = client::request(v1::GetTableRequest { generation: None }, client::ASK);
-        let table = match client.get_table(request).await {
-            Ok(table) => mesh_routing::parse("the table in force", &table.into_inner().json).ok(),
-            Err(status) if status.code() == tonic::Code::NotFound => None,
-            Err(status) => return Err(client::refused(&status)),
-        };
+        let table = client::table(&mut client).await?;
         let mesh = view::Mesh::new(response, table.as_ref());
         match context.form {
             Some(form @ (Form::Json | Form::Yaml)) => context.print_document(form, &mesh)?,

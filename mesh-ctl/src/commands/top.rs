@@ -80,15 +80,8 @@ struct Seen {
 }
 
 async fn look(client: &mut Client) -> Result<Seen, Failure> {
-    let request = client::request(v1::GetStatusRequest { watch: true }, client::ASK);
-    let mesh = client.get_status(request).await.map_err(|status| client::refused(&status))?.into_inner();
-    let request = client::request(v1::GetTableRequest { generation: None }, client::ASK);
-    let table = match client.get_table(request).await {
-        Ok(table) => mesh_routing::parse("the table in force", &table.into_inner().json).ok(),
-        Err(status) if status.code() == tonic::Code::NotFound => None,
-        Err(status) => return Err(client::refused(&status)),
-    };
-    Ok(Seen { mesh, table })
+    let mesh = client::status(client, true).await?;
+    Ok(Seen { mesh, table: client::table(client).await? })
 }
 
 fn say(context: &Context, flags: &Top, mesh: &v1::GetStatusResponse, found: &[Flow], again: bool) -> Result<(), Failure> {

@@ -263,8 +263,7 @@ async fn learn(shared: &Shared, head: u64) -> Option<Arc<Rollout>> {
     let winner = shared.log(|log| log.winner(head).filter(|winner| winner.is_canary()).cloned())?;
     let config = shared.config.clone();
     let read = spawn_blocking(move || {
-        let snapshot = Snapshot::unpack(&winner.value).ok()?;
-        snapshot.check(&config.mesh, head).and_then(|()| snapshot.check_channel(winner.channel.as_ref())).ok()?;
+        let snapshot = Snapshot::read(&winner, &config.mesh, head).ok()?;
         snapshot.verify(&config.control.trusted_keys).ok()?;
         Some(Arc::new(Rollout::new(&snapshot)))
     });
@@ -276,9 +275,7 @@ async fn prepare(shared: &Shared, generation: u64) -> Result<(Snapshot, Compiled
     let winner = shared.log(|log| log.winner(generation).cloned()).ok_or("its record was deleted")?;
     let config = shared.config.clone();
     spawn_blocking(move || {
-        let snapshot = Snapshot::unpack(&winner.value).map_err(|error| error.to_string())?;
-        snapshot.check(&config.mesh, generation).map_err(|error| error.to_string())?;
-        snapshot.check_channel(winner.channel.as_ref()).map_err(|error| error.to_string())?;
+        let snapshot = Snapshot::read(&winner, &config.mesh, generation).map_err(|error| error.to_string())?;
         snapshot.verify(&config.control.trusted_keys).map_err(|error| error.to_string())?;
         let compiled = compile(&config.mesh, &snapshot)?;
         Ok((snapshot, compiled))

@@ -407,15 +407,14 @@ impl Control {
         let local = self.0.local.borrow().table.clone();
         // A copy on disk may be ahead of a control topic that was lost: generations grow all the same.
         let ahead = local.as_ref().map_or(0, |table| table.generation).max(head) > head;
-        let local = local.filter(|table| ahead || table.generation == in_log);
+        // Where the mesh's cannot be read, the last good one here stands for it; a canary does not.
+        let local = local.filter(|table| ahead || table.generation <= in_log);
         let generation = local.as_ref().map_or(0, |table| table.generation).max(head);
         let stable = if ahead { generation } else { in_log };
         let config = self.0.config.clone();
         spawn_blocking(move || {
-            let snapshot = winner.filter(|_| !ahead).and_then(|winner| Snapshot::unpack(&winner.value).ok());
-            let good =
-                |snapshot: &Snapshot| snapshot.check(&config.mesh, stable).is_ok() && snapshot.verify(&config.control.trusted_keys).is_ok();
-            let snapshot = snapshot.filter(good);
+            let snapshot = winner.filter(|_| !ahead).and_then(|winner| Snapshot::read(&winner, &config.mesh, stable).ok());
+            let snapshot = snapshot.filter(|snapshot| snapshot.verify(&config.control.trusted_keys).is_ok());
             let digest = snapshot.as_ref().map(|snapshot| snapshot.digest.clone());
             let signed_by = snapshot.as_ref().and_then(|snapshot| Some(snapshot.signature.as_ref()?.key.clone()));
             let json = snapshot.map(|snapshot| snapshot.table).or_else(|| local.map(|table| table.json.clone()));

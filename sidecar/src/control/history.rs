@@ -113,11 +113,7 @@ impl Control {
         let judged = (local.target, local.refused.clone());
         let read = move || -> Vec<v1::Generation> {
             let read_one = |(generation, winner, aborted): (u64, super::log::Winner, String)| {
-                let snapshot = Snapshot::unpack(&winner.value).and_then(|snapshot| {
-                    snapshot.check(&config.mesh, generation)?;
-                    snapshot.check_channel(winner.channel.as_ref())?;
-                    Ok(snapshot)
-                });
+                let snapshot = Snapshot::read(&winner, &config.mesh, generation);
                 let known = judged.1.clone().filter(|_| judged.0 == generation);
                 match snapshot {
                     Ok(snapshot) => {

@@ -230,9 +230,7 @@ impl Control {
                 let Some(winner) = self.0.log(|log| log.winner(generation).cloned()) else { return Ok(None) };
                 let config = self.0.config.clone();
                 let read = tokio::task::spawn_blocking(move || {
-                    let snapshot = snapshot::Snapshot::unpack(&winner.value)?;
-                    snapshot.check(&config.mesh, generation)?;
-                    snapshot.check_channel(winner.channel.as_ref())?;
+                    let snapshot = snapshot::Snapshot::read(&winner, &config.mesh, generation)?;
                     let mut response = Local::response(&snapshot, TableOrigin::Mesh);
                     // One that is not trusted can be read, and says so.
                     if let (Some(entry), Err(error)) = (&mut response.entry, snapshot.verify(&config.control.trusted_keys)) {

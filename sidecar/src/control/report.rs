@@ -114,15 +114,20 @@ pub(super) fn mesh(shared: &Shared) -> v1::GetStatusResponse {
     v1::GetStatusResponse { mesh: shared.config.mesh.to_string(), generation: head, instances, instance: shared.instance.clone(), rollout }
 }
 
+/// An instance, as a canary's selector looks at it.
+fn member(status: &v1::InstanceStatus) -> Member<'_> {
+    Member { instance: &status.instance, services: &status.services, labels: &status.labels }
+}
+
 /// Whether a selector chooses an instance, and one that may take a table.
 pub(super) fn is_chosen(status: &v1::InstanceStatus, selector: &Selector) -> bool {
-    let member = Member { instance: &status.instance, services: &status.services, labels: &status.labels };
+    let member = member(status);
     !matches!(status.state(), v1::InstanceState::Lost | v1::InstanceState::Pinned) && selector.chooses(&member)
 }
 
 /// Says how an instance stands to the table that it ought to run.
 fn judge(shared: &Shared, status: &mut v1::InstanceStatus, age_ms: i64) {
-    let member = Member { instance: &status.instance, services: &status.services, labels: &status.labels };
+    let member = member(status);
     let (target, over) = shared.log(|log| (log.target(&member), !log.may_run(status.generation, &member)));
     status.target_generation = target;
     let local = shared.local.borrow();

@@ -14,7 +14,10 @@ use mesh_routing::{
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::trust::{self, Seal, TrustError};
+use super::{
+    log::Winner,
+    trust::{self, Seal, TrustError},
+};
 
 /// The schema that this version writes, and the only one that it reads.
 pub(crate) const SCHEMA: u32 = 1;
@@ -171,8 +174,16 @@ impl Snapshot {
         self.expect("generation", &self.generation.to_string(), &generation.to_string())
     }
 
+    /// Reads a record of the log, and checks that it belongs there: all but the signature. CPU-heavy for large tables.
+    pub(crate) fn read(winner: &Winner, mesh: &str, generation: u64) -> Result<Self, SnapshotError> {
+        let snapshot = Self::unpack(&winner.value)?;
+        snapshot.check(mesh, generation)?;
+        snapshot.check_channel(winner.channel.as_ref())?;
+        Ok(snapshot)
+    }
+
     /// Checks that it is for those for whom its key in the log says that it is.
-    pub(crate) fn check_channel(&self, channel: Option<&Channel>) -> Result<(), SnapshotError> {
+    fn check_channel(&self, channel: Option<&Channel>) -> Result<(), SnapshotError> {
         self.expect("channel", &self.channel, &channel.map(Channel::to_string).unwrap_or_default())
     }
 

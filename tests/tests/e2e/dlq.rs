@@ -30,10 +30,6 @@ fn lines(output: &Output) -> Result<Vec<Value>> {
     output.stdout.lines().map(|line| serde_json::from_str(line).with_context(|| line.to_owned())).collect()
 }
 
-fn json_of(output: &Output) -> Result<Value> {
-    serde_json::from_str(&output.stdout).with_context(|| format!("{output:?}"))
-}
-
 async fn publish(sidecar: &Sidecar, stage: &Stage, numbers: std::ops::Range<i64>) -> Result<()> {
     for number in numbers {
         let body = json!({ "n": number, "bad": number % 3 }).to_string();
@@ -66,7 +62,7 @@ async fn letters(stage: Stage) -> Result<()> {
         })
         .await?;
 
-    let listed = json_of(&sidecar.ctl(&["dlq", "list", "-o", "json"]).await?)?;
+    let listed = sidecar.ctl(&["dlq", "list", "-o", "json"]).await?.json()?;
     let work = listed.as_array().into_iter().flatten().find(|one| one["route"] == "work").context("work")?.clone();
     ensure!(work["letters"] == 40 && work["reasons"] == json!({ "attempts": 20, "status": 20 }) && work["redriven"] == 0, "{listed}");
     ensure!(listed.as_array().is_some_and(|all| all.iter().any(|one| one["route"] == "other" && one["letters"] == 0)), "{listed}");
@@ -92,18 +88,18 @@ async fn letters(stage: Stage) -> Result<()> {
     // The service is mended.
     service.set(Scenario::new()).await?;
     service.reset().await?;
-    let preview = json_of(&sidecar.ctl(&["dlq", "redrive", "work", "--reason", "status", "-o", "json"]).await?)?;
+    let preview = sidecar.ctl(&["dlq", "redrive", "work", "--reason", "status", "-o", "json"]).await?.json()?;
     ensure!(
         preview["redriven"] == 20 && preview["executed"] == false && preview["samples"].as_array().is_some_and(|s| s.len() == 5),
         "{preview}"
     );
     ensure!(service.total().await? == 0, "a preview sent something");
-    let said = json_of(&sidecar.ctl(&["dlq", "redrive", "work", "--place", &place, "--execute", "-o", "json"]).await?)?;
+    let said = sidecar.ctl(&["dlq", "redrive", "work", "--place", &place, "--execute", "-o", "json"]).await?.json()?;
     ensure!(said["redriven"] == 1 && said["executed"] == true, "{said}");
-    let said = json_of(&sidecar.ctl(&["dlq", "redrive", "work", "--reason", "status", "--execute", "-o", "json"]).await?)?;
+    let said = sidecar.ctl(&["dlq", "redrive", "work", "--reason", "status", "--execute", "-o", "json"]).await?.json()?;
     ensure!(said["redriven"] == 19 && said["already"] == 1, "{said}");
     service.wait(20, MINUTE).await?;
-    let again = json_of(&sidecar.ctl(&["dlq", "redrive", "work", "--reason", "status", "--execute", "-o", "json"]).await?)?;
+    let again = sidecar.ctl(&["dlq", "redrive", "work", "--reason", "status", "--execute", "-o", "json"]).await?.json()?;
     ensure!(again["redriven"] == 0 && again["already"] == 20, "{again}");
     sidecar.wait_status("the other route passes them over", MINUTE, |status| disposition(status, "other", "filtered") == 20).await?;
     ensure!(service.total().await? == 20, "{} deliveries: each letter goes to its route, once", service.total().await?);
@@ -117,19 +113,19 @@ async fn letters(stage: Stage) -> Result<()> {
 
     // The rest to every route, at a rate.
     let begin = std::time::Instant::now();
-    let said = json_of(&sidecar.ctl(&["dlq", "redrive", "work", "--every-route", "--rate", "10", "--execute", "-o", "json"]).await?)?;
+    let said = sidecar.ctl(&["dlq", "redrive", "work", "--every-route", "--rate", "10", "--execute", "-o", "json"]).await?.json()?;
     ensure!(said["redriven"] == 20 && said["already"] == 20, "{said}");
     ensure!(begin.elapsed() >= Duration::from_millis(1900), "20 letters at 10 a second took {:?}", begin.elapsed());
     service.wait(60, MINUTE).await?;
-    let listed = json_of(&sidecar.ctl(&["dlq", "list", "work", "-o", "json"]).await?)?;
+    let listed = sidecar.ctl(&["dlq", "list", "work", "-o", "json"]).await?.json()?;
     ensure!(listed[0]["redriven"] == 40, "{listed}");
 
     let purge = sidecar.ctl(&["dlq", "purge", "work", "--all"]).await?.success()?;
     ensure!(purge.contains("preview"), "{purge}");
-    ensure!(json_of(&sidecar.ctl(&["dlq", "list", "work", "-o", "json"]).await?)?[0]["letters"] == 40);
+    ensure!(sidecar.ctl(&["dlq", "list", "work", "-o", "json"]).await?.json()?[0]["letters"] == 40);
     ensure!(sidecar.ctl(&["dlq", "purge", "work"]).await?.status == Some(2), "what is to go has to be said");
     sidecar.ctl(&["dlq", "purge", "work", "--all", "--execute"]).await?.success()?;
-    ensure!(json_of(&sidecar.ctl(&["dlq", "list", "work", "-o", "json"]).await?)?[0]["letters"] == 0);
+    ensure!(sidecar.ctl(&["dlq", "list", "work", "-o", "json"]).await?.json()?[0]["letters"] == 0);
     ensure!(sidecar.ctl(&["dlq", "show", "wrok"]).await?.status == Some(2));
     sidecar.finish().await
 }
@@ -158,7 +154,7 @@ async fn cut(stage: Stage) -> Result<()> {
             sidecar.wait_running(&["work", "other"]).await?;
         }
     }
-    let said = json_of(&sidecar.ctl(&["dlq", "redrive", "work", "--execute", "-o", "json"]).await?)?;
+    let said = sidecar.ctl(&["dlq", "redrive", "work", "--execute", "-o", "json"]).await?.json()?;
     let (redriven, already) = (said["redriven"].as_u64().unwrap_or(0), said["already"].as_u64().unwrap_or(0));
     ensure!(redriven + already == 120 && already >= 10 && redriven > 0, "{said}");
     // The copies are counted in the topic itself: the crash may have delivered one again.
@@ -192,7 +188,7 @@ async fn replay(stage: Stage) -> Result<()> {
     service.wait(80, MINUTE).await?;
     let (from, to) = (stage.topic("in"), stage.topic("copy"));
     let run = async |arguments: &[&str]| -> Result<Value> {
-        json_of(&sidecar.ctl(&[&["replay", "--from", &from, "-o", "json"], arguments].concat()).await?)
+        sidecar.ctl(&[&["replay", "--from", &from, "-o", "json"], arguments].concat()).await?.json()
     };
     let said = run(&["--to", &to]).await?;
     ensure!(said["copied"] == 40 && said["executed"] == false, "{said}");

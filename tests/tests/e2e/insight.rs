@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use mesh_tests::{
     on_both,
-    process::Output,
     service::{Condition, Rule, Scenario, Service},
     sidecar::{Sidecar, disposition},
     stage::Stage,
@@ -14,10 +13,6 @@ use serde_json::{Value, json};
 
 const MINUTE: Duration = Duration::from_secs(60);
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
-
-fn json_of(output: &Output) -> Result<Value> {
-    serde_json::from_str(&output.stdout).with_context(|| format!("{output:?}"))
-}
 
 fn with(field: &str, value: impl Into<Value>) -> Condition {
     Condition { field_equals: Some((field.into(), value.into())), ..Condition::default() }
@@ -32,7 +27,7 @@ fn of<'v>(list: &'v Value, field: &str, value: &str) -> Result<&'v Value> {
 async fn committed(sidecar: &Sidecar, records: i64) -> Result<Value> {
     let end = Instant::now() + MINUTE;
     loop {
-        let said = json_of(&sidecar.ctl(&["reset", "price", "--to-earliest", "-o", "json"]).await?)?;
+        let said = sidecar.ctl(&["reset", "price", "--to-earliest", "-o", "json"]).await?.json()?;
         let sum: i64 = said["partitions"].as_array().into_iter().flatten().filter_map(|partition| partition["from"].as_i64()).sum();
         if sum == records {
             return Ok(said);
@@ -70,8 +65,8 @@ async fn plan(stage: Stage) -> Result<()> {
     let file = |name: &str, spec: &str| anyhow::Ok(stage.file(name, &stage.table(spec))?.to_string_lossy().into_owned());
 
     let same = sidecar.ctl(&["plan", "-f", &file("same.yaml", table)?, "--last", "10m", "-o", "json"]).await?;
-    ensure!(same.status == Some(0) && json_of(&same)?["changes"] == false, "{same:?}");
-    ensure!(of(&json_of(&same)?["routes"], "route", "price")?["after"]["read"] == 40, "{same:?}");
+    ensure!(same.status == Some(0) && same.json()?["changes"] == false, "{same:?}");
+    ensure!(of(&same.json()?["routes"], "route", "price")?["after"]["read"] == 40, "{same:?}");
 
     let other = file(
         "other.yaml",
@@ -86,7 +81,7 @@ async fn plan(stage: Stage) -> Result<()> {
     )?;
     let planned = sidecar.ctl(&["plan", "-f", &other, "--last", "10m", "-o", "json"]).await?;
     ensure!(planned.status == Some(1), "{planned:?}");
-    let said = json_of(&planned)?;
+    let said = planned.json()?;
     let price = of(&said["routes"], "route", "price")?;
     ensure!(price["change"] == "changed" && price["after"]["read"] == 40 && price["after"]["filtered"] == 20, "{price:#}");
     // 11 to 19 but for the three that have no reply go elsewhere, as their stored replies tell: 11, 13, 14, 15, 17, 18, 19.
@@ -107,14 +102,14 @@ async fn plan(stage: Stage) -> Result<()> {
     ensure!(text.status == Some(1) && text.stdout.contains("20 newly filtered") && text.stdout.contains("40 → 20"), "{text:?}");
 
     // By number, by route, by a time that is to come.
-    let said = json_of(&sidecar.ctl(&["plan", "-f", &other, "--records", "3", "--route", "more", "-o", "json"]).await?)?;
+    let said = sidecar.ctl(&["plan", "-f", &other, "--records", "3", "--route", "more", "-o", "json"]).await?.json()?;
     ensure!(said["routes"].as_array().is_some_and(|routes| routes.len() == 1), "{said:#}");
     ensure!(of(&said["routes"], "route", "more")?["after"]["read"] == 6, "{said:#}");
     let none = sidecar.ctl(&["plan", "-f", &other, "--from", "2199-01-01", "--route", "price", "-o", "json"]).await?;
-    ensure!(none.status == Some(0) && json_of(&none)?["routes"][0]["after"]["read"] == 0, "{none:?}");
+    ensure!(none.status == Some(0) && none.json()?["routes"][0]["after"]["read"] == 0, "{none:?}");
     let schema = table.replace("%orders: { partitions: 2 }", "%orders: { partitions: 2, schema: { json: { required: [total] } } }");
     let said = sidecar.ctl(&["plan", "-f", &file("schema.yaml", &schema)?, "-o", "json"]).await?;
-    ensure!(said.status == Some(1) && json_of(&said)?["schemas"][0]["mismatched"] == 40, "{said:?}");
+    ensure!(said.status == Some(1) && said.json()?["schemas"][0]["mismatched"] == 40, "{said:?}");
 
     for (name, text, code, words) in [
         ("bad.yaml", stage.table("routes: [{ name: price, service: work, from: [%orders], hendler: /x, to: void }]"), 1, "unknown_field"),
@@ -131,7 +126,7 @@ async fn plan(stage: Stage) -> Result<()> {
     ensure!(service.total().await? == calls, "a plan called the service");
     let after = self::committed(&sidecar, 40).await?;
     ensure!(after == committed, "{after:#}\n{committed:#}");
-    ensure!(json_of(&sidecar.ctl(&["get", "-o", "json"]).await?)?.to_string().contains("audit"), "the table in force is another one");
+    ensure!(sidecar.ctl(&["get", "-o", "json"]).await?.json()?.to_string().contains("audit"), "the table in force is another one");
     sidecar.finish().await
 }
 
@@ -143,7 +138,7 @@ async fn explained(sidecar: &Sidecar, place: &str, route: &str, wanted: &str) ->
     loop {
         let output = sidecar.ctl(&["explain", place, "-o", "json"]).await?;
         ensure!(output.status == Some(0), "{output:?}");
-        let said = json_of(&output)?;
+        let said = output.json()?;
         if of(&said["record"]["routes"], "route", route)?["disposition"] == wanted {
             return Ok(said);
         }
@@ -230,7 +225,7 @@ async fn explain(stage: Stage) -> Result<()> {
     let flow = async |id: &str| -> Result<Value> {
         let output = sidecar.ctl(&["trace", id, "-o", "json"]).await?;
         ensure!(output.status == Some(0), "{output:?}");
-        json_of(&output)
+        output.json()
     };
     for id in [TRACE, "the-good-one"] {
         let said = flow(id).await?;
@@ -257,7 +252,7 @@ async fn explain(stage: Stage) -> Result<()> {
     ensure!(copy["kind"] == "redriven" && copy["topic"] == json!(orders) && copy["made"][0]["topic"] == json!(priced), "{said:#}");
     let said = explained(&sidecar, &place(copy), "audit", "other_route").await?;
     ensure!(of(&said["record"]["routes"], "route", "audit")?["detail"] == "mesh-only-route is price", "{said:#}");
-    let said = json_of(&sidecar.ctl(&["explain", &letter, "-o", "json"]).await?)?;
+    let said = sidecar.ctl(&["explain", &letter, "-o", "json"]).await?.json()?;
     ensure!(said["record"]["source"] == json!(bad) && said["record"]["routes"] == json!([]), "{said:#}");
     ensure!(said["record"]["made"][0]["kind"] == "redriven", "{said:#}");
 

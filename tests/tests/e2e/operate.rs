@@ -7,7 +7,6 @@ use mesh_proto::v1::RouteState;
 use mesh_tests::{
     broker::Broker,
     on_both,
-    process::Output,
     python::python,
     service::{Rule, Scenario, Service},
     sidecar::{Sidecar, routes_of},
@@ -21,10 +20,6 @@ const ROUTE: &str = "
     routes:
     - { name: work, service: work, from: [%in], handler: /work, to: void, concurrency: 4 }
     ";
-
-fn json_of(output: &Output) -> Result<Value> {
-    serde_json::from_str(&output.stdout).with_context(|| format!("{output:?}"))
-}
 
 async fn publish(sidecar: &Sidecar, topic: &str, count: usize) -> Result<()> {
     for number in 0..count {
@@ -50,14 +45,14 @@ async fn drained(stage: Stage) -> Result<()> {
         let both = |status: &mesh_proto::v1::GetStatusResponse| routes_of(status).filter(|route| route.partitions == 2).count() == 2;
         second.wait_status("both have partitions", MINUTE, both).await?;
         let (here, there) = (last.status().await?.instance, second.status().await?.instance);
-        let preview = json_of(&second.ctl(&["drain", &here, "-o", "json"]).await?)?;
+        let preview = second.ctl(&["drain", &here, "-o", "json"]).await?.json()?;
         ensure!(preview["executed"] == false && preview["routes"][0]["others"] == json!([there]), "{preview}");
         expected = 80;
         publish(&second, &stage.topic("in"), expected).await?;
         // Another one, under load, by the mesh: what is at the service is finished, and nothing comes twice.
         let said = second.ctl(&["drain", &here, "--execute", "-o", "json"]).await?;
         ensure!(said.status == Some(0), "{said:?}");
-        let said = json_of(&said)?;
+        let said = said.json()?;
         ensure!(said["executed"] == true && said["ended"] == true && said["instance"] == json!(here), "{said}");
         ensure!(last.process()?.wait(MINUTE).await?.success());
         second.wait_done(&["work"], MINUTE).await?;
@@ -93,7 +88,7 @@ async fn diagnosed(stage: Stage) -> Result<()> {
     let sidecar = stage.sidecar("sidecar").service("work", &service).app("away", "http://127.0.0.1:9").start().await?;
     let before = sidecar.ctl(&["doctor", "-o", "json"]).await?;
     ensure!(before.status == Some(0), "{before:?}");
-    ensure!(findings(&json_of(&before)?, "table").count() == 1, "there is no table: {before:?}");
+    ensure!(findings(&before.json()?, "table").count() == 1, "there is no table: {before:?}");
 
     sidecar.ctl(&["topics", "create", &stage.topic("few"), "--partitions", "1"]).await?.success()?;
     let spec = "
@@ -117,7 +112,7 @@ async fn diagnosed(stage: Stage) -> Result<()> {
         .await?;
     let output = sidecar.ctl(&["doctor", "-o", "json"]).await?;
     ensure!(output.status == Some(1), "{output:?}");
-    let said = json_of(&output)?;
+    let said = output.json()?;
     let has = |check: &str, severity: &str, subject: &str, what: &str, fix: &str| {
         let found = findings(&said, check).any(|finding| {
             let text = |field: &str| finding[field].as_str().unwrap_or_default().to_owned();
@@ -149,7 +144,7 @@ async fn diagnosed(stage: Stage) -> Result<()> {
         lonely.spawn()?;
         lonely.wait_probe("/livez", 200, MINUTE).await?;
         let output = lonely.ctl(&["doctor", "-o", "json"]).await?;
-        let said = json_of(&output)?;
+        let said = output.json()?;
         ensure!(output.status == Some(1) && findings(&said, "brokers").any(|finding| finding["severity"] == "error"), "{output:?}");
         lonely.kill9().await?;
     }
@@ -194,7 +189,7 @@ async fn rates(stage: Stage) -> Result<()> {
 
     let live = ["graph", "--live", "--interval", "3s"];
     let output = under_load(&asked, &topic, asked.ctl(&[&live[..], &["-o", "json"]].concat())).await?;
-    let said = json_of(&output)?;
+    let said = output.json()?;
     let work = route(&said, "work")?;
     ensure!(work["rates"]["forwarded"].as_f64().is_some_and(|rate| rate > 1.0), "{said:#}");
     ensure!(

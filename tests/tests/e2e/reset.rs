@@ -47,17 +47,13 @@ async fn reset(sidecar: &Sidecar, arguments: &[&str]) -> Result<Output> {
     sidecar.ctl(&[&["reset", "work"], arguments].concat()).await
 }
 
-fn json_of(output: &Output) -> Result<Value> {
-    serde_json::from_str(&output.stdout).with_context(|| format!("{output:?}"))
-}
-
 fn sum(said: &Value, field: &str) -> u64 {
     said["partitions"].as_array().into_iter().flatten().filter_map(|partition| partition[field].as_u64()).sum()
 }
 
 /// The committed offsets, as `mesh-ctl` shows them.
 async fn committed(sidecar: &Sidecar) -> Result<Vec<i64>> {
-    let said = json_of(&reset(sidecar, &["--to-earliest", "-o", "json"]).await?)?;
+    let said = reset(sidecar, &["--to-earliest", "-o", "json"]).await?.json()?;
     Ok(said["partitions"].as_array().into_iter().flatten().map(|one| one["from"].as_i64().unwrap_or(-1)).collect())
 }
 
@@ -65,7 +61,7 @@ async fn committed(sidecar: &Sidecar) -> Result<Vec<i64>> {
 async fn settled(sidecar: &Sidecar) -> Result<()> {
     let end = Instant::now() + MINUTE;
     loop {
-        let said = json_of(&reset(sidecar, &["--to-latest", "-o", "json"]).await?)?;
+        let said = reset(sidecar, &["--to-latest", "-o", "json"]).await?.json()?;
         let mut partitions = said["partitions"].as_array().into_iter().flatten();
         if partitions.all(|one| one["from"] == one["high"]) {
             return Ok(());
@@ -78,7 +74,7 @@ async fn settled(sidecar: &Sidecar) -> Result<()> {
 /// The places that are delivered when a reset is carried out, and nothing but them.
 async fn delivered_again(service: &Service, sidecar: &Sidecar, arguments: &[&str]) -> Result<(Output, Vec<(i64, i64)>)> {
     let before = service.total().await?;
-    let dry = json_of(&reset(sidecar, &[arguments, &["-o", "json"]].concat()).await?)?;
+    let dry = reset(sidecar, &[arguments, &["-o", "json"]].concat()).await?.json()?;
     ensure!(dry["executed"] == json!(false), "{dry}");
     ensure!(service.total().await? == before, "a dry run delivered something");
     let said = reset(sidecar, &[arguments, &["--execute"]].concat()).await?;

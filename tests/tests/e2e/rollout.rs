@@ -6,7 +6,6 @@ use anyhow::{Context as _, Result, ensure};
 use mesh_proto::v1::InstanceState;
 use mesh_tests::{
     on_both,
-    process::Output,
     service::{Rule, Scenario, Service},
     sidecar::Sidecar,
     stage::Stage,
@@ -25,14 +24,8 @@ fn table(handler: &str, to: &str) -> String {
     )
 }
 
-/// Checks how a command ended.
-fn ends(output: Output, status: i32) -> Result<Output> {
-    ensure!(output.status == Some(status), "not {status}: {output:?}");
-    Ok(output)
-}
-
 async fn rollout(sidecar: &Sidecar) -> Result<Value> {
-    let output = ends(sidecar.ctl(&["rollout", "status", "-o", "json"]).await?, 0)?;
+    let output = sidecar.ctl(&["rollout", "status", "-o", "json"]).await?.ends(0)?;
     serde_json::from_str(&output.stdout).with_context(|| format!("{output:?}"))
 }
 
@@ -62,32 +55,32 @@ async fn followed(stage: Stage) -> Result<()> {
         file.to_str().map(str::to_owned).context("a path")
     };
     let (one, two, bad) = (file("one.yaml", "/work", "%out")?, file("two.yaml", "/work", "%new")?, file("bad.yaml", "/bad", "%out")?);
-    ensure!(ends(sidecar.ctl(&["rollout", "status"]).await?, 0)?.stdout.starts_with("no rollout"));
-    ends(sidecar.ctl(&["rollout", "promote"]).await?, 1)?;
-    ends(sidecar.ctl(&["apply", "-f", &one, "--wait"]).await?, 0)?;
+    ensure!(sidecar.ctl(&["rollout", "status"]).await?.ends(0)?.stdout.starts_with("no rollout"));
+    sidecar.ctl(&["rollout", "promote"]).await?.ends(1)?;
+    sidecar.ctl(&["apply", "-f", &one, "--wait"]).await?.ends(0)?;
     sidecar.wait_running(&["work"]).await?;
 
     // For somebody else: nothing happens here.
-    let other = ends(sidecar.ctl(&["apply", "-f", &two, "--canary", "label.zone=east"]).await?, 0)?;
+    let other = sidecar.ctl(&["apply", "-f", &two, "--canary", "label.zone=east"]).await?.ends(0)?;
     ensure!(
         other.stderr.contains("no instance is chosen by label.zone=east") && other.stdout.contains("applied generation 2, a canary for"),
         "{other:?}"
     );
     ensure!(sidecar.status().await?.instances[0].generation == 1);
-    let refused = ends(sidecar.ctl(&["apply", "-f", &two]).await?, 1)?;
+    let refused = sidecar.ctl(&["apply", "-f", &two]).await?.ends(1)?;
     ensure!(refused.stderr.contains("generation 2 is being rolled out to canary label.zone=east"), "{refused:?}");
-    ends(sidecar.ctl(&["rollout", "abort", "--generation", "7"]).await?, 1)?;
-    ends(sidecar.ctl(&["rollout", "abort", "--reason", "nobody is there", "--wait"]).await?, 0)?;
-    let shown = ends(sidecar.ctl(&["rollout", "status"]).await?, 0)?;
+    sidecar.ctl(&["rollout", "abort", "--generation", "7"]).await?.ends(1)?;
+    sidecar.ctl(&["rollout", "abort", "--reason", "nobody is there", "--wait"]).await?.ends(0)?;
+    let shown = sidecar.ctl(&["rollout", "status"]).await?.ends(0)?;
     ensure!(shown.stdout.contains("ABORTED; all run generation 1") && shown.stdout.contains("nobody is there"), "{shown:?}");
 
     // One that makes dead letters ends by itself.
     let canary = ["--canary", "service=work,label.zone=west", "--max-dead-letters", "1", "--wait"];
-    ends(sidecar.ctl(&[&["apply", "-f", &bad][..], &canary].concat()).await?, 0)?;
+    sidecar.ctl(&[&["apply", "-f", &bad][..], &canary].concat()).await?.ends(0)?;
     let open = rollout(&sidecar).await?;
     ensure!(open["state"] == "OPEN" && open["rollout"]["selector"] == "service=work label.zone=west", "{open:#}");
     ensure!(open["instances"][0]["generation"] == 3 && open["rollout"]["stable_generation"] == 1, "{open:#}");
-    let status = ends(sidecar.ctl(&["status"]).await?, 0)?;
+    let status = sidecar.ctl(&["status"]).await?.ends(0)?;
     ensure!(status.stdout.contains("generation 1, and generation 3, a canary, for service=work label.zone=west"), "{status:?}");
     for key in ["a", "b"] {
         sidecar.publish(&stage.topic("in"), Some(key), "application/json", "{}").await?;
@@ -103,22 +96,22 @@ async fn followed(stage: Stage) -> Result<()> {
     sidecar.wait_running(&["work"]).await?;
     sidecar.publish(&stage.topic("in"), Some("c"), "application/json", "{}").await?;
     ensure!(stage.read(&sidecar, None, &stage.topic("out"), 1).await?.len() == 1, "records flow by the old table");
-    let promoted = ends(sidecar.ctl(&["rollout", "promote"]).await?, 1)?;
+    let promoted = sidecar.ctl(&["rollout", "promote"]).await?.ends(1)?;
     ensure!(promoted.stderr.contains("no rollout is open: generation 3 was aborted"), "{promoted:?}");
 
     // One that is good, signed or not, is promoted.
-    ends(sidecar.ctl(&["apply", "-f", &two, "--canary", "percent=99,instance=nobody"]).await?, 0)?;
-    ends(sidecar.ctl(&["rollout", "promote", "--generation", "3"]).await?, 3)?;
-    let promoted = ends(sidecar.ctl(&["rollout", "promote", "-m", "it is good", "--wait"]).await?, 0)?;
+    sidecar.ctl(&["apply", "-f", &two, "--canary", "percent=99,instance=nobody"]).await?.ends(0)?;
+    sidecar.ctl(&["rollout", "promote", "--generation", "3"]).await?.ends(3)?;
+    let promoted = sidecar.ctl(&["rollout", "promote", "-m", "it is good", "--wait"]).await?.ends(0)?;
     ensure!(promoted.stdout.contains("applied generation 5, the canary of generation 4, for all"), "{promoted:?}");
     sidecar.wait_running(&["work"]).await?;
     sidecar.publish(&stage.topic("in"), Some("d"), "application/json", "{}").await?;
     ensure!(stage.read(&sidecar, None, &stage.topic("new"), 1).await?.len() == 1, "records flow by the new table");
-    let history = ends(sidecar.ctl(&["history"]).await?, 0)?;
+    let history = sidecar.ctl(&["history"]).await?.ends(0)?;
     ensure!(history.stdout.contains("promotes 4") && history.stdout.matches("ABORTED").count() == 2, "{history:?}");
     ensure!(history.stderr.contains("generation 2 was aborted by ") && history.stderr.contains(": nobody is there"), "{history:?}");
     for wrong in [&["--canary", "zone=west"][..], &["--canary", "percent=100"], &["--max-dead-letters", "1"]] {
-        ends(sidecar.ctl(&[&["apply", "-f", &one][..], wrong].concat()).await?, 2)?;
+        sidecar.ctl(&[&["apply", "-f", &one][..], wrong].concat()).await?.ends(2)?;
     }
     sidecar.finish().await
 }

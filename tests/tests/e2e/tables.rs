@@ -9,7 +9,6 @@ use mesh_tests::{
     broker::Broker,
     kafka::own_kafka_with,
     on_both,
-    process::Output,
     service::{Scenario, Service},
     sidecar::Sidecar,
     stage::Stage,
@@ -32,22 +31,12 @@ fn table(to: &str, hops: u32) -> String {
     )
 }
 
-fn json_of(output: &Output) -> Result<Value> {
-    serde_json::from_str(&output.stdout).with_context(|| format!("{output:?}"))
-}
-
-/// Checks how a command ended.
-fn ends(output: Output, status: i32) -> Result<Output> {
-    ensure!(output.status == Some(status), "not {status}: {output:?}");
-    Ok(output)
-}
-
 fn text(path: &Path) -> Result<&str> {
     path.to_str().context("a path")
 }
 
 async fn history(sidecar: &Sidecar) -> Result<Vec<Value>> {
-    let history = json_of(&ends(sidecar.ctl(&["history", "-o", "json"]).await?, 0)?)?;
+    let history = sidecar.ctl(&["history", "-o", "json"]).await?.ends(0)?.json()?;
     Ok(history["generations"].as_array().context("generations")?.clone())
 }
 
@@ -66,7 +55,7 @@ async fn rolled_back(stage: Stage) -> Result<()> {
     let two = stage.file("two.yaml", &stage.table(&format!("{}{more}\n        ", table("%out, %copy", 101))))?;
     let (one, two) = (text(&one)?, text(&two)?);
     sidecar.ctl(&["apply", "-f", one, "-m", "the first", "--wait"]).await?.success()?;
-    let waited = ends(sidecar.ctl(&["apply", "-f", two, "--wait"]).await?, 0)?;
+    let waited = sidecar.ctl(&["apply", "-f", two, "--wait"]).await?.ends(0)?;
     ensure!(waited.stderr.contains("SYNCED   1 of 1: ") && waited.stderr.contains("1 instance run generation 2"), "{waited:?}");
 
     let found = history(&sidecar).await?;
@@ -76,27 +65,27 @@ async fn rolled_back(stage: Stage) -> Result<()> {
     ensure!(found[1]["source"] == one && found[1]["digest"].as_str().is_some_and(|digest| digest.starts_with("sha256:")), "{found:#?}");
     ensure!(found.iter().all(|one| one["applied_by"].as_str().is_some_and(|by| !by.is_empty()) && one["refused"] == ""), "{found:#?}");
 
-    let differs = ends(sidecar.ctl(&["diff", "--from", "1", "--to", "2"]).await?, 1)?;
+    let differs = sidecar.ctl(&["diff", "--from", "1", "--to", "2"]).await?.ends(1)?;
     ensure!(differs.stdout.contains("+ routes.more: ") && differs.stdout.contains("~ routes.work.to: "), "{differs:?}");
-    let back = ends(sidecar.ctl(&["diff", "--from", "live", "--to", "1"]).await?, 1)?;
+    let back = sidecar.ctl(&["diff", "--from", "live", "--to", "1"]).await?.ends(1)?;
     ensure!(back.stdout.contains("- routes.more: ") && back.stderr.contains("from generation 2 to generation 1"), "{back:?}");
-    ends(sidecar.ctl(&["diff", "--generation", "2"]).await?, 0)?;
-    ends(sidecar.ctl(&["diff", "--generation", "1", "-f", one]).await?, 0)?;
-    ends(sidecar.ctl(&["diff", "--from", one, "--to", two, "--admin", "http://127.0.0.1:1"]).await?, 1)?;
-    let none = ends(sidecar.ctl(&["diff", "--from", "7", "--to", "live"]).await?, 2)?;
+    sidecar.ctl(&["diff", "--generation", "2"]).await?.ends(0)?;
+    sidecar.ctl(&["diff", "--generation", "1", "-f", one]).await?.ends(0)?;
+    sidecar.ctl(&["diff", "--from", one, "--to", two, "--admin", "http://127.0.0.1:1"]).await?.ends(1)?;
+    let none = sidecar.ctl(&["diff", "--from", "7", "--to", "live"]).await?.ends(2)?;
     ensure!(none.stderr.contains("generation 7"), "{none:?}");
 
-    let dry = ends(sidecar.ctl(&["rollback", "1", "--dry-run"]).await?, 0)?;
+    let dry = sidecar.ctl(&["rollback", "1", "--dry-run"]).await?.ends(0)?;
     ensure!(dry.stdout.contains("- routes.more: ") && dry.stdout.contains("generation 2 stays in force"), "{dry:?}");
-    let stale = ends(sidecar.ctl(&["rollback", "1", "--expect-generation", "1"]).await?, 3)?;
+    let stale = sidecar.ctl(&["rollback", "1", "--expect-generation", "1"]).await?.ends(3)?;
     ensure!(stale.stderr.contains("two.yaml") && stale.stderr.contains("+ routes.more: "), "who won, and what changed: {stale:?}");
-    let none = ends(sidecar.ctl(&["rollback", "9"]).await?, 2)?;
+    let none = sidecar.ctl(&["rollback", "9"]).await?.ends(2)?;
     ensure!(none.stderr.contains("generation 9") && none.stderr.contains("mesh-ctl history"), "{none:?}");
     ensure!(history(&sidecar).await?.len() == 2, "nothing was applied");
-    let said = ends(sidecar.ctl(&["rollback", "1", "-m", "too much", "--wait"]).await?, 0)?;
+    let said = sidecar.ctl(&["rollback", "1", "-m", "too much", "--wait"]).await?.ends(0)?;
     ensure!(said.stdout.contains("applied generation 3, the content of generation 1"), "{said:?}");
     sidecar.wait_status("generation 3", MINUTE, |status| in_force(status, 3)).await?;
-    ends(sidecar.ctl(&["diff", "--from", "1", "--to", "3"]).await?, 0)?;
+    sidecar.ctl(&["diff", "--from", "1", "--to", "3"]).await?.ends(0)?;
     let found = history(&sidecar).await?;
     ensure!(found[0]["rollback_to"] == 1 && found[0]["message"] == "too much" && found[0]["digest"] == found[2]["digest"], "{found:#?}");
     let shown = sidecar.ctl(&["history", "--limit", "1"]).await?.success()?;
@@ -108,7 +97,7 @@ async fn rolled_back(stage: Stage) -> Result<()> {
     sidecar.publish(&stage.topic("in"), Some("a"), "application/json", "{}").await?;
     ensure!(stage.read(&sidecar, None, &stage.topic("out"), 1).await?.len() == 1, "records flow by the old table");
     // Again: it is in force already.
-    let again = ends(sidecar.ctl(&["rollback", "1"]).await?, 0)?;
+    let again = sidecar.ctl(&["rollback", "1"]).await?.ends(0)?;
     ensure!(again.stdout.starts_with("unchanged: generation 3"), "{again:?}");
     sidecar.finish().await
 }
@@ -125,15 +114,15 @@ async fn signed(stage: Stage) -> Result<()> {
     let mut keys = Vec::new();
     for name in ["old.key", "new.key"] {
         let file = stage.folder().join(name);
-        let made = json_of(&ends(sidecar.ctl(&["keys", "generate", "--out", text(&file)?, "-o", "json"]).await?, 0)?)?;
+        let made = sidecar.ctl(&["keys", "generate", "--out", text(&file)?, "-o", "json"]).await?.ends(0)?.json()?;
         ensure!(std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&file)?.permissions()) & 0o777 == 0o600);
-        let shown = json_of(&sidecar.ctl(&["keys", "show", text(&file)?, "-o", "json"]).await?)?;
+        let shown = sidecar.ctl(&["keys", "show", text(&file)?, "-o", "json"]).await?.json()?;
         ensure!(shown == made, "{shown} {made}");
         let value = |name: &str| made[name].as_str().map(str::to_owned).context("a key");
         keys.push((text(&file)?.to_owned(), value("key_id")?, value("public_key")?));
     }
     let [(old, old_id, old_public), (new, new_id, new_public)] = keys.as_slice() else { bail!("two keys") };
-    let twice = ends(sidecar.ctl(&["keys", "generate", "--out", old]).await?, 2)?;
+    let twice = sidecar.ctl(&["keys", "generate", "--out", old]).await?.ends(2)?;
     ensure!(twice.stderr.contains("exists"), "{twice:?}");
 
     // Before a key is trusted: signed or not.
@@ -148,21 +137,21 @@ async fn signed(stage: Stage) -> Result<()> {
     // From now on.
     let sidecar = begin(&[old_public.as_str()]).await?;
     sidecar.wait_status("generation 2", MINUTE, |status| in_force(status, 2)).await?;
-    let unsigned = ends(sidecar.ctl(&["apply", "-f", two]).await?, 1)?;
+    let unsigned = sidecar.ctl(&["apply", "-f", two]).await?.ends(1)?;
     ensure!(unsigned.stderr.contains("it is not signed") && unsigned.stderr.contains(old_id), "{unsigned:?}");
-    let dry = ends(sidecar.ctl(&["apply", "-f", two, "--dry-run"]).await?, 0)?;
+    let dry = sidecar.ctl(&["apply", "-f", two, "--dry-run"]).await?.ends(0)?;
     ensure!(dry.stderr.contains("it would be refused: it is not signed"), "{dry:?}");
-    let foreign = ends(sidecar.ctl(&["apply", "-f", two, "--sign-key", new]).await?, 1)?;
+    let foreign = sidecar.ctl(&["apply", "-f", two, "--sign-key", new]).await?.ends(1)?;
     ensure!(foreign.stderr.contains(&format!("it is signed by key {new_id}")), "{foreign:?}");
-    let unread = ends(sidecar.ctl(&["apply", "-f", two, "--sign-key", two]).await?, 2)?;
+    let unread = sidecar.ctl(&["apply", "-f", two, "--sign-key", two]).await?.ends(2)?;
     ensure!(unread.stderr.contains("is no private key"), "{unread:?}");
-    let stale = ends(sidecar.ctl(&["apply", "-f", two, "--sign-key", old, "--expect-generation", "1"]).await?, 3)?;
+    let stale = sidecar.ctl(&["apply", "-f", two, "--sign-key", old, "--expect-generation", "1"]).await?.ends(3)?;
     ensure!(stale.stderr.contains("generation 2 is"), "{stale:?}");
     sidecar.ctl(&["apply", "-f", two, "--sign-key", old, "--wait"]).await?.success()?;
-    ends(sidecar.ctl(&["rollback", "1"]).await?, 1)?;
-    let back = ends(sidecar.ctl(&["rollback", "1", "--sign-key", old]).await?, 0)?;
+    sidecar.ctl(&["rollback", "1"]).await?.ends(1)?;
+    let back = sidecar.ctl(&["rollback", "1", "--sign-key", old]).await?.ends(0)?;
     ensure!(back.stdout.contains("applied generation 4") && back.stderr.contains("generation 1 was not signed by this key"), "{back:?}");
-    let back = ends(sidecar.ctl(&["rollback", "3", "--sign-key", old]).await?, 0)?;
+    let back = sidecar.ctl(&["rollback", "3", "--sign-key", old]).await?.ends(0)?;
     ensure!(back.stdout.contains("applied generation 5") && !back.stderr.contains("not signed"), "{back:?}");
     let found = history(&sidecar).await?;
     ensure!(found[0]["signed_by"] == **old_id && found[4]["signed_by"] == Value::Null, "{found:#?}");
@@ -171,7 +160,7 @@ async fn signed(stage: Stage) -> Result<()> {
     if stage.is_kafka() {
         // What comes by the log is not trusted either: here through a sidecar that trusts everybody.
         let careless = stage.sidecar("careless").service("other", &service).start().await?;
-        let refused = ends(careless.ctl(&["apply", "-f", one, "--wait"]).await?, 1)?;
+        let refused = careless.ctl(&["apply", "-f", one, "--wait"]).await?.ends(1)?;
         ensure!(refused.stderr.contains("1 instance refused generation 6") && refused.stderr.contains("it is not signed"), "{refused:?}");
         ensure!(refused.stderr.contains("NACKED   1 of 2: "), "{refused:?}");
         let status = sidecar.status().await?;
@@ -201,7 +190,7 @@ async fn signed(stage: Stage) -> Result<()> {
     sidecar.wait_running(&["work"]).await?;
     let status = sidecar.status().await?;
     ensure!(in_force(&status, status.generation) && status.generation >= 6, "{status:#?}");
-    let gone = ends(sidecar.ctl(&["apply", "-f", one, "--sign-key", old]).await?, 1)?;
+    let gone = sidecar.ctl(&["apply", "-f", one, "--sign-key", old]).await?.ends(1)?;
     ensure!(gone.stderr.contains(&format!("it is signed by key {old_id}")), "{gone:?}");
     sidecar.finish().await
 }
@@ -213,7 +202,7 @@ async fn a_copy_on_disk_that_is_not_good_is_refused_with_its_reason() -> Result<
         let service = Service::native(Scenario::new()).await?;
         let sidecar = stage.sidecar("sidecar").service("work", &service).start().await?;
         let key = stage.folder().join("mesh.key");
-        let made = json_of(&ends(sidecar.ctl(&["keys", "generate", "--out", text(&key)?, "-o", "json"]).await?, 0)?)?;
+        let made = sidecar.ctl(&["keys", "generate", "--out", text(&key)?, "-o", "json"]).await?.ends(0)?.json()?;
         let public = made["public_key"].as_str().context("a key")?;
         for hops in [101, 102] {
             let file = stage.file("table.yaml", &stage.table(&table("%out", hops)))?;
@@ -346,7 +335,7 @@ async fn race(stage: Stage) -> Result<()> {
                 let said = sidecar.ctl(&["apply", "-f", text(file)?, "-o", "json"]).await?;
                 match said.status {
                     Some(0) => {
-                        let applied = json_of(&said)?;
+                        let applied = said.json()?;
                         return anyhow::Ok((
                             applied["generation"].as_u64().context("a generation")?,
                             n,
@@ -418,9 +407,9 @@ async fn race(stage: Stage) -> Result<()> {
     let status = sidecars[0].wait_status("the last table everywhere", MINUTE, everywhere).await?;
     let digest = &status.instances[0].digest;
     ensure!(!digest.is_empty() && status.instances.iter().all(|one| one.digest == *digest), "{status:#?}");
-    let here = json_of(&late.ctl(&["get", "-o", "json"]).await?)?;
+    let here = late.ctl(&["get", "-o", "json"]).await?.json()?;
     for sidecar in sidecars.iter().chain([&middle]) {
-        ensure!(json_of(&sidecar.ctl(&["get", "-o", "json"]).await?)? == here);
+        ensure!(sidecar.ctl(&["get", "-o", "json"]).await?.json()? == here);
     }
     let oldest = history(&late).await?.last().and_then(|entry| entry["generation"].as_u64()).context("the oldest generation")?;
     ensure!(oldest > 2 && newest - oldest <= 51, "{oldest} to {newest}");

@@ -20,11 +20,6 @@ fn lines(output: &str) -> Result<Vec<Value>> {
     output.lines().map(|line| serde_json::from_str(line).with_context(|| line.to_owned())).collect()
 }
 
-fn json_of(output: Output) -> Result<Value> {
-    let text = output.success()?;
-    serde_json::from_str(&text).with_context(|| text.clone())
-}
-
 /// A refusal: its exit code, and a word of what it says.
 fn refused(output: &Output, code: i32, said: &str) -> Result<()> {
     ensure!(output.status == Some(code) && output.stderr.contains(said), "{code} and {said:?} is due: {output:?}");
@@ -42,7 +37,7 @@ async fn produced(stage: Stage) -> Result<()> {
     let sidecar = stage.sidecar("sidecar").start().await?;
     let (topic, copy) = (stage.topic("in"), stage.topic("copy"));
     for topic in [&topic, &copy] {
-        let said = json_of(sidecar.ctl(&["topics", "create", topic, "--partitions", "2", "-o", "json"]).await?)?;
+        let said = sidecar.ctl(&["topics", "create", topic, "--partitions", "2", "-o", "json"]).await?.ends(0)?.json()?;
         ensure!(said == json!({ "topic": topic, "partitions": 2, "created": true }), "{said}");
     }
     let produce =
@@ -50,7 +45,7 @@ async fn produced(stage: Stage) -> Result<()> {
     let json = ["--content-type", "application/json"];
     let said = produce(&[&["--key", "k1", "--value", "{\"n\": 1}", "--header", "source=web"], &json[..]].concat(), b"").await?.success()?;
     ensure!(said.starts_with(&format!("stored {topic}/")), "{said}");
-    let said = json_of(produce(&["--key", "k2", "--tombstone", "-o", "json"], b"").await?)?;
+    let said = produce(&["--key", "k2", "--tombstone", "-o", "json"], b"").await?.ends(0)?.json()?;
     ensure!(said["stored"] == 1 && said["topic"] == json!(topic) && said["mesh_id"].is_string(), "{said}");
     produce(&["--header", "content-type=application/octet-stream"], b"\xff\x00\nbin").await?.success()?;
     produce(&["--id", "given"], "{\n \"pretty\": true }\n".as_bytes()).await?.success()?;
@@ -205,7 +200,7 @@ async fn managed(stage: Stage) -> Result<()> {
     sidecar.ctl(&["produce", &input, "--key", "k", "--value", "x"]).await?.success()?;
     service.wait(1, MINUTE).await?;
 
-    let listed = json_of(sidecar.ctl(&["topics", "list", "-o", "json"]).await?)?;
+    let listed = sidecar.ctl(&["topics", "list", "-o", "json"]).await?.ends(0)?.json()?;
     let of = |topic: &str| listed.as_array().into_iter().flatten().find(|one| one["topic"] == topic).cloned().unwrap_or_default();
     ensure!(of(&input)["uses"] == json!([{ "route": "work", "role": "from" }]) && of(&input)["partitions"] == 2, "{}", of(&input));
     ensure!(of(&output)["uses"] == json!([{ "route": "work", "role": "to" }]), "{}", of(&output));
@@ -217,7 +212,7 @@ async fn managed(stage: Stage) -> Result<()> {
     ensure!(of("__mesh.control").is_null());
     ensure!(sidecar.ctl(&["topics", "list", "--all"]).await?.success()?.contains("__mesh.control"));
 
-    let described = json_of(sidecar.ctl(&["topics", "describe", &free, &input, "-o", "json"]).await?)?;
+    let described = sidecar.ctl(&["topics", "describe", &free, &input, "-o", "json"]).await?.ends(0)?.json()?;
     let one = &described[0];
     ensure!(one["config"]["retention.ms"] == "7200000" && one["config"]["max.message.bytes"] == "2000000", "{one}");
     let partitions = one["partition_details"].as_array().context("partitions")?;
@@ -231,13 +226,17 @@ async fn managed(stage: Stage) -> Result<()> {
         output_of.status == Some(0) && output_of.stdout.contains("partitions: 2 → 4") && output_of.stderr.contains("keys move"),
         "{output_of:?}"
     );
-    let described = json_of(sidecar.ctl(&["topics", "describe", &retry, &input, "-o", "json"]).await?)?;
+    let described = sidecar.ctl(&["topics", "describe", &retry, &input, "-o", "json"]).await?.ends(0)?.json()?;
     ensure!(described[0]["partitions"] == 4 && described[1]["partitions"] == 4, "{described}");
     ensure!(described[1]["warnings"][0].as_str().is_some_and(|warning| warning.contains("declares 2")), "{described}");
     refused(&sidecar.ctl(&["topics", "alter", &input, "--partitions", "3"]).await?, 1, "never taken away")?;
-    let said = json_of(sidecar.ctl(&["topics", "alter", &free, "--retention", "1h", "--unset", "max.message.bytes", "-o", "json"]).await?)?;
+    let said = sidecar
+        .ctl(&["topics", "alter", &free, "--retention", "1h", "--unset", "max.message.bytes", "-o", "json"])
+        .await?
+        .ends(0)?
+        .json()?;
     ensure!(said["changes"].as_array().is_some_and(|changes| changes.len() == 2), "{said}");
-    let described = json_of(sidecar.ctl(&["topics", "describe", &free, "-o", "json"]).await?)?;
+    let described = sidecar.ctl(&["topics", "describe", &free, "-o", "json"]).await?.ends(0)?.json()?;
     ensure!(described[0]["config"] == json!({ "retention.ms": "3600000" }), "{described}");
     ensure!(sidecar.ctl(&["topics", "alter", &free, "--retention", "1h"]).await?.success()?.contains("unchanged"));
     ensure!(sidecar.ctl(&["topics", "alter", &free]).await?.status == Some(2), "something has to change");
@@ -288,7 +287,7 @@ async fn lag(stage: Stage) -> Result<()> {
     let group = format!("{}.work", stage.mesh());
     let of = |said: &Value, route: &str| said["groups"].as_array().into_iter().flatten().find(|one| one["route"] == route).cloned();
 
-    let said = json_of(sidecar.ctl(&["lag", "work", "-o", "json"]).await?)?;
+    let said = sidecar.ctl(&["lag", "work", "-o", "json"]).await?.ends(0)?.json()?;
     let one = of(&said, "work").context("the route")?;
     ensure!(one["group"] == json!(group) && one["lag_records"] == 40 && one["state"] == "LAG", "{said}");
     ensure!(
@@ -305,9 +304,9 @@ async fn lag(stage: Stage) -> Result<()> {
     ensure!(states == ["LAG", "LAG", "STALL"], "{states:?}");
 
     // The same as a group, beside one that nobody is a member of.
-    let all = json_of(sidecar.ctl(&["lag", "--all-groups", "-o", "json"]).await?)?;
+    let all = sidecar.ctl(&["lag", "--all-groups", "-o", "json"]).await?.ends(0)?.json()?;
     ensure!(of(&all, "work").is_some() && of(&all, "other").is_some(), "{all}");
-    let named = json_of(sidecar.ctl(&["lag", "--group", &group, "-o", "json"]).await?)?;
+    let named = sidecar.ctl(&["lag", "--group", &group, "-o", "json"]).await?.ends(0)?.json()?;
     ensure!(named["groups"][0]["lag_records"] == 40 && named["groups"].as_array().is_some_and(|all| all.len() == 1), "{named}");
     refused(&sidecar.ctl(&["lag", "wrok"]).await?, 2, "there is no route wrok")?;
     refused(&sidecar.ctl(&["lag", "--group", &format!("{}.wrok", stage.mesh())]).await?, 2, &format!("did you mean {group}?"))?;
@@ -315,7 +314,7 @@ async fn lag(stage: Stage) -> Result<()> {
     service.set(Scenario::new()).await?;
     let begin = std::time::Instant::now();
     loop {
-        let said = json_of(sidecar.ctl(&["lag", "-o", "json"]).await?)?;
+        let said = sidecar.ctl(&["lag", "-o", "json"]).await?.ends(0)?.json()?;
         let left: Vec<_> = ["work", "other"].iter().filter_map(|route| of(&said, route)).map(|one| one["lag_records"].clone()).collect();
         if left == [0, 0] {
             ensure!(of(&said, "work").is_some_and(|one| one["state"] == "OK" && one["lag_seconds"] == 0.0), "{said}");

@@ -115,6 +115,7 @@ async fn what_the_log_holds_is_refused_with_its_reason_and_the_last_good_table_s
     b.generation(1).await;
     let healed = b.control().apply("routes.yaml", &other, signed(&trusted, &other, 8)).await.unwrap();
     assert_eq!((healed.generation, healed.changed), (8, true));
+    assert!(healed.changes[0].starts_with("~ routes.price.to: "), "it is compared with the last good one: {healed:?}");
     a.generation(8).await;
 }
 
