@@ -133,6 +133,14 @@ pub(crate) fn clip(text: &str) -> String {
     }
 }
 
+/// The bytes that a percent-encoded text stands for; `None` where a `%` begins no code, since the text is not encoded then, and what it means a
+/// guess: `100%` may be a key, and so may `50%41`.
+pub(crate) fn percent_decoded(text: &[u8]) -> Option<Bytes> {
+    let ends = |rest: &[u8]| rest.iter().take(2).filter(|digit| digit.is_ascii_hexdigit()).count() == 2;
+    let whole = text.split(|byte| *byte == b'%').skip(1).all(ends);
+    whole.then(|| percent_encoding::percent_decode(text).collect::<Vec<u8>>().into())
+}
+
 /// The present, in milliseconds since 1970-01-01 UTC: the unit of every timestamp here.
 pub(crate) fn now_ms() -> i64 {
     #[cfg(test)]

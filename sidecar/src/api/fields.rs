@@ -9,7 +9,8 @@ use serde_json::value::RawValue;
 use super::problem::ApiError;
 use crate::{
     json,
-    {publish::TraceHeaders, record::Header},
+    publish::TraceHeaders,
+    record::{Header, percent_decoded},
 };
 
 /// The header that names the calling service.
@@ -43,11 +44,13 @@ impl Fields {
             match own {
                 "service" => {}
                 "key" => {
-                    let key: Vec<u8> = percent_decode(text(name, value)?.as_bytes()).collect();
+                    let Some(key) = percent_decoded(text(name, value)?.as_bytes()) else {
+                        return Err(wrong(name, "is not percent-encoded: write a `%` that begins no code as `%25`"));
+                    };
                     if std::str::from_utf8(&key).is_err() {
                         return Err(wrong(name, "is not UTF-8 once decoded; send such a key in `mesh-key-base64`"));
                     }
-                    set(&mut fields.key, name, key.into())?;
+                    set(&mut fields.key, name, key)?;
                 }
                 "key-base64" => {
                     let key = json::decode(text(name, value)?).map_err(|_| wrong(name, "is not base64"))?;
@@ -168,6 +171,9 @@ mod tests {
         for (name, value) in [
             ("mesh-key", &b"\xff"[..]),
             ("mesh-key", b"%ff"),
+            ("mesh-key", b"%zz"),
+            ("mesh-key", b"100%"),
+            ("mesh-key", b"a%4"),
             ("mesh-key-base64", b"%"),
             ("mesh-header-x", b"\xff"),
             ("mesh-id", b"\xff"),

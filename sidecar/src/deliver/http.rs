@@ -11,12 +11,12 @@ use bytes::Bytes;
 use bytestring::ByteString;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri, header};
 use http_body_util::Full;
-use percent_encoding::{AsciiSet, CONTROLS, NON_ALPHANUMERIC, percent_decode, percent_encode};
+use percent_encoding::{AsciiSet, CONTROLS, NON_ALPHANUMERIC, percent_encode};
 
 use crate::{
     json::{self, BatchError, ReadError},
     outcome::{Delivery, Outcome, Reply, ReplyRecord},
-    record::{Draft, Header, header as names},
+    record::{Draft, Header, header as names, percent_decoded},
 };
 
 const MESH_TOPIC: HeaderName = HeaderName::from_static("mesh-topic");
@@ -199,7 +199,10 @@ fn one(headers: &HeaderMap, body: Option<&Bytes>) -> Result<Option<ReplyRecord>,
     Ok(Some(ReplyRecord {
         key: match (headers.get(MESH_KEY), headers.get(MESH_KEY_BASE64)) {
             (Some(_), Some(_)) => return Err("it has both `mesh-key` and `mesh-key-base64`".to_owned()),
-            (Some(key), None) => Some(percent_decode(key.as_bytes()).collect::<Vec<u8>>().into()),
+            (Some(key), None) => Some(
+                percent_decoded(key.as_bytes())
+                    .ok_or_else(|| "`mesh-key` is not percent-encoded: a `%` that begins no code is written as `%25`".to_owned())?,
+            ),
             (None, Some(key)) => Some(STANDARD.decode(key.as_bytes()).map_err(|_| "`mesh-key-base64` is not base64".to_owned())?.into()),
             (None, None) => None,
         },
@@ -331,6 +334,7 @@ mod tests {
             (vec![("content-encoding", "gzip")], "\u{1f}", "gzip"),
             (vec![("content-encoding", "gzip"), ("content-type", "application/x-ndjson")], "\u{1f}", "gzip"),
             (vec![("mesh-key-base64", "???")], "v", "mesh-key-base64"),
+            (vec![("mesh-key", "100%")], "v", "%25"),
             (vec![("mesh-key-base64", "YQ=="), ("mesh-key", "a")], "v", "both"),
             (vec![("mesh-tombstone", "true")], "v", "mesh-tombstone"),
         ] {

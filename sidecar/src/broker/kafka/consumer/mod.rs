@@ -42,6 +42,8 @@ mod context;
 mod queue;
 mod session;
 mod start;
+#[cfg(test)]
+mod tests;
 
 /// The most characters in a commit's metadata, counted as Java does.
 const METADATA: usize = 4096;
