@@ -161,6 +161,11 @@ impl Parking {
         self.ready = true;
     }
 
+    /// Until [`Parking::set_ready`] no parked record runs.
+    pub fn set_waiting(&mut self) {
+        self.ready = false;
+    }
+
     /// Whether nothing lies elsewhere.
     pub fn is_empty(&self) -> bool {
         self.keys.is_empty()

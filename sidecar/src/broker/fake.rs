@@ -42,8 +42,8 @@ pub(crate) struct State {
     pub(crate) high: i64,
     /// Whether there is a record at any offset, or later.
     pub(crate) readable: bool,
-    /// How many commits fail from now on, as in a rebalance.
-    pub(crate) refused_commits: usize,
+    /// How many commits fail from now on, as in a rebalance, and how.
+    pub(crate) refused_commits: (usize, BrokerErrorKind),
     /// The consumers that were made.
     pub(crate) consumers: Vec<FakeHandle>,
 }
@@ -74,7 +74,7 @@ impl Fake {
             learn: ProduceErrorKind::UnknownTopic,
             high: 0,
             readable: true,
-            refused_commits: 0,
+            refused_commits: (0, BrokerErrorKind::Other),
             consumers: Vec::new(),
         })))
     }
@@ -227,9 +227,10 @@ impl Consumer for FakeConsumer {
 
     fn commit(&self, offsets: Vec<Commit>) -> BoxFuture<'static, Result<(), BrokerError>> {
         let mut state = self.broker.0.lock().unwrap();
-        if let Some(left) = state.refused_commits.checked_sub(1) {
-            state.refused_commits = left;
-            return Box::pin(async { Err(BrokerError::new(BrokerErrorKind::Other, "the group is in a rebalance")) });
+        let (refused, kind) = state.refused_commits;
+        if let Some(left) = refused.checked_sub(1) {
+            state.refused_commits.0 = left;
+            return Box::pin(async move { Err(BrokerError::new(kind, "the group takes no commits now")) });
         }
         self.committing.send_modify(|commits| commits.extend(offsets));
         Box::pin(async { Ok(()) })

@@ -282,9 +282,10 @@ impl RouteLoop {
         self.draining.is_some_and(|deadline| now >= deadline || (self.out == 0 && self.outbox.len() == 0 && !self.awaits_commit()))
     }
 
-    /// Whether there is something to commit, and hope: a group in a rebalance takes no commits, and does again when that is over.
+    /// Whether there is something to commit, and hope: a group in a rebalance takes no commits, and one whose coordinator is away, and both do again
+    /// when that is over.
     fn awaits_commit(&self) -> bool {
-        let passes = matches!(self.commit_failed, None | Some(BrokerErrorKind::Other));
+        let passes = matches!(self.commit_failed, None | Some(BrokerErrorKind::Other | BrokerErrorKind::Unreachable));
         passes && self.slots.iter().any(|slot| slot.owned && !slot.revoking && slot.is_uncommitted())
     }
 
@@ -415,12 +416,19 @@ pub(super) mod tests {
         assert_eq!(board.routes()[0].partitions, 1, "only the third is left");
     }
 
-    /// While the group is in a rebalance it takes no commits: a drain that left then would have everything since then delivered again.
+    /// While the group is in a rebalance, or its coordinator moves, it takes no commits: a drain that left then would have everything since then
+    /// delivered again.
     #[tokio::test(start_paused = true)]
     async fn a_drain_waits_until_the_group_takes_commits_again() {
+        for kind in [BrokerErrorKind::Other, BrokerErrorKind::Unreachable] {
+            drained_while_commits_fail(kind).await;
+        }
+    }
+
+    async fn drained_while_commits_fail(kind: BrokerErrorKind) {
         let fake = Fake::new(&["in"]);
         let mut fixture = fixture_on(&fake, "").await;
-        fake.0.lock().unwrap().refused_commits = 5;
+        fake.0.lock().unwrap().refused_commits = (5, kind);
         fixture.events.send(Event::Records(Batch { partition: partition(0), records: vec![(0, Record::default())] })).await.unwrap();
         let delivery = fixture.called.recv().await.unwrap();
         fixture.stop.cancel();
@@ -429,7 +437,7 @@ pub(super) mod tests {
         let committed = tokio::time::timeout(Duration::from_secs(60), &mut fixture.running).await;
         committed.expect("the drain ends").unwrap();
         let last = commits.borrow_and_update().last().map(|commit| (commit.partition.clone(), commit.offset));
-        assert_eq!((last, fake.0.lock().unwrap().refused_commits), (Some((partition(0), 1)), 0));
+        assert_eq!((last, fake.0.lock().unwrap().refused_commits), (Some((partition(0), 1)), (0, kind)));
     }
 
     /// A route whose session ended does not say that it runs and has nothing to do.

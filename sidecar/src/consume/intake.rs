@@ -206,7 +206,8 @@ impl RouteLoop {
             return;
         };
         let waits = source.stage != Stage::Ready || source.stopped.is_some();
-        let tracked = source.parking.sizes().tracked;
+        // What is parked runs only behind the gate: a source that is held before it would stand still for ever.
+        let tracked = if self.is_gated(index) { 0 } else { source.parking.sizes().tracked };
         let slot = &mut self.slots[index as usize];
         if slot.gap.is_some() {
             return;

@@ -59,7 +59,7 @@ pub(super) struct Source {
     /// Parked records run only when the source was read up to here, the end of what is parked: what is to run before them may come again.
     pub(super) gate: i64,
     /// The end of the source at the assignment: beyond it nothing comes again.
-    gate_most: i64,
+    pub(super) gate_most: i64,
     pub(super) stopped: Option<Stopped>,
 }
 
@@ -469,13 +469,19 @@ impl RouteLoop {
         sources.into_iter().for_each(|of| self.scanned(of));
     }
 
+    /// Whether the source has to be read further before what is parked may run.
+    pub(super) fn is_gated(&self, of: u32) -> bool {
+        let Some(slot) = self.slots.get(of as usize) else { return false };
+        slot.source().is_some_and(|source| slot.watermark.next() < source.gate.min(source.gate_most))
+    }
+
     /// Lets parked records run once the source was read as far as it was before.
     pub(super) fn pass_gate(&mut self, of: u32) {
+        let gated = self.is_gated(of);
         let Some(slot) = self.slots.get_mut(of as usize) else { return };
-        let next = slot.watermark.next();
         if let Role::Source(source) = &mut slot.role
             && source.stage == Stage::Ready
-            && next >= source.gate.min(source.gate_most)
+            && !gated
         {
             source.gate = 0;
             source.parking.set_ready();

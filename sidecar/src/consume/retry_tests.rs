@@ -9,11 +9,11 @@ use super::{
     *,
 };
 use crate::{
-    broker::{NewTopic, embedded::EmbeddedBroker},
+    broker::{NewTopic, Outgoing, embedded::EmbeddedBroker},
     command::Reset,
     outcome::{Answer, Delivery, Disposition, Outcome},
     parking::Release,
-    record::TopicPartition,
+    record::{Header, Record, TopicPartition},
 };
 
 /// Creates what the routes need, with so many partitions.
@@ -282,6 +282,29 @@ async fn what_is_parked_waits_for_somebody_over_restarts_and_its_key_with_it() {
     let dead = read(&broker, "work.dlq").await;
     assert_eq!((dead.len(), dead[0].header_str("mesh-dlq-attempts"), dead[0].header_str("mesh-dlq-topic")), (1, Some("3"), Some("in")));
     assert_eq!(dead[0].header("mesh-origin"), None);
+    mesh.end().await;
+}
+
+/// Whoever lost the partition and does not know it yet, or has it by now while this one does not know it, parks a record that was not read here: the
+/// one before it of its key may lie in a retry topic that was not read either.
+#[tokio::test(start_paused = true)]
+async fn what_another_owner_parked_waits_until_the_source_was_read_so_far() {
+    let (mesh, _) = one("retry: { attempts: 1, topics: [1s] }").await;
+    mesh.publish("in", records(2, 1)).await;
+    let first = |delivery: &Delivery| if number(delivery) == 0 && delivery.attempt == 1 { failed() } else { reply(200, "") };
+    assert_eq!(serve(&mesh, first).await, [(0, 1), (0, 2), (1, 1)], "1 was parked, so the park topic is read");
+    let parked = Record {
+        key: Some("k0".into()),
+        value: Some("3".into()),
+        headers: vec![Header::new("mesh-id", "3"), Header::new("mesh-origin", "in/0/3"), Header::new("mesh-attempt", "0")],
+        timestamp_ms: None,
+    };
+    let acks = mesh.broker.producer().send(vec![Outgoing { topic: "work.in.park".into(), partition: Some(0), record: parked }]).await;
+    assert!(acks[0].is_ok(), "{acks:?}");
+    assert_eq!(serve(&mesh, only(99)).await, []);
+    mesh.publish("in", [("k0".to_owned(), "2".to_owned()), ("k0".to_owned(), "3".to_owned())]).await;
+    assert_eq!(serve(&mesh, only(99)).await, [(2, 1), (3, 1)]);
+    settled(&mesh, "work").await;
     mesh.end().await;
 }
 

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::{
     park::{LONGEST, Role, Stage, Waiting},
-    route::{Job, RouteLoop, Slot},
+    route::{Job, RouteLoop},
 };
 use crate::{
     broker::Event,
@@ -181,8 +181,17 @@ impl RouteLoop {
         }
         let (stored, key) = self.read_stored(index, offset, record);
         let origin = stored.origin.offset;
-        let Some(source) = self.slots.get_mut(of as usize).and_then(Slot::source_mut) else { return };
-        if source.stage != Stage::Ready {
+        let Some(slot) = self.slots.get_mut(of as usize) else { return };
+        let next = slot.watermark.next();
+        let Some(source) = slot.source_mut() else { return };
+        // Once ready, of a record that was not read from the source yet: whoever put it there is, or was until now, another owner. What that one did with
+        // the records before it is not known here before they were read, too.
+        let anothers = source.stage == Stage::Ready && origin >= next;
+        if anothers {
+            source.gate_most = source.gate_most.max(origin + 1);
+            source.parking.set_waiting();
+        }
+        if anothers || source.stage != Stage::Ready {
             source.gate = source.gate.max(origin + 1);
         }
         let room = source.parking.sizes().loaded < LOADED;

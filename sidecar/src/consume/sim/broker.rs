@@ -88,6 +88,7 @@ impl Broker for Rough {
             fetched: VecDeque::new(),
             barrier: Arc::default(),
             trouble: false,
+            deaf: None,
             turns: (Instant::now(), 0),
         }))
     }
@@ -272,6 +273,8 @@ struct RoughConsumer {
     /// A revocation is not answered yet.
     barrier: Arc<AtomicBool>,
     trouble: bool,
+    /// Until when it does not hear that its session is over.
+    deaf: Option<Instant>,
     /// When it was last asked for an event, and how often since the clock moved.
     turns: (Instant, u32),
 }
@@ -292,7 +295,8 @@ impl RoughConsumer {
 
     /// What can be said without waiting.
     fn ready(&mut self) -> Option<Event> {
-        if self.life.is_evicted() && self.config.group.is_some() {
+        if self.is_out() && !self.is_deaf() {
+            self.deaf = None;
             return self.lose();
         }
         let outage = self.world.state().outage;
@@ -305,6 +309,21 @@ impl RoughConsumer {
             return None;
         }
         self.expired().or_else(|| self.part())
+    }
+
+    /// Whether the session is over.
+    fn is_out(&self) -> bool {
+        self.life.is_evicted() && self.config.group.is_some()
+    }
+
+    /// Whether it has not heard of that yet. It goes on with what it has, and what it reads beside the group comes as ever.
+    fn is_deaf(&mut self) -> bool {
+        let world = &self.world;
+        let until = *self.deaf.get_or_insert_with(|| {
+            let most = if world.draw(|chance| chance.once_in(2)) { 5_000 } else { 0 };
+            Instant::now() + Duration::from_millis(world.draw(|chance| chance.below(most + 1)))
+        });
+        Instant::now() < until
     }
 
     /// The session is over: everything is lost.
@@ -535,12 +554,14 @@ impl Consumer for RoughConsumer {
                     tokio::time::sleep_until(self.rejoin).await;
                     self.join();
                 }
+                let deaf = self.deaf.filter(|_| self.is_out());
                 let Some(inner) = &mut self.inner else { continue };
                 let outage = self.trouble;
                 let event = tokio::select! {
                     biased;
                     () = changed => continue,
-                    event = inner.next(), if !outage => event,
+                    () = tokio::time::sleep_until(deaf.unwrap_or_else(Instant::now)), if deaf.is_some() => continue,
+                    event = inner.next(), if !outage && deaf.is_none() => event,
                 };
                 if let Some(event) = self.heard(event) {
                     return event;
