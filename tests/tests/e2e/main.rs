@@ -10,6 +10,7 @@ mod broker_away;
 mod clients;
 mod control;
 mod crash;
+mod day;
 mod dlq;
 mod exactly_once;
 mod faults;

@@ -551,6 +551,10 @@ impl Consumer for RoughConsumer {
                     return event;
                 }
                 if self.inner.is_none() {
+                    if self.life.ending.load(Ordering::Relaxed) {
+                        // It would take the identity of the one that runs by now.
+                        std::future::pending::<()>().await;
+                    }
                     tokio::time::sleep_until(self.rejoin).await;
                     self.join();
                 }

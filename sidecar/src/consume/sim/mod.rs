@@ -202,8 +202,7 @@ impl Stage {
             }
             Fault::Stop { process } => {
                 if let Some(actor) = self.running.remove(&process) {
-                    actor.stop.cancel();
-                    self.ending.push(actor);
+                    self.stop(actor);
                 }
             }
             Fault::Freeze { process } => self.each(process, |actor| actor.life.freeze(true)),
@@ -229,6 +228,12 @@ impl Stage {
         self.world.changed();
     }
 
+    fn stop(&mut self, actor: Actor) {
+        actor.life.ending.store(true, Ordering::Relaxed);
+        actor.stop.cancel();
+        self.ending.push(actor);
+    }
+
     /// A process takes the route of the table in force.
     fn swap(&mut self, process: usize) {
         let Some(actor) = self.running.get(&process) else { return };
@@ -236,8 +241,7 @@ impl Stage {
         if in_place {
             actor.route.send_replace(self.route.clone());
         } else if let Some(actor) = self.running.remove(&process) {
-            actor.stop.cancel();
-            self.ending.push(actor);
+            self.stop(actor);
             self.start(process);
         }
     }

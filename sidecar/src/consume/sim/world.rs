@@ -129,6 +129,8 @@ pub(super) struct Life {
     /// Its number in the group.
     pub(super) member: AtomicU64,
     pub(super) dead: AtomicBool,
+    /// It drains; the next one may run already.
+    pub(super) ending: AtomicBool,
     /// Its service is not there.
     pub(super) away: AtomicBool,
 }
@@ -143,6 +145,7 @@ impl Life {
             evicted: AtomicBool::new(false),
             member: AtomicU64::new(0),
             dead: AtomicBool::new(false),
+            ending: AtomicBool::new(false),
             away: AtomicBool::new(false),
         })
     }

@@ -125,6 +125,7 @@ impl Ledger {
         let gives_up = said.fails()
             && (delivery.attempt >= delivery.route.retry.attempts
                 || said.wish().zip(delivery.route.retry_topics.first()).is_some_and(|(wish, first)| wish >= *first));
+        let discarding = self.discarded_ms == Some(now_ms());
         let owner = self.owner(life);
         let Some(Out { assignment, call, .. }) = owner.out.remove(&delivery.id) else {
             return Err(format!("{life} is answered {partition}/{offset}, which is not at the service"));
@@ -172,6 +173,10 @@ impl Ledger {
         }
         if let Some(source) = self.sources.get_mut(partition).and_then(|records| records.get_mut(offset as usize)) {
             source.exhausted |= used_up;
+            // In the same breath somebody discards what waits: either may come first.
+            if used_up && discarding {
+                source.ends.push(End::Dead("attempts"));
+            }
         }
         if let (Some(end), Some(source)) = (end, self.sources.get_mut(partition).and_then(|records| records.get_mut(offset as usize))) {
             source.ends.push(end);

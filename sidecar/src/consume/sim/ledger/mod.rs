@@ -199,6 +199,8 @@ pub(super) struct Ledger {
     /// Somebody released records to be tried again; to the dead letters.
     retried: bool,
     discarded: bool,
+    /// When they did so last.
+    discarded_ms: Option<i64>,
     /// Below, everything was found complete.
     checked: BTreeMap<TopicPartition, i64>,
     lows: BTreeMap<TopicPartition, i64>,
@@ -278,6 +280,7 @@ impl Ledger {
             newest: BTreeMap::new(),
             retried: false,
             discarded: false,
+            discarded_ms: None,
             checked: BTreeMap::new(),
             lows: BTreeMap::new(),
             deliveries: 0,
@@ -467,6 +470,7 @@ impl Ledger {
         self.retried |= how == Release::Retry;
         if how == Release::Discard {
             self.discarded = true;
+            self.discarded_ms = Some(crate::record::now_ms());
             // That is their end, if they wait.
             for source in self.sources.values_mut().flatten().filter(|source| source.exhausted && source.ends.is_empty()) {
                 source.ends.push(End::Dead("attempts"));
