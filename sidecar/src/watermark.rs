@@ -115,6 +115,17 @@ impl Watermark {
         Entered::New
     }
 
+    /// What the record of an offset in flight holds in memory from now on: one that was only looked at holds nothing before it is taken in.
+    pub fn weigh(&mut self, offset: i64, bytes: usize) {
+        if let Ok(index) = self.entries.binary_search_by_key(&offset, |entry| entry.offset)
+            && let Some(entry) = self.entries.get_mut(index).filter(|entry| !entry.complete)
+        {
+            let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+            self.bytes = self.bytes - entry.bytes as usize + bytes as usize;
+            entry.bytes = bytes;
+        }
+    }
+
     /// Reading goes on at `next`: what lies between does not exist (any more).
     pub fn skip_to(&mut self, next: i64) {
         self.next = self.next.max(next);
@@ -254,6 +265,23 @@ mod tests {
         assert_eq!(watermark.complete(2, 10), Completion::Advanced);
         assert_eq!(watermark.complete(2, 10), Completion::Stale, "twice");
         assert_eq!(watermark.offset(), 11);
+    }
+
+    #[test]
+    fn a_record_that_is_taken_in_later_weighs_until_it_is_complete_or_let_go() {
+        let mut watermark = Watermark::new(0, 0);
+        for offset in 0..3 {
+            watermark.enter(offset, 0, 0);
+        }
+        watermark.weigh(0, 100);
+        watermark.weigh(1, 10);
+        assert_eq!(watermark.bytes(), 110);
+        watermark.weigh(0, 0);
+        watermark.weigh(3, 1_000);
+        assert_eq!(watermark.bytes(), 10, "let go; and what was not read weighs nothing");
+        watermark.complete(0, 1);
+        watermark.weigh(1, 10);
+        assert_eq!((watermark.bytes(), watermark.incomplete()), (0, 2));
     }
 
     #[test]

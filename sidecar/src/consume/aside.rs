@@ -158,6 +158,8 @@ impl RouteLoop {
                 if let Some(parking) = self.parking(of) {
                     parking.unload(key, origin, offset, attempts);
                 }
+                self.slots[job.slot as usize].watermark.weigh(offset, 0);
+                self.hold_or_release(job.slot);
             }
             Some((Kind::Retry(_), of)) => {
                 // Another copy of the record, or of one before it: in its time again.

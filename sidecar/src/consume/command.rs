@@ -199,6 +199,7 @@ impl RouteLoop {
             if let Some(slot) = self.slots.get_mut(side as usize) {
                 slot.give_away(epoch);
             }
+            self.recount(side);
         }
         let Some(slot) = self.slots.get_mut(index as usize) else { return };
         let (snapshot, partition) = (slot.watermark.snapshot(), slot.partition.clone());
@@ -208,6 +209,7 @@ impl RouteLoop {
         let watermark = Watermark::restore(self.epoch, position, &snapshot.metadata);
         let (high, end) = (slot.high, slot.end);
         *slot = Slot { committed, high, end, ..Slot::new(partition.clone(), watermark, Role::Source(Box::default())) };
+        self.recount(index);
         self.consumer.seek(&partition, position);
         if self.draining.is_none() {
             self.begin(index);

@@ -259,8 +259,8 @@ impl RouteLoop {
             if let Some(slot) = self.slots.get_mut(*index as usize) {
                 slot.give_away(epoch);
             }
+            self.recount(*index);
         }
-        self.owned_count = self.sources().count();
         if revoke.revoking.done.send(commits).is_err() {
             tracing::debug!(route = %self.route.name, "the consumer did not wait for the last commit");
         }
@@ -319,7 +319,10 @@ impl RouteLoop {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use std::sync::Arc;
+    use std::{
+        collections::{BTreeSet, HashMap},
+        sync::Arc,
+    };
 
     use mesh_routing::Route;
     use tokio::sync::{mpsc, oneshot, watch};
@@ -333,12 +336,16 @@ pub(super) mod tests {
         outcome::{Answer, Delivery, Outcome},
         record::{Batch, Record, TopicPartition},
         status::{Board, RouteState},
-        telemetry::{metrics::Metrics, trace::Tracer},
+        telemetry::{
+            metrics::{Metrics, RouteMetrics},
+            trace::Tracer,
+        },
     };
 
     /// A route's loop on a fake consumer, with partitions 0 to 2 assigned.
     pub(in crate::consume) struct Fixture {
         board: Board,
+        metrics: RouteMetrics,
         events: mpsc::Sender<Event>,
         /// What the service is called with, and its answers.
         called: mpsc::Receiver<Delivery>,
@@ -373,18 +380,19 @@ pub(super) mod tests {
 
     /// The same, of a route with these further fields.
     pub(in crate::consume) async fn fixture_on(fake: &Fake, fields: &str) -> Fixture {
+        fixture_with(fake, fields, assigned(0..3)).await
+    }
+
+    /// What a loop needs, with the sender of its route, on which it depends.
+    pub(in crate::consume) fn parts_on(fake: &Fake, fields: &str, leaf: Leaf) -> (Parts, watch::Sender<Arc<Route>>) {
         let route: Arc<Route> = test_delivery(fields, 0).route;
         let (change, changes) = watch::channel(route.clone());
-        let (calls, called) = mpsc::channel(16);
-        let (leaf, answers) = Leaf::played(move |batch| batch.into_iter().for_each(|delivery| calls.try_send(delivery).unwrap()));
-        let stop = CancellationToken::new();
-        let board = Board::default();
         let parts = Parts {
             broker: Arc::new(fake.clone()),
             leaf,
             metrics: Metrics::new().route(&route.name, &route.service),
             tracer: Tracer::disabled(),
-            board: board.clone(),
+            board: Board::default(),
             route: changes,
             applied_ms: 0,
             commands: crate::command::channel().1,
@@ -393,13 +401,21 @@ pub(super) mod tests {
             transactional_id: "test".to_owned(),
             buffer_bytes: 1 << 20,
             drain_timeout: Duration::from_secs(5),
-            stop: stop.clone(),
+            stop: CancellationToken::new(),
             seed: 1,
         };
+        (parts, change)
+    }
+
+    async fn fixture_with(fake: &Fake, fields: &str, assigned: Event) -> Fixture {
+        let (calls, called) = mpsc::channel(16);
+        let (leaf, answers) = Leaf::played(move |batch| batch.into_iter().for_each(|delivery| calls.try_send(delivery).unwrap()));
+        let (parts, change) = parts_on(fake, fields, leaf);
+        let (board, metrics, stop) = (parts.board.clone(), parts.metrics.clone(), parts.stop.clone());
         let running = tokio::spawn(RouteLoop::new(parts).unwrap().run());
-        let events = fake.0.lock().unwrap().consumers[0].events.clone();
-        events.send(assigned(0..3)).await.unwrap();
-        Fixture { board, events, called, answers, stop, running, _kept: Box::new(change) }
+        let events = fake.0.lock().unwrap().consumers.last().unwrap().events.clone();
+        events.send(assigned).await.unwrap();
+        Fixture { board, metrics, events, called, answers, stop, running, _kept: Box::new(change) }
     }
 
     /// After a standstill the consumer has given up one revocation and announces the next: the first one's partitions are gone, too.
@@ -438,6 +454,67 @@ pub(super) mod tests {
         committed.expect("the drain ends").unwrap();
         let last = commits.borrow_and_update().last().map(|commit| (commit.partition.clone(), commit.offset));
         assert_eq!((last, fake.0.lock().unwrap().refused_commits), (Some((partition(0), 1)), (0, kind)));
+    }
+
+    /// What is told to come again after a crash is what comes again: what was done and no commit recorded, what is at the service, and what
+    /// failed and waits for its next attempt. Not what a commit recorded above the watermark, and not what was never delivered.
+    #[tokio::test(start_paused = true)]
+    async fn what_would_be_delivered_again_is_what_comes_again_after_a_crash() {
+        const FIELDS: &str = "order: none, concurrency: 8, retry: { attempts: 9, initial: 1h, max: 1h }";
+        const DONE: [i64; 4] = [0, 2, 3, 6];
+        const DONE_SINCE: [i64; 3] = [1, 5, 8];
+        const FAILED: i64 = 7;
+        let records = || Event::Records(Batch { partition: partition(0), records: (0..30).map(|n| (n, Record::default())).collect() });
+        let fake = Fake::new(&["in"]);
+        let mut fixture = fixture_on(&fake, FIELDS).await;
+        let mut commits = fake.0.lock().unwrap().consumers[0].commits.clone();
+        fixture.events.send(records()).await.unwrap();
+        let mut at_service = HashMap::new();
+        for answered in [&DONE[..], &DONE_SINCE, &[FAILED]] {
+            while at_service.len() < 8 {
+                let delivery = fixture.called.recv().await.unwrap();
+                at_service.insert(delivery.position.offset, delivery.id);
+            }
+            for offset in answered {
+                let outcome = match *offset {
+                    FAILED => Outcome::Retry { reason: "not yet".to_owned(), after: None },
+                    _ => Outcome::Ignore,
+                };
+                fixture.answers.send(Answer { id: at_service.remove(offset).unwrap(), outcome }).await.unwrap();
+            }
+            if *answered == DONE {
+                // Recorded: 0 by the offset, the others by the map of what is complete above it.
+                let recorded = |commits: &Vec<Commit>| commits.last().is_some_and(|last| last.offset == 1 && !last.metadata.is_empty());
+                commits.wait_for(recorded).await.unwrap();
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                fake.0.lock().unwrap().refused_commits = (usize::MAX, BrokerErrorKind::Other);
+            }
+        }
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        while let Ok(delivery) = fixture.called.try_recv() {
+            at_service.insert(delivery.position.offset, delivery.id);
+        }
+        assert_eq!(at_service.len(), 8);
+        let told = fixture.metrics.replay_records.get();
+        let delivered: BTreeSet<i64> = at_service.keys().copied().chain(DONE).chain(DONE_SINCE).chain([FAILED]).collect();
+        assert_eq!((told, delivered.len()), ((DONE_SINCE.len() + 1 + at_service.len()) as u64, 16));
+        // A crash: the next one begins at the last commit.
+        fixture.running.abort();
+        let Commit { partition, offset, metadata } = commits.borrow().last().unwrap().clone();
+        let next = Event::Assigned(vec![Assigned { partition, position: offset, metadata }]);
+        let mut fixture = fixture_with(&fake, "order: none, concurrency: 16", next).await;
+        fake.0.lock().unwrap().refused_commits.0 = 0;
+        fixture.events.send(records()).await.unwrap();
+        let mut again = BTreeSet::new();
+        for _ in 0..30 - DONE.len() {
+            let delivery = fixture.called.recv().await.unwrap();
+            again.extend(Some(delivery.position.offset).filter(|offset| delivered.contains(offset)));
+            fixture.answers.send(Answer { id: delivery.id, outcome: Outcome::Ignore }).await.unwrap();
+        }
+        assert!(again.is_disjoint(&DONE.into()), "{again:?}");
+        assert_eq!(again.len() as u64, told, "{again:?}");
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        assert_eq!(fixture.metrics.replay_records.get(), 0, "all of it is recorded");
     }
 
     /// A route whose session ended does not say that it runs and has nothing to do.

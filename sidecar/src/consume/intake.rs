@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::{
     outbox::What,
-    park::{Role, Stage, TRACKED},
+    park::Role,
     route::{Job, RouteLoop, Slot},
 };
 use crate::{
@@ -21,15 +21,6 @@ use crate::{
     watermark::{Entered, Watermark},
 };
 
-/// Records of a partition that wait or run at most; beyond, the partition is held. Many, so that a key that waits for its next attempt, with
-/// its later records behind it, does not keep other keys out.
-const WAITING: usize = 2_048;
-/// Offsets that a partition's watermark tracks at most, complete ones above it included: one slow record does not make memory grow.
-const SPAN: usize = 10_000;
-/// Bytes of a route's records that are read and not complete, at most; its partitions share them evenly.
-const BYTES: usize = 16 << 20;
-/// A partition's share of them at least.
-const SHARE: usize = 256 << 10;
 /// How long the status tells of records that were deleted before they were processed.
 const GAP_TOLD: Duration = Duration::from_secs(3600);
 
@@ -64,7 +55,6 @@ impl RouteLoop {
             let index = self.put_slot(partition, slot);
             self.begin(index);
         }
-        self.owned_count = self.sources().count();
         self.parts.metrics.rebalances.inc();
         self.lag_due = Instant::now();
         self.lag_measured_ms = 0;
@@ -184,55 +174,5 @@ impl RouteLoop {
         let told = format!("the broker deleted {expired} records of {partition} before they were processed: offsets {from} to {last}");
         self.passed_gap = Some((Instant::now() + GAP_TOLD, told));
         self.post_now();
-    }
-
-    pub(super) fn hold_or_release(&mut self, index: u32) {
-        let at_service = match self.route.batch {
-            Some(batch) => self.route.concurrency.saturating_mul(batch.max).min(self.parts.leaf.room()),
-            None => self.route.concurrency,
-        };
-        let waiting_limit = WAITING.max(2 * at_service);
-        let bytes_limit = (BYTES / self.owned_count.max(1)).max(SHARE);
-        let draining = self.draining.is_some();
-        let Some(source) = self.slots[index as usize].source() else {
-            if !draining && self.slots[index as usize].owned {
-                let (full, half) = (self.side_over(index, bytes_limit, 1), self.side_over(index, bytes_limit, 2));
-                if full {
-                    self.hold_side(index, true);
-                } else if !half {
-                    self.hold_side(index, false);
-                }
-            }
-            return;
-        };
-        let waits = source.stage != Stage::Ready || source.stopped.is_some();
-        // What is parked runs only behind the gate: a source that is held before it would stand still for ever.
-        let tracked = if self.is_gated(index) { 0 } else { source.parking.sizes().tracked };
-        let slot = &mut self.slots[index as usize];
-        if slot.gap.is_some() {
-            return;
-        }
-        let w = &slot.watermark;
-        let draining = draining || waits;
-        let over = |part: usize| {
-            w.incomplete() * part > waiting_limit * 2
-                || w.span() * part > SPAN * 2
-                || w.bytes() * part > bytes_limit * 2
-                || tracked * part > TRACKED * 2
-        };
-        if !slot.held && (over(2) || draining) {
-            slot.held = true;
-            self.consumer.hold(&slot.partition);
-        } else if slot.held && !over(4) && !draining {
-            slot.held = false;
-            self.consumer.release(&slot.partition);
-        }
-    }
-
-    pub(super) fn hold_all(&mut self) {
-        for slot in self.slots.iter_mut().filter(|slot| slot.owned && !slot.held && slot.source().is_some()) {
-            slot.held = true;
-            self.consumer.hold(&slot.partition);
-        }
     }
 }

@@ -36,6 +36,7 @@ mod batch;
 mod command;
 mod commit;
 mod dispatch;
+mod flow;
 mod intake;
 mod outbox;
 mod park;

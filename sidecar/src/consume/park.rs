@@ -55,7 +55,7 @@ pub(super) struct Source {
     pub(super) stage: Stage,
     pub(super) parking: Parking,
     /// The slots of its retry and park topics.
-    sides: Vec<u32>,
+    pub(super) sides: Vec<u32>,
     /// Parked records run only when the source was read up to here, the end of what is parked: what is to run before them may come again.
     pub(super) gate: i64,
     /// The end of the source at the assignment: beyond it nothing comes again.
@@ -92,7 +92,7 @@ pub(super) struct Side {
     /// The offset after the last record that was read.
     pub(super) cursor: i64,
     /// It is looked through up to here.
-    until: i64,
+    pub(super) until: i64,
     /// Since when it brought nothing.
     pub(super) quiet: Instant,
 }
@@ -502,6 +502,7 @@ impl RouteLoop {
         side.cursor = from;
         side.reading = true;
         side.quiet = Instant::now();
+        self.recount(index);
         if self.sides.reader.is_none() {
             let config = ConsumerConfig::reader(Vec::new(), StartOffset::Earliest, self.parts.buffer_bytes);
             match self.parts.broker.consumer(config) {

@@ -308,6 +308,39 @@ async fn what_another_owner_parked_waits_until_the_source_was_read_so_far() {
     mesh.end().await;
 }
 
+/// All of a key's backlog has its turn at once when the record before it is done: of large records only as many are loaded as the route may hold.
+#[tokio::test(start_paused = true)]
+async fn parked_records_that_come_back_are_bounded_in_bytes_and_told() {
+    const COUNT: usize = 100;
+    const SIZE: usize = 500 << 10;
+    let (mesh, _) = one("concurrency: 4, retry: { attempts: 1, topics: [1h] }").await;
+    let held = mesh.metrics.route(&"work".into(), &"worker".into()).queue_bytes.clone();
+    let large = |number: usize| ("k".to_owned(), "0".repeat(SIZE) + &number.to_string());
+    mesh.publish("in", (0..COUNT).map(large)).await;
+    let desk = mesh.desk("work").await;
+    let first = desk.take(1, Duration::from_secs(60)).await.unwrap().remove(0);
+    desk.answer(vec![Answer { id: first.id, outcome: failed() }]);
+    while status(&mesh).parked_records < COUNT as u64 - 1 {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let (mut most, mut seen) = (0, Vec::new());
+    while seen.len() < COUNT {
+        let taken = desk.take(4, Duration::from_secs(1)).await.unwrap_or_default();
+        // Longer than the board is posted anew, so that all that may be loaded is.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        most = held.get().max(most);
+        for delivery in taken {
+            seen.push((number(&delivery), delivery.attempt));
+            desk.answer(vec![Answer { id: delivery.id, outcome: reply(204, "") }]);
+        }
+    }
+    assert_eq!(seen, std::iter::once((0, 2)).chain((1..COUNT).map(|n| (n, 1))).collect::<Vec<_>>(), "each once, in order");
+    let (mib, most) = (1 << 20, most as usize);
+    assert!(most > 4 * mib && most < 17 * mib, "{most} bytes were in memory, of {}", COUNT * SIZE);
+    settled(&mesh, "work").await;
+    mesh.end().await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_table_that_parks_no_more_releases_what_is_parked() {
     let (mesh, routes) = one("retry: { attempts: 1 }, on_exhausted: park").await;

@@ -1,7 +1,7 @@
 //! Records that come back from a route's retry and park topics.
 //!
 //! Invariant: a record in a retry topic runs when it is due, one in a park topic when its turn has come ([`crate::parking`]).
-//! Invariant: of a partition of either, a bounded number of records is in memory; beyond that its reading is held.
+//! Invariant: of a partition of either, a bounded number of records and bytes is in memory; beyond that its reading is held.
 
 use std::{hash::BuildHasher as _, sync::Arc, time::Duration};
 
@@ -167,12 +167,14 @@ impl RouteLoop {
             && let Some(waiting) = self.sides.delayed.remove(&at)
         {
             self.complete_aside(waiting.job.slot, waiting.job.offset);
+            self.hold_or_release(waiting.job.slot);
         }
     }
 
     fn take_parked(&mut self, index: u32, of: u32, offset: i64, record: Record) {
         let slot = &mut self.slots[index as usize];
-        // What stays parked is not in memory.
+        // What stays parked is not in memory: it weighs nothing before it is loaded.
+        let size = record.size();
         if slot.watermark.enter(offset, record.timestamp_ms.unwrap_or_default(), 0) == Entered::Complete {
             if let Some(parking) = self.parking(of) {
                 parking.passed(offset);
@@ -194,8 +196,14 @@ impl RouteLoop {
         if anothers || source.stage != Stage::Ready {
             source.gate = source.gate.max(origin + 1);
         }
-        let room = source.parking.sizes().loaded < LOADED;
-        match source.parking.found(key, origin, offset, stored.attempts, stored.exhausted, room) {
+        let loaded = source.parking.sizes().loaded;
+        let room = loaded < LOADED && self.slots[index as usize].watermark.bytes() <= self.flow.limit();
+        let Some(parking) = self.parking(of) else { return };
+        let found = parking.found(key, origin, offset, stored.attempts, stored.exhausted, room);
+        if matches!(found, Found::Load | Found::Released(_)) {
+            self.slots[index as usize].watermark.weigh(offset, size);
+        }
+        match found {
             Found::Stays => {}
             Found::Duplicate => self.complete_aside(index, offset),
             Found::Instead(other) => self.complete_aside(index, other),
@@ -229,6 +237,7 @@ impl RouteLoop {
         if let Some(slot) = self.slots.get_mut(index as usize) {
             let epoch = slot.watermark.epoch();
             slot.watermark.complete(epoch, offset);
+            self.recount(index);
         }
     }
 
@@ -239,7 +248,7 @@ impl RouteLoop {
         let slot = &self.slots[park as usize];
         let Some(side) = slot.side() else { return };
         let (sizes, scanned, Some(wanted)) = (source.parking.sizes(), source.parking.scanned(), source.parking.wanted()) else { return };
-        let room = sizes.loaded <= LOADED / 2;
+        let room = sizes.loaded <= LOADED / 2 && slot.watermark.bytes() <= self.flow.limit() / 2;
         if slot.owned && !slot.revoking && self.draining.is_none() && room && wanted < side.cursor && (slot.held || side.cursor >= scanned)
         {
             self.read_from(park, wanted);
@@ -264,7 +273,10 @@ impl RouteLoop {
                 let ready = self.slots[of as usize].source().is_some_and(|source| source.stage == Stage::Ready);
                 ready && (slot.watermark.incomplete() * part > LOADED || slot.watermark.bytes() * part > bytes)
             }
-            Some((Kind::Park, of)) => self.slots[of as usize].source().is_some_and(|source| source.parking.sizes().loaded * part > LOADED),
+            Some((Kind::Park, of)) => {
+                let loaded = self.slots[of as usize].source().map_or(0, |source| source.parking.sizes().loaded);
+                loaded * part > LOADED || slot.watermark.bytes() * part > bytes
+            }
             None => false,
         }
     }

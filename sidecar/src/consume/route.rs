@@ -5,7 +5,7 @@
 //!
 //! Invariant: an offset completes only when its record has its disposition: replies and dead letters are acknowledged before.
 //! Invariant: what belongs to an assignment that ended (another epoch) changes no offset.
-//! Invariant: records that are read and not complete are bounded per partition, by number and bytes; beyond that the partition is held.
+//! Invariant: records that are read and not complete are bounded per partition, by number and bytes, and per route, by bytes ([`super::flow`]).
 //! Invariant: a paused route hands nothing to its service; everything else goes on.
 //! Invariant: before a partition is given away the loop stops delivering from it and waits for what is at the service, for a bounded time.
 
@@ -29,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     batch::{Gathered, OutCall},
     command::Ordered,
+    flow::Flow,
     outbox::{Done, Outbox},
     park::{Looked, Role, Sides},
     report::{Asked, End, Measured, watch_lag},
@@ -197,8 +198,8 @@ pub(crate) struct RouteLoop {
     pub(super) route: Arc<Route>,
     pub(super) consumer: Box<dyn Consumer>,
     pub(super) slots: Vec<Slot>,
-    /// Partitions owned here.
-    pub(super) owned_count: usize,
+    /// What is in memory of them.
+    pub(super) flow: Flow,
     pub(super) by_partition: HashMap<TopicPartition, u32>,
     pub(super) lanes: Lanes<Job>,
     pub(super) hasher: LaneKeys,
@@ -293,7 +294,7 @@ impl RouteLoop {
             route,
             consumer,
             slots: Vec::new(),
-            owned_count: 0,
+            flow: Flow::default(),
             by_partition: HashMap::new(),
             hasher,
             waits: 0,
@@ -434,6 +435,7 @@ impl RouteLoop {
             self.lanes.put_back(id);
         }
         self.turn_sides(now);
+        self.ease();
         if self.paused.is_none() {
             self.dispatch(now);
         }
@@ -468,7 +470,7 @@ impl RouteLoop {
 
     /// Puts a partition where it was, or at the end.
     pub(super) fn put_slot(&mut self, partition: TopicPartition, slot: Slot) -> u32 {
-        match self.by_partition.get(&partition) {
+        let index = match self.by_partition.get(&partition) {
             Some(&index) => {
                 self.slots[index as usize] = slot;
                 index
@@ -479,7 +481,9 @@ impl RouteLoop {
                 self.slots.push(slot);
                 index
             }
-        }
+        };
+        self.recount(index);
+        index
     }
 
     /// When the loop has something to do though nothing happens.

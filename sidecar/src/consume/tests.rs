@@ -26,6 +26,7 @@ use crate::{
 pub(super) struct Mesh {
     pub(super) broker: Arc<EmbeddedBroker>,
     pub(super) board: Board,
+    pub(super) metrics: Metrics,
     pub(super) desks: Desks,
     pub(super) table: watch::Sender<Option<Arc<ActiveTable>>>,
     pub(super) ask: crate::command::Commands,
@@ -68,17 +69,18 @@ impl Mesh {
         let (ask, commands) = crate::command::channel();
         let (pause, pauses) = watch::channel(Arc::default());
         let (board, desks, stop) = (Board::default(), Desks::default(), CancellationToken::new());
+        let metrics = Metrics::new();
         let context = Context {
             config: Arc::new(config()),
             broker: broker.clone(),
             board: board.clone(),
             desks: desks.clone(),
-            metrics: Metrics::new(),
+            metrics: metrics.clone(),
             tracer: Tracer::disabled(),
             paused: pauses,
         };
         let running = tokio::spawn(Supervisor::new(context, watch, commands).run(stop.clone()));
-        Self { broker, board, desks, table, ask, pause, stop, running }
+        Self { broker, board, metrics, desks, table, ask, pause, stop, running }
     }
 
     pub(super) async fn desk(&self, route: &str) -> Arc<crate::deliver::desk::Desk> {
