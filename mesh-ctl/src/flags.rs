@@ -302,6 +302,9 @@ A copy has the letter's key, value, headers and mesh-id, none of the headers tha
 `mesh-redriven` with the letter's place. What was sent is remembered together with the sending: a redrive that
 was cut goes on where it was when it is given again, and a letter is never sent twice.
 
+Of a letter that was too large for its topic, and lies there without its value (`dlq show` says so), the record
+itself is sent, read from where it came from; where it is gone the letter is refused.
+
 Examples:
   mesh-ctl dlq redrive price --reason attempts
   mesh-ctl dlq redrive price --reason attempts --since 1h --rate 100 --execute
@@ -374,7 +377,7 @@ pub(crate) struct DlqRedrive {
     /// Send at most so many a second.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rate: Option<u32>,
-    /// Send at most so many; 0: all.
+    /// Send at most so many; 0: all. Those that were sent before do not count.
     #[arg(long, value_name = "N", default_value = "0")]
     pub(crate) limit: u64,
     /// Do it. Without this, it is only shown what would be done.

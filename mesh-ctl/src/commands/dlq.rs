@@ -123,6 +123,7 @@ fn document(letter: &v1::DeadLetter) -> Value {
         ("attempts", json!(letter.attempts)),
         ("time_ms", json!(letter.time_ms)),
         ("redriven", json!(letter.redriven)),
+        ("cut", json!(Some(&letter.cut).filter(|cut| !cut.is_empty()))),
         (
             "origin",
             json!({ "topic": letter.topic, "partition": letter.partition, "offset": letter.offset, "timestamp_ms": letter.timestamp_ms }),
@@ -155,6 +156,10 @@ fn text(letter: &v1::DeadLetter) -> String {
     let attempts = if letter.attempts > 0 { format!(" after {}", count(letter.attempts.into(), "attempt")) } else { String::new() };
     let _ = writeln!(out, "  reason  {}{attempts}: {}", shown(letter.reason.as_bytes()), shown(letter.detail.as_bytes()));
     let _ = writeln!(out, "  origin  {}/{}/{}", letter.topic, number(letter.partition.map(i64::from)), number(letter.offset));
+    if !letter.cut.is_empty() {
+        let left_out = if letter.cut == "value" { "its value" } else { "all of it" };
+        let _ = writeln!(out, "  cut     {left_out} was left out, too large for this topic: the record lies at its origin");
+    }
     let _ = writeln!(out, "  id      {}", shown(record.mesh_id.as_bytes()));
     let _ = writeln!(out, "  key     {}", record.key.as_deref().map_or_else(|| "-".to_owned(), shown));
     let _ = writeln!(out, "  value   {}", record.value.as_deref().map_or_else(|| "-".to_owned(), shown));
@@ -224,7 +229,7 @@ async fn redrive(context: &Context, flags: &DlqRedrive) -> Result<Code, Failure>
         last = progress;
     }
     context.progress_over();
-    let v1::RedriveProgress { topic, matched, redriven, already, refused, refusals, samples, executed, finished } = last;
+    let v1::RedriveProgress { topic, matched, redriven, already, refused, refusals, samples, executed, finished, cut, cuts } = last;
     if !finished {
         return Err(Failure::Said {
             code: Code::Unknown,
@@ -236,7 +241,7 @@ async fn redrive(context: &Context, flags: &DlqRedrive) -> Result<Code, Failure>
         let samples: Vec<Value> = samples.iter().map(document).collect();
         let said = json!({
             "topic": topic, "matched": matched, "redriven": redriven, "already": already, "refused": refused, "refusals": refusals,
-            "executed": executed, "samples": samples,
+            "executed": executed, "samples": samples, "cut": cut, "cuts": cuts,
         });
         context.print_document(form, &said)?;
     } else {
@@ -250,6 +255,11 @@ async fn redrive(context: &Context, flags: &DlqRedrive) -> Result<Code, Failure>
             samples.iter().for_each(|letter| out += &text(letter));
             out += "preview: nothing is sent; --execute does it\n";
         }
+        if cut > 0 {
+            let verb = if executed { "went" } else { "would go" };
+            out += &format!("{} cut: of each the record itself {verb}, from where it came from\n", count(cut, "letter"));
+        }
+        cuts.iter().for_each(|cut| out += &format!("cut: {}\n", shown(cut.as_bytes())));
         refusals.iter().for_each(|refusal| out += &format!("refused: {}\n", shown(refusal.as_bytes())));
         context.print(&out)?;
     }

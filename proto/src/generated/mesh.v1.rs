@@ -2557,6 +2557,9 @@ pub struct DeadLetter {
     /// Whether it was sent back already.
     #[prost(bool, tag = "13")]
     pub redriven: bool,
+    /// What was left out since the topic takes no record that large: `value`, or `record` for all of it. Empty: nothing.
+    #[prost(string, tag = "14")]
+    pub cut: ::prost::alloc::string::String,
 }
 /// Asks for dead letters to be sent back.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -2573,7 +2576,7 @@ pub struct RedriveRequest {
     /// At most so many a second; 0: no limit.
     #[prost(uint32, tag = "4")]
     pub rate: u32,
-    /// At most so many; 0: all.
+    /// At most so many are sent; 0: all. Those that were sent before, and those that cannot be sent, do not count.
     #[prost(uint64, tag = "5")]
     pub limit: u64,
     /// Do it. Otherwise it is said what would be done.
@@ -2610,6 +2613,12 @@ pub struct RedriveProgress {
     /// Whether this is the end.
     #[prost(bool, tag = "9")]
     pub finished: bool,
+    /// Letters that were cut, and that can be sent: the record itself goes, as it lies where it came from.
+    #[prost(uint64, tag = "10")]
+    pub cut: u64,
+    /// The first of these, with their places and those of their records.
+    #[prost(string, repeated, tag = "11")]
+    pub cuts: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// Asks for dead letters to be deleted.
 #[derive(Clone, PartialEq, ::prost::Message)]

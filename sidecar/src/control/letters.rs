@@ -9,16 +9,17 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use mesh_proto::v1;
 use mesh_routing::Route;
 use tokio::sync::mpsc;
+use uuid::Uuid;
 
 use super::{
     Control,
     range::{Limits, RangeReader, ranges},
-    redrive::Marks,
+    redriven::Marks,
     reset::OperationError,
 };
 use crate::{
     deliver::grpc,
-    record::{Position, Record, TopicPartition, header},
+    record::{ID_NAMESPACE, Position, Record, TopicPartition, header},
 };
 
 /// Letters that are counted for a list, over all topics.
@@ -40,6 +41,8 @@ pub(super) struct Letter {
     pub(super) timestamp_ms: Option<i64>,
     /// When it was written.
     pub(super) time_ms: i64,
+    /// What was left out of it, in the word of `mesh-dlq-cut`; empty if nothing was.
+    pub(super) cut: String,
 }
 
 impl Letter {
@@ -59,6 +62,7 @@ impl Letter {
                 offset: number("mesh-dlq-offset"),
                 timestamp_ms: number("mesh-dlq-timestamp"),
                 time_ms: number("mesh-dlq-time").unwrap_or(time_ms),
+                cut: text("mesh-dlq-cut"),
             };
         }
         if record.header("kafka_dlt-original-topic").is_some() {
@@ -76,6 +80,7 @@ impl Letter {
                 offset: long("kafka_dlt-original-offset"),
                 timestamp_ms: long("kafka_dlt-original-timestamp"),
                 time_ms,
+                cut: String::new(),
             };
         }
         if record.headers.iter().any(|header| header.name.starts_with("__connect.errors.")) {
@@ -90,6 +95,7 @@ impl Letter {
                 offset: record.header_str("__connect.errors.offset").and_then(|number| number.parse().ok()),
                 timestamp_ms: None,
                 time_ms,
+                cut: String::new(),
             };
         }
         Self { time_ms, ..Self::default() }
@@ -98,6 +104,13 @@ impl Letter {
     /// Whether it is a letter of this route. One of another writer belongs to whoever names its topic.
     fn is_of(&self, route: &Route) -> bool {
         self.writer != "mesh" || *self.route == *route.name
+    }
+
+    /// What tells the letter from any other that lies, or ever lay, at its offset of a topic of that name.
+    pub(super) fn identity(&self, record: &Record) -> u64 {
+        let id = record.header(header::MESH_ID).map(|id| &**id).unwrap_or_default();
+        let origin = format!("{}/{:?}/{:?} {} ", self.topic, self.partition, self.offset, self.time_ms);
+        Uuid::new_v5(&ID_NAMESPACE, &[origin.as_bytes(), id].concat()).as_u64_pair().0
     }
 
     pub(super) fn message(&self, record: &Record, position: &Position, redriven: bool) -> v1::DeadLetter {
@@ -116,6 +129,7 @@ impl Letter {
             timestamp_ms: letter.timestamp_ms,
             time_ms: letter.time_ms,
             redriven,
+            cut: letter.cut,
         }
     }
 }
@@ -191,7 +205,7 @@ impl Control {
                         ..v1::DeadLetterCount::default()
                     });
                     count.letters += 1;
-                    count.redriven += u64::from(marks.has(batch.partition.partition, *offset));
+                    count.redriven += u64::from(marks.has(batch.partition.partition, *offset, letter.identity(record)));
                     count.oldest_ms = count.oldest_ms.min(letter.time_ms);
                     count.newest_ms = count.newest_ms.max(letter.time_ms);
                     *count.reasons.entry(letter.reason).or_default() += 1;
@@ -235,7 +249,7 @@ impl Control {
                     continue;
                 }
                 let position = Position { partition: batch.partition.clone(), offset };
-                let message = letter.message(&record, &position, marks.has(partition, offset));
+                let message = letter.message(&record, &position, marks.has(partition, offset, letter.identity(&record)));
                 left -= 1;
                 if out.send(message).await.is_err() || left == 0 {
                     break 'all;
@@ -341,6 +355,20 @@ mod tests {
         let odd = record(&[("kafka_dlt-original-topic", b"orders"), ("kafka_dlt-original-partition", b"3")]);
         assert_eq!(Letter::read(&odd).partition, None);
         assert_eq!(Letter::read(&record(&[])), Letter { time_ms: 9, ..Letter::default() });
+    }
+
+    #[test]
+    fn letters_at_one_offset_of_topics_of_one_name_are_told_apart() {
+        let letter = |id: &'static [u8], time: &'static [u8]| {
+            record(&[("mesh-id", id), ("mesh-dlq-reason", b"status"), ("mesh-dlq-topic", b"in"), ("mesh-dlq-time", time)])
+        };
+        let identity = |record: &Record| Letter::read(record).identity(record);
+        let one = letter(b"a", b"1");
+        assert_eq!(identity(&one), identity(&letter(b"a", b"1")));
+        assert_ne!(identity(&one), identity(&letter(b"b", b"1")));
+        assert_ne!(identity(&one), identity(&letter(b"a", b"2")));
+        // One of another writer has its time alone.
+        assert_ne!(identity(&record(&[])), identity(&Record { timestamp_ms: Some(8), ..record(&[]) }));
     }
 
     #[test]

@@ -5,12 +5,14 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
+use bytes::Bytes;
+use bytestring::ByteString;
 use tokio::time::{Instant, timeout};
 
 use super::reset::OperationError;
 use crate::{
     broker::{Admin, Broker, BrokerError, BrokerErrorKind, Consumer, ConsumerConfig, Event, StartOffset},
-    record::{Batch, Position, TopicPartition},
+    record::{Batch, Header, Position, Record, TopicPartition},
 };
 
 /// How long nothing comes until the broker is asked whether there is more: compaction and the markers of transactions leave gaps.
@@ -155,15 +157,33 @@ impl RangeReader {
         self.left.retain(|partition, _| !ended.contains(partition));
     }
 
+    /// Reads a range besides, anew if it was read before.
+    pub(super) fn add(&mut self, range: Range) {
+        self.consumer.assign(vec![(range.partition.clone(), range.from)]);
+        self.left.insert(range.partition.clone(), range);
+    }
+
     pub(super) async fn close(self) {
         self.consumer.close().await;
+    }
+}
+
+/// A copy of a record that holds nothing but itself: records of a batch share the memory of all of it.
+pub(super) fn owned(record: &Record) -> Record {
+    let copy = |bytes: &Option<Bytes>| bytes.as_ref().map(|bytes| Bytes::copy_from_slice(bytes));
+    let header = |header: &Header| Header { name: ByteString::from(header.name.to_string()), value: copy(&header.value) };
+    Record {
+        key: copy(&record.key),
+        value: copy(&record.value),
+        headers: record.headers.iter().map(header).collect(),
+        timestamp_ms: record.timestamp_ms,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{broker::fake::Fake, record::Record};
+    use crate::broker::fake::Fake;
 
     fn of(number: i32, offset: i64) -> Event {
         Event::Records(Batch { partition: TopicPartition::new("in", number), records: vec![(offset, Record::default())] })

@@ -1,13 +1,14 @@
 //! Dead letters that are sent back: a copy of each, and the mark that it was sent, in one transaction.
 //!
-//! Marks lie in `__mesh.redriven`: a record for each transaction, under `<mesh>/<topic>/<partition>/<id>`, with the offsets.
+//! For a letter that was cut the record itself is sent, as it lies where it came from.
 //!
 //! Invariant: a letter is sent back once, however often it is asked for and wherever the asking is cut: its copy and its mark are stored together,
 //! and marks are read after every other redrive of the route was fenced.
+//! Invariant: what is sent is all of the record: a letter that was cut is refused where its record is gone.
 //! Invariant: nothing is redriven to where nobody asked for it: by default a copy reaches the route alone that wrote the letter.
 
 use std::{
-    collections::{BTreeMap, HashSet, VecDeque},
+    collections::{BTreeMap, VecDeque},
     sync::Arc,
     time::Duration,
 };
@@ -23,18 +24,22 @@ use tokio::{
 use super::{
     Control,
     letters::{Chosen, Letter, is_left_behind},
-    range::{Limits, RangeReader, ranges},
+    originals::{Originals, place},
+    range::{RangeReader, ranges},
+    redriven::{Marks, marks},
     reset::OperationError,
     state::Shared,
     topics::REDRIVEN_TOPIC,
 };
 use crate::{
     broker::{BrokerErrorKind, Consumer, ConsumerConfig, Event, Outgoing, StartOffset, TransactionError},
-    record::{Header, Position, Record, TopicPartition, derived_id, header},
+    record::{Header, Position, Record, derived_id, header},
 };
 
 /// The most letters in one transaction.
 const AT_ONCE: usize = 200;
+/// The most bytes of letters that wait for one, but for a letter that is larger by itself.
+const BYTES: usize = 4 << 20;
 /// How long the joining of the redrive's own group may take.
 const JOIN: Duration = Duration::from_secs(60);
 /// How long a topic may take to be found.
@@ -42,56 +47,14 @@ const TOPIC: Duration = Duration::from_secs(10);
 /// How often a transaction that was aborted is tried again, and the pause before.
 const TRIES: usize = 20;
 const PAUSE: Duration = Duration::from_millis(500);
-/// How many letters a preview shows.
+/// How many letters, refusals and cut letters are told of.
 const SAMPLES: usize = 5;
-
-/// Which letters of a topic were sent back.
-#[derive(Debug, Default)]
-pub(super) struct Marks(HashSet<(i32, i64)>);
-
-impl Marks {
-    /// Reads the marks of a dead-letter topic.
-    pub(super) async fn read(shared: &Shared, topic: &str) -> Result<Self, OperationError> {
-        let prefix = format!("{}/{topic}/", shared.config.mesh);
-        let mut marks = Self::default();
-        let mut reader = RangeReader::open(&*shared.broker, ranges(&*shared.broker.admin(), REDRIVEN_TOPIC, &Limits::default()).await?)?;
-        while let Some(batch) = reader.next().await? {
-            for (_, record) in &batch.records {
-                let key = record.key.as_deref().and_then(|key| std::str::from_utf8(key).ok());
-                let partition = key.and_then(|key| key.strip_prefix(&prefix)?.split('/').next()?.parse().ok());
-                let offsets = record.value.as_deref().and_then(|value| std::str::from_utf8(value).ok());
-                if let (Some(partition), Some(offsets)) = (partition, offsets) {
-                    marks.0.extend(offsets.split(',').filter_map(|offset| Some((partition, offset.parse().ok()?))));
-                }
-            }
-        }
-        reader.close().await;
-        Ok(marks)
-    }
-
-    pub(super) fn has(&self, partition: i32, offset: i64) -> bool {
-        self.0.contains(&(partition, offset))
-    }
-}
-
-/// The records that mark letters as sent back: one for each partition.
-fn marks(mesh: &str, letters: &[Sent]) -> Vec<Outgoing> {
-    let mut by_partition: BTreeMap<&TopicPartition, Vec<String>> = BTreeMap::new();
-    for letter in letters {
-        by_partition.entry(&letter.position.partition).or_default().push(letter.position.offset.to_string());
-    }
-    let mark = |(partition, offsets): (&TopicPartition, Vec<String>)| {
-        let key = format!("{mesh}/{}/{}/{}", partition.topic, partition.partition, uuid::Uuid::new_v4().simple());
-        let record = Record { key: Some(key.into()), value: Some(offsets.join(",").into()), headers: Vec::new(), timestamp_ms: None };
-        Outgoing { topic: REDRIVEN_TOPIC.into(), partition: Some(0), record }
-    };
-    by_partition.into_iter().map(mark).collect()
-}
 
 /// A letter on its way back.
 #[derive(Clone, Debug)]
 struct Sent {
     position: Position,
+    identity: u64,
     copy: Outgoing,
 }
 
@@ -102,11 +65,12 @@ struct Target<'a> {
     every_route: bool,
     /// Partition counts of topics that were asked for; `None` does not exist.
     counts: BTreeMap<String, Option<i32>>,
+    originals: Originals<'a>,
 }
 
 impl Target<'_> {
-    /// The copy of a letter; or why there is none.
-    async fn copy(&mut self, letter: &Letter, record: Record, position: &Position) -> Result<Outgoing, String> {
+    /// The topic of a letter's copy, and how many partitions it has; or why there is none.
+    async fn topic(&mut self, letter: &Letter) -> Result<(Arc<str>, i32), String> {
         let is_source = self.route.from.iter().any(|source| **source == *letter.topic);
         let topic: Arc<str> = match (letter.topic.as_str(), &self.route.from[..]) {
             ("", [only]) => only.clone(),
@@ -131,6 +95,20 @@ impl Target<'_> {
             }
         };
         let count = count.ok_or_else(|| format!("its topic {topic} does not exist any more"))?;
+        Ok((topic, count))
+    }
+
+    /// The copy of a letter; or why there is none.
+    async fn copy(&mut self, letter: &Letter, record: Record, position: &Position) -> Result<Result<Outgoing, String>, OperationError> {
+        let (topic, count) = match self.topic(letter).await {
+            Ok(found) => found,
+            Err(why) => return Ok(Err(why)),
+        };
+        let whole = if letter.cut.is_empty() { Ok(record) } else { self.originals.find(letter, &record).await? };
+        let record = match whole {
+            Ok(record) => record,
+            Err(why) => return Ok(Err(why)),
+        };
         let mut headers: Vec<Header> = record.headers.iter().filter(|header| !is_left_behind(&header.name)).cloned().collect();
         headers.retain(|header| header.name != header::MESH_REDRIVEN);
         if !headers.iter().any(|header| header.name == header::MESH_ID) {
@@ -142,7 +120,7 @@ impl Target<'_> {
         }
         // To the partition it came from, so that it keeps its place among the records of its key.
         let partition = letter.partition.filter(|partition| (0..count).contains(partition));
-        Ok(Outgoing { topic, partition, record: Record { headers, timestamp_ms: None, ..record } })
+        Ok(Ok(Outgoing { topic, partition, record: Record { headers, timestamp_ms: None, ..record } }))
     }
 }
 
@@ -177,11 +155,12 @@ impl Control {
         // Every other redrive of this route is fenced by now.
         let marks = Marks::read(&self.0, topic).await?;
         let mut reader = RangeReader::open(&*self.0.broker, ranges(&*self.0.broker.admin(), topic, &chosen.limits()).await?)?;
-        let mut target = Target { shared: &self.0, route, every_route: request.every_route, counts: BTreeMap::new() };
+        let originals = Originals::new(&*self.0.broker);
+        let mut target = Target { shared: &self.0, route, every_route: request.every_route, counts: BTreeMap::new(), originals };
         let mut progress = v1::RedriveProgress { topic: topic.to_string(), executed: request.execute, ..v1::RedriveProgress::default() };
         let mut pace = Pace::new(request.rate);
         let most = pace.batch();
-        let mut waiting = Vec::new();
+        let (mut waiting, mut bytes) = (Vec::new(), 0);
         let limit = if request.limit == 0 { u64::MAX } else { request.limit };
         'all: while let Some(batch) = reader.next().await? {
             for (offset, record) in batch.records {
@@ -189,29 +168,36 @@ impl Control {
                 if !chosen.has(route, &letter, &record, batch.partition.partition, offset) {
                     continue;
                 }
-                if progress.matched == limit {
-                    break 'all;
-                }
                 progress.matched += 1;
                 let position = Position { partition: batch.partition.clone(), offset };
-                if marks.has(position.partition.partition, offset) {
+                let identity = letter.identity(&record);
+                if marks.has(position.partition.partition, offset, identity) {
                     progress.already += 1;
                     continue;
                 }
                 let sample = (progress.samples.len() < SAMPLES).then(|| letter.message(&record, &position, false));
-                match target.copy(&letter, record, &position).await {
+                match target.copy(&letter, record, &position).await? {
                     Ok(copy) => {
                         progress.samples.extend(sample);
-                        waiting.push(Sent { position, copy });
+                        tell_cut(&mut progress, &letter, &position);
+                        bytes += copy.record.size();
+                        waiting.push(Sent { position, identity, copy });
                     }
                     Err(why) => refuse(&mut progress, &position, &why),
                 }
-                if waiting.len() >= most {
+                let enough = progress.redriven + waiting.len() as u64 >= limit;
+                if enough || waiting.len() >= most || bytes >= BYTES {
+                    bytes = 0;
                     self.send(sender, std::mem::take(&mut waiting), &mut progress, &mut pace, out).await?;
+                }
+                // The broker may have refused some.
+                if progress.redriven >= limit {
+                    break 'all;
                 }
             }
         }
         reader.close().await;
+        target.originals.close().await;
         self.send(sender, waiting, &mut progress, &mut pace, out).await?;
         progress.finished = true;
         // Whoever listened may be gone.
@@ -248,6 +234,16 @@ fn refuse(progress: &mut v1::RedriveProgress, position: &Position, why: &str) {
     progress.refused += 1;
     if progress.refusals.len() < SAMPLES {
         progress.refusals.push(format!("{position}: {why}"));
+    }
+}
+
+/// Notes that in place of a letter that was cut its record goes.
+fn tell_cut(progress: &mut v1::RedriveProgress, letter: &Letter, position: &Position) {
+    let Some(origin) = place(letter).filter(|_| !letter.cut.is_empty()) else { return };
+    progress.cut += 1;
+    if progress.cuts.len() < SAMPLES {
+        let left_out = if letter.cut == "value" { "its value" } else { "all of it" };
+        progress.cuts.push(format!("{position}: {left_out} was left out; the record goes as it lies at {origin}"));
     }
 }
 
@@ -326,7 +322,8 @@ impl Sender {
                     return Err(taken_over());
                 }
             }
-            let records = letters.iter().map(|letter| letter.copy.clone()).chain(marks(mesh, &letters)).collect();
+            let marked = letters.iter().map(|letter| (&letter.position, letter.identity));
+            let records = letters.iter().map(|letter| letter.copy.clone()).chain(marks(mesh, marked)).collect();
             match self.consumer.transact(records, Vec::new()).await {
                 Ok(()) => progress.redriven += letters.len() as u64,
                 Err(TransactionError::Refused(refused)) => {

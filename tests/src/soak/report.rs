@@ -135,10 +135,11 @@ impl Report {
                 writeln!(text, "{:>8.1} s  {:>6.2} s  {}", one.at.as_secs_f64(), one.stall.as_secs_f64(), one.what)?;
             }
         }
-        writeln!(text, "\nsidecar  starts  peak memory  peak descriptors  in the two halves of its last process")?;
+        writeln!(text, "\nsidecar  starts  peak memory  peak descriptors  usual ones in the two halves of each process")?;
         for (name, usage) in &self.usage {
-            let (mb, (first, second)) = (usage.peak_bytes as f64 / 1e6, usage.halves);
-            writeln!(text, "{name:<7}  {:>6}  {mb:>8.1} MB  {:>16}  {first}, {second}", usage.starts, usage.peak_descriptors)?;
+            let mb = usage.peak_bytes as f64 / 1e6;
+            let halves: Vec<String> = usage.halves.iter().map(|(first, second)| format!("{first} {second}")).collect();
+            writeln!(text, "{name:<7}  {:>6}  {mb:>8.1} MB  {:>16}  {}", usage.starts, usage.peak_descriptors, halves.join(", "))?;
         }
         if self.is_clean() {
             return writeln!(text, "\nno violation");

@@ -11,12 +11,12 @@ use mesh_routing::{Destinations, Route};
 use super::{
     super::{
         Control,
-        range::{Limits, Range, RangeReader},
+        range::{Limits, Range, RangeReader, owned},
         reset::OperationError,
         state::now_ms,
     },
     flow::{self, Node},
-    scan::{Bound, Keep, Scan, owned, wanted},
+    scan::{Bound, Keep, Scan, wanted},
 };
 use crate::{
     deliver::grpc,

@@ -19,14 +19,14 @@ use tokio::sync::mpsc;
 use super::{
     super::{
         Control,
-        range::{Limits, Range},
+        range::{Limits, Range, owned},
         reset::OperationError,
         state::{Shared, now_ms},
     },
     explain::written_by,
     flow,
     goes::{Difference, Fate, Goes, OTHER_DESTINATION, Stored, difference, replay_reply},
-    scan::{Bound, Keep, Scan, owned, wanted},
+    scan::{Bound, Keep, Scan, wanted},
 };
 use crate::{
     deliver::grpc,

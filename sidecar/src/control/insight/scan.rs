@@ -18,7 +18,7 @@ use super::super::{
 };
 use crate::{
     broker::{Admin, Broker, BrokerErrorKind},
-    record::{Batch, Record, TopicPartition},
+    record::{Batch, TopicPartition},
 };
 
 /// How many topics the broker is asked about at once.
@@ -174,24 +174,10 @@ fn scanned(parts: &BTreeMap<TopicPartition, Part>, records: &BTreeMap<Arc<str>, 
     said.collect()
 }
 
-/// A copy of a record that holds nothing but itself: records of a batch share the memory of all of it.
-pub(super) fn owned(record: &Record) -> Record {
-    let copy = |bytes: &Option<bytes::Bytes>| bytes.as_ref().map(|bytes| bytes::Bytes::copy_from_slice(bytes));
-    let header = |header: &crate::record::Header| crate::record::Header {
-        name: bytestring::ByteString::from(header.name.to_string()),
-        value: copy(&header.value),
-    };
-    Record {
-        key: copy(&record.key),
-        value: copy(&record.value),
-        headers: record.headers.iter().map(header).collect(),
-        timestamp_ms: record.timestamp_ms,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::record::Record;
 
     fn range(topic: &str, partition: i32, from: i64, until: i64) -> Range {
         Range { partition: TopicPartition::new(topic, partition), from, until }
