@@ -84,6 +84,9 @@ impl v1::control_server::Control for AdminService {
         let request = request.into_inner();
         let table = source(request.table)?;
         check_signature(request.signature.as_ref())?;
+        if request.promotes > 0 && request.canary.is_some() {
+            return Err(Status::invalid_argument("`promotes` and `canary` exclude each other: what is promoted is meant for all"));
+        }
         let options = ApplyOptions {
             expected_generation: request.expected_generation,
             dry_run: request.dry_run,
@@ -366,6 +369,7 @@ fn operation_status(error: &OperationError) -> Status {
         OperationError::NoTable(_) => Status::unavailable(message),
         OperationError::NoRoute { .. } => Status::not_found(message),
         OperationError::Refused(_) => Status::failed_precondition(message),
+        OperationError::Conflict(_) => Status::aborted(message),
         OperationError::Unclear(_) => Status::unknown(message),
         OperationError::Broker(broker) => broker_status(broker, message),
     }
@@ -385,7 +389,9 @@ fn status(error: &ApplyError) -> Status {
         ApplyError::Faults(_) => Status::invalid_argument(message),
         ApplyError::Pinned { .. } | ApplyError::Untrusted(_) | ApplyError::Open { .. } => Status::failed_precondition(message),
         // Compare-and-set failed: read, and try again.
-        ApplyError::Expected { .. } | ApplyError::Lost { .. } | ApplyError::NotOpen { .. } => Status::aborted(message),
+        ApplyError::Expected { .. } | ApplyError::Lost { .. } | ApplyError::NotOpen { .. } | ApplyError::Ended { .. } => {
+            Status::aborted(message)
+        }
         ApplyError::NotReady(_) => Status::unavailable(message),
         ApplyError::Broker(broker) => broker_status(broker, message),
         ApplyError::Refused(_) => Status::failed_precondition(message),
@@ -416,6 +422,8 @@ mod tests {
         assert!(expected.to_string().contains("generation 2 is, applied by b: ") && expected.to_string().ends_with("\n  + routes.a: {}"));
         assert_eq!(code(expected), Code::Aborted);
         assert_eq!(code(ApplyError::Lost { generation: 1, winner, changes }), Code::Aborted);
+        assert_eq!(code(ApplyError::Ended { generation: 1, how: "aborted".into() }), Code::Aborted);
+        assert_eq!(operation_status(&OperationError::Conflict("generation 9 was applied".into())).code(), Code::Aborted);
         assert_eq!(code(TrustError::Unsigned { trusted: "k".into() }.into()), Code::FailedPrecondition);
         assert_eq!(code(ApplyError::Pinned { path: "routes.yaml".into() }), Code::FailedPrecondition);
         assert_eq!(code(ApplyError::NotReady("away".into())), Code::Unavailable);

@@ -1,7 +1,8 @@
 //! Checks a table, and proposes it to the mesh.
 //!
 //! Invariant: nothing is proposed that this sidecar could not run itself, or that it does not trust.
-//! Invariant: the answer is what the log says. A proposal whose acknowledgement is lost is looked for in the log, not sent again.
+//! Invariant: the answer is what the log says. A proposal whose acknowledgement is lost is looked for in the log, not sent again; and what was true
+//! when it was made counts for nothing where the log says otherwise.
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
@@ -19,7 +20,7 @@ use tokio::{
 
 use super::{
     Control, history,
-    log::{Winner, proposal_key},
+    log::{Fate, Winner, promotion_id, proposal_key},
     report, rollout,
     snapshot::{About, Limits, Snapshot},
     state::now_ms,
@@ -163,6 +164,14 @@ pub enum ApplyError {
         generation: u64,
         /// Why not.
         problem: String,
+    },
+    /// The canary that it promotes was aborted before it came to the log.
+    #[error("nothing was promoted: the rollout was aborted meanwhile: generation {generation} was {how}")]
+    Ended {
+        /// The canary.
+        generation: u64,
+        /// By whom, when and why, in words.
+        how: String,
     },
     /// It is not signed as this sidecar's config wants it.
     #[error("the table is refused: {0}")]
@@ -417,9 +426,13 @@ impl Control {
             let snapshot = snapshot.filter(|snapshot| snapshot.verify(&config.control.trusted_keys).is_ok());
             let digest = snapshot.as_ref().map(|snapshot| snapshot.digest.clone());
             let signed_by = snapshot.as_ref().and_then(|snapshot| Some(snapshot.signature.as_ref()?.key.clone()));
-            let json = snapshot.map(|snapshot| snapshot.table).or_else(|| local.map(|table| table.json.clone()));
-            let table = json.and_then(|json| mesh_routing::parse("the table in force", &json).ok());
-            let compiled = table.as_ref().and_then(|table| mesh_routing::compile(table).ok());
+            let read = |json: &str| {
+                let table = mesh_routing::parse("the table in force", json).ok()?;
+                let compiled = mesh_routing::compile(&table).ok()?;
+                Some((table, compiled))
+            };
+            let found = snapshot.and_then(|snapshot| read(&snapshot.table)).or_else(|| read(&local?.json));
+            let (table, compiled) = found.unzip();
             InForce { generation, stable, canary, aborted, digest, signed_by, table, compiled }
         })
         .await
@@ -492,12 +505,15 @@ impl Control {
     /// Appends the proposal, and waits for the log to say who won.
     async fn propose(&self, snapshot: Snapshot, channel: &Channel, before: Option<Table>) -> Result<(), ApplyError> {
         let deadline = Instant::now() + READ_BACK;
-        let generation = snapshot.generation;
+        let (generation, promotes) = (snapshot.generation, snapshot.about.promotes.is_some());
         let unclear = |detail: &str| ApplyError::Unclear { generation, detail: detail.to_owned() };
         let packed = spawn_blocking(move || snapshot.pack()).await;
         let value = packed.map_err(|error| error.to_string()).and_then(|packed| packed.map_err(|error| error.to_string()));
         let value = value.map_err(ApplyError::Internal)?;
-        let key = proposal_key(&self.0.config.mesh, generation, &uuid::Uuid::new_v4().simple().to_string(), channel);
+        let id = uuid::Uuid::new_v4().simple().to_string();
+        // Its canary may end before it comes to the log.
+        let id = if promotes { promotion_id(&id) } else { id };
+        let key = proposal_key(&self.0.config.mesh, generation, &id, channel);
 
         let producer = self.0.broker.producer();
         producer.learn_topic(CONTROL_TOPIC, BROKER).await.map_err(ApplyError::Refused)?;
@@ -514,11 +530,13 @@ impl Control {
         let mut acks = producer.send(records);
         let mut acked = false;
         loop {
-            if let Some(winner) = self.0.log(|log| log.winner(generation).cloned()) {
-                if winner.key == key.as_bytes() {
-                    return Ok(());
+            match self.0.log(|log| log.fate(generation, key.as_bytes())) {
+                Fate::Open => {}
+                Fate::Won => return Ok(()),
+                Fate::Beaten(winner) => return Err(self.lost(generation, winner, before).await),
+                Fate::Ended(abort) => {
+                    return Err(ApplyError::Ended { generation: generation.saturating_sub(1), how: rollout::said(&abort) });
                 }
-                return Err(self.lost(generation, winner, before).await);
             }
             tokio::select! {
                 results = &mut acks, if !acked => {

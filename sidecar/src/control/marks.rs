@@ -1,4 +1,4 @@
-//! Marks in the control log: records of which the last one of a key counts, such as a route's pause or the end of a canary.
+//! Marks in the control log: a route's pause, of which the last record counts, and the end of a canary, of which the first does.
 //!
 //! Invariant: a mark is stored, and was read back here, before it is answered.
 

@@ -115,6 +115,7 @@ fn take(shared: &Shared, offset: i64, record: &crate::record::Record) {
         ),
         Meaning::Pause(route) => tracing::debug!(route, offset, "a route is paused, or resumed"),
         Meaning::Abort(generation) => tracing::info!(generation, offset, "the rollout of a canary is aborted"),
+        Meaning::LateAbort(generation) => tracing::debug!(generation, offset, "the end of a canary that is not open counts for nothing"),
         Meaning::Deleted | Meaning::Foreign => {}
     }
 }

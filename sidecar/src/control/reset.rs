@@ -49,6 +49,9 @@ pub enum OperationError {
     /// It cannot be done as things are, or not to the end.
     #[error("{0}")]
     Refused(String),
+    /// Somebody else came first.
+    #[error("{0}")]
+    Conflict(String),
     /// It is not known how the last step ended.
     #[error("{0}")]
     Unclear(String),

@@ -3,6 +3,7 @@
 //! Invariant: a canary that was aborted is over for good: its instances go back to the newest generation that is meant for all, also those that were
 //! away meanwhile.
 //! Invariant: one that is aborted by itself is so by an instance that it chose, for what the chosen instances reported.
+//! Invariant: who aborts is answered by what the log says: a promotion that came first is a conflict.
 
 use std::{
     collections::HashMap,
@@ -22,6 +23,7 @@ use super::{
     reset::OperationError,
     snapshot::{Limits, Snapshot},
     state::{Shared, now_ms},
+    topics::CONTROL_TOPIC,
 };
 use crate::{outcome::Disposition, status::Board};
 
@@ -170,34 +172,52 @@ pub(super) async fn watch(shared: Arc<Shared>, stop: CancellationToken) {
         tracing::warn!(generation = open, reason, "the canary is aborted");
         let by = format!("instance {}", shared.instance);
         match stop.run_until_cancelled(abort(&shared, open, by, history::clean(&reason, 400))).await {
-            None | Some(Ok(())) => {}
+            None | Some(Ok(_)) => {}
+            Some(Err(OperationError::Conflict(conflict))) => tracing::info!(generation = open, conflict, "the canary is over already"),
             Some(Err(error)) => tracing::warn!(generation = open, %error, "the canary could not be aborted: tried again"),
         }
     }
 }
 
-async fn abort(shared: &Shared, generation: u64, by: String, reason: String) -> Result<(), OperationError> {
+/// Ends a canary, unless something newer came first in the log. The answer is the generation that all run then.
+pub(super) async fn abort(shared: &Shared, generation: u64, by: String, reason: String) -> Result<u64, OperationError> {
+    if shared.log(|log| log.winner(generation).is_none_or(|canary| canary.offset >= log.next_offset())) {
+        return Err(OperationError::Refused(format!(
+            "generation {generation} cannot be aborted: {CONTROL_TOPIC} was created anew, and does not have it. Apply the table that all are to run"
+        )));
+    }
     let mark = serde_json::to_vec(&Abort { by, at_ms: now_ms(), reason }).map_err(|error| OperationError::Refused(error.to_string()))?;
-    marks::store(shared, abort_key(&shared.config.mesh, generation), Some(mark.into()), "the rollout is aborted").await
+    let key = abort_key(&shared.config.mesh, generation, &uuid::Uuid::new_v4().simple().to_string());
+    marks::store(shared, key, Some(mark.into()), "the rollout is aborted").await?;
+    shared.log(|log| match (log.aborted(generation), log.after(generation)) {
+        (Some(_), _) => Ok(log.stable()),
+        (None, Some(newer)) => Err(OperationError::Conflict(format!(
+            "generation {generation} was not aborted: generation {newer} was applied meanwhile (`mesh-ctl history` tells what it is)"
+        ))),
+        (None, None) => Err(OperationError::Unclear(format!(
+            "it is not known whether generation {generation} is over: somebody deletes records of {CONTROL_TOPIC}; give the command again"
+        ))),
+    })
 }
 
 impl Control {
     /// Ends the canary that is open; 0 means whichever is.
     ///
     /// # Errors
-    /// If that one is not open, or the broker fails; says when it is not known whether it is over.
+    /// If that one is not open, [`OperationError::Conflict`] if it was promoted meanwhile, or the broker fails; says when it is not known whether it is
+    /// over.
     pub async fn abort_rollout(&self, generation: u64, by: String, reason: String) -> Result<v1::AbortRolloutResponse, OperationError> {
         marks::check("reason", &reason)?;
         marks::check("by", &by)?;
         self.catch_up().await.map_err(|error| OperationError::Refused(error.to_string()))?;
-        let (open, stable, ended) = self.0.log(|log| {
+        let (open, ended) = self.0.log(|log| {
             let ended = log.aborted(if generation == 0 { log.head() } else { generation }).map(said);
-            (log.canary().map(|(open, _)| open), log.stable(), ended)
+            (log.canary().map(|(open, _)| open), ended)
         });
         match open {
             Some(open) if generation == 0 || generation == open => {
-                abort(&self.0, open, by, reason).await?;
-                Ok(v1::AbortRolloutResponse { generation: open, stable_generation: stable })
+                let stable_generation = abort(&self.0, open, by, reason).await?;
+                Ok(v1::AbortRolloutResponse { generation: open, stable_generation })
             }
             Some(open) => Err(OperationError::Refused(format!("generation {generation} is not being rolled out: generation {open} is"))),
             None => Err(OperationError::Refused(match ended {

@@ -27,11 +27,30 @@ struct Inner {
     created: Mutex<Vec<NewTopic>>,
     /// Changes with each append, and says whether the broker is there.
     state: watch::Sender<(u64, bool)>,
+    creation: watch::Sender<Creation>,
+}
+
+/// Whether the creation of topics is held back, and how many wait for it.
+#[derive(Debug, Default)]
+struct Creation {
+    held: bool,
+    waiting: usize,
 }
 
 impl Memory {
     pub(crate) fn new(there: bool) -> Self {
-        Self(Arc::new(Inner { topics: Mutex::default(), created: Mutex::default(), state: watch::Sender::new((0, there)) }))
+        let state = watch::Sender::new((0, there));
+        Self(Arc::new(Inner { topics: Mutex::default(), created: Mutex::default(), state, creation: watch::Sender::default() }))
+    }
+
+    /// From now on who creates topics waits, or does not any more.
+    pub(crate) fn hold_creation(&self, held: bool) {
+        self.0.creation.send_modify(|creation| creation.held = held);
+    }
+
+    /// Waits until somebody waits for the creation of topics.
+    pub(crate) async fn creation_waits(&self) {
+        self.0.creation.subscribe().wait_for(|creation| creation.waiting > 0).await.unwrap();
     }
 
     pub(crate) fn set_there(&self, there: bool) {
@@ -148,6 +167,9 @@ impl Admin for Memory {
 
     fn create_topics(&self, topics: Vec<NewTopic>) -> BoxFuture<'_, Result<(), BrokerError>> {
         Box::pin(async move {
+            self.0.creation.send_modify(|creation| creation.waiting += 1);
+            self.0.creation.subscribe().wait_for(|creation| !creation.held).await.unwrap();
+            self.0.creation.send_modify(|creation| creation.waiting -= 1);
             self.check()?;
             for topic in topics {
                 self.create(&topic.name, topic.partitions.unwrap_or(4) as usize);

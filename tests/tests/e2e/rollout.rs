@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use mesh_proto::v1::InstanceState;
+use mesh_proto::v1::{GetStatusResponse, InstanceState, RouteState};
 use mesh_tests::{
+    broker::Broker,
     on_both,
-    service::{Rule, Scenario, Service},
+    service::{Entry, Rule, Scenario, Service},
     sidecar::Sidecar,
     stage::Stage,
 };
@@ -114,4 +115,176 @@ async fn followed(stage: Stage) -> Result<()> {
         sidecar.ctl(&[&["apply", "-f", &one][..], wrong].concat()).await?.ends(2)?;
     }
     sidecar.finish().await
+}
+
+/// One in the east, two in the west.
+const ZONES: [&str; 3] = ["east", "west", "west"];
+/// Records of a wave: enough that each partition gets some.
+const WAVE: usize = 48;
+
+/// Three sidecars of one service, each with a process of it.
+struct Zones {
+    stage: Stage,
+    services: Vec<Service>,
+    sidecars: Vec<Sidecar>,
+}
+
+impl Zones {
+    async fn start(stage: &Stage) -> Result<Self> {
+        let (mut services, mut sidecars) = (Vec::new(), Vec::new());
+        for (number, zone) in ZONES.into_iter().enumerate() {
+            let service = Service::native(Scenario::new()).await?;
+            let name = format!("{zone}{number}");
+            let sidecar = stage.sidecar(&name).instance(&name).service("work", &service);
+            let mut sidecar = sidecar.env("MESH_LABELS", &format!("{{zone: {zone}}}")).prepare().await?;
+            sidecar.spawn()?;
+            services.push(service);
+            sidecars.push(sidecar);
+        }
+        for sidecar in &mut sidecars {
+            sidecar.wait_ready().await?;
+        }
+        Ok(Self { stage: stage.clone(), services, sidecars })
+    }
+
+    /// Waits until these run these generations, each with partitions of its own.
+    async fn run(&self, generations: [u64; 3]) -> Result<()> {
+        let as_told = |status: &GetStatusResponse| {
+            let of = |number: usize| {
+                let name = format!("{}-{}{number}", self.stage.mesh(), ZONES[number]);
+                let one = status.instances.iter().find(|one| one.instance == name);
+                one.is_some_and(|one| {
+                    let route = one.routes.iter().find(|route| route.route == "work");
+                    let runs = route.is_some_and(|route| route.state() == RouteState::Running && route.partitions > 0);
+                    one.state() == InstanceState::Synced && one.generation == generations[number] && runs
+                })
+            };
+            (0..ZONES.len()).all(of)
+        };
+        self.sidecars[0].wait_status(&format!("{generations:?}"), MINUTE, as_told).await?;
+        Ok(())
+    }
+
+    async fn publish(&self, records: usize) -> Result<()> {
+        for service in &self.services {
+            service.reset().await?;
+        }
+        for n in 0..records {
+            self.sidecars[0].publish(&self.stage.topic("in"), Some(&format!("k{n}")), "application/json", "{}").await?;
+        }
+        Ok(())
+    }
+
+    /// What each service was given since the last wave began, once it is this much together.
+    async fn given(&self, records: usize) -> Result<Vec<Vec<Entry>>> {
+        let given = async {
+            loop {
+                let mut ledgers = Vec::new();
+                for service in &self.services {
+                    ledgers.push(service.ledger().await?);
+                }
+                if ledgers.iter().map(Vec::len).sum::<usize>() >= records {
+                    return anyhow::Ok(ledgers);
+                }
+                // Three processes have no event in common.
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(MINUTE, given).await.context("the deliveries of a wave")?
+    }
+
+    /// Kills one as soon as it would repeat nothing after that.
+    async fn kill9(&mut self, number: usize) -> Result<()> {
+        let sidecar = &mut self.sidecars[number];
+        let committed = async {
+            while sidecar.metric("mesh_replay_records{route=\"work\",service=\"work\"}").await? > 0.0 {
+                // Another process has no event to await.
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            anyhow::Ok(())
+        };
+        tokio::time::timeout(MINUTE, committed).await.context("the commit")??;
+        sidecar.kill9().await
+    }
+
+    /// Publishes a wave, and checks that each sidecar, with at least one record, called the handler of the table that it ought to run. How many
+    /// records went by each.
+    async fn wave(&self, handlers: [&str; 3]) -> Result<Vec<usize>> {
+        self.publish(WAVE).await?;
+        let given = self.given(WAVE).await?;
+        for (number, (ledger, handler)) in given.iter().zip(handlers).enumerate() {
+            ensure!(!ledger.is_empty(), "sidecar {number} had no record");
+            ensure!(ledger.iter().all(|entry| entry.path == handler), "sidecar {number} did not call {handler}: {ledger:#?}");
+        }
+        ensure!(given.iter().map(Vec::len).sum::<usize>() == WAVE, "nothing is delivered twice");
+        Ok(given.iter().map(Vec::len).collect())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_canary_over_three_processes_is_ended_by_one_that_was_not_asked() -> Result<()> {
+    match Broker::kafka().await? {
+        Some(broker) => Stage::run(broker, three_zones).await,
+        None => Ok(()),
+    }
+}
+
+async fn three_zones(stage: Stage) -> Result<()> {
+    let mut zones = Zones::start(&stage).await?;
+    let file = |name: &str, handler: &str, to: &str| -> Result<String> {
+        let text = table(handler, to).replace("partitions: 2", "partitions: 6");
+        stage.file(name, &stage.table(&text))?.to_str().map(str::to_owned).context("a path")
+    };
+    let (old, new) = (file("old.yaml", "/old", "%out")?, file("new.yaml", "/new", "%new")?);
+    zones.sidecars[0].ctl(&["apply", "-f", &old, "--wait"]).await?.ends(0)?;
+    zones.run([1, 1, 1]).await?;
+    let mut out: usize = zones.wave(["/old"; 3]).await?.iter().sum();
+
+    // The chosen run the new table, the other one the old table; also after one of them was killed.
+    let canary = ["--canary", "label.zone=west", "--max-dead-letters", "1", "--wait"];
+    zones.sidecars[0].ctl(&[&["apply", "-f", &new][..], &canary].concat()).await?.ends(0)?;
+    zones.run([1, 2, 2]).await?;
+    let mut moved = 0;
+    for killed in [false, true] {
+        if killed {
+            zones.kill9(2).await?;
+            zones.sidecars[2].start().await?;
+            zones.run([1, 2, 2]).await?;
+        }
+        let went = zones.wave(["/old", "/new", "/new"]).await?;
+        (out, moved) = (out + went[0], moved + went[1] + went[2]);
+    }
+    for (topic, due) in [("out", out), ("new", moved)] {
+        let found = stage.read(&zones.sidecars[0], None, &stage.topic(topic), due).await?;
+        ensure!(found.len() == due, "{topic} has {} records, {due} are due", found.len());
+    }
+
+    // Dead letters at one of them while the other is away; the one that is asked has none, and no part in it.
+    zones.kill9(1).await?;
+    zones.services[2].set(Scenario::new().on("/new", [Rule::status(422).text("no")])).await?;
+    zones.publish(WAVE).await?;
+    let over = until(&zones.sidecars[0], "the end", |rollout| rollout["state"] == "ABORTED").await?;
+    let ended = over["rollout"]["aborted"].as_str().unwrap_or_default();
+    let by = format!("aborted by instance {}-west2 at ", stage.mesh());
+    ensure!(ended.starts_with(&by) && ended.contains("dead letters since its instances took it: "), "{over:#}");
+    // It had the canary on its disk, and comes back to what all run. Then one more that is killed after the end.
+    zones.sidecars[1].start().await?;
+    zones.run([1, 1, 1]).await?;
+    let given = zones.given(WAVE).await?;
+    ensure!(given[0].iter().chain(&given[1]).all(|entry| entry.path == "/old"), "{given:#?}");
+    let dead = given[2].iter().filter(|entry| entry.path == "/new").count();
+    ensure!(dead > 1, "{given:#?}");
+    out += given.iter().map(Vec::len).sum::<usize>() - dead;
+    zones.kill9(2).await?;
+    zones.sidecars[2].start().await?;
+    zones.run([1, 1, 1]).await?;
+    out += zones.wave(["/old"; 3]).await?.iter().sum::<usize>();
+    for (topic, due) in [("out", out), ("new", moved), ("dlq", dead)] {
+        let found = stage.read(&zones.sidecars[0], None, &stage.topic(topic), due).await?;
+        ensure!(found.len() == due, "{topic} has {} records, {due} are due", found.len());
+    }
+    for sidecar in zones.sidecars {
+        sidecar.finish().await?;
+    }
+    Ok(())
 }

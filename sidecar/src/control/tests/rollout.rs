@@ -3,7 +3,10 @@
 use mesh_routing::sign::{PublicKey, SigningKey};
 
 use super::*;
-use crate::{control::CanaryOptions, outcome::Disposition};
+use crate::{
+    control::{CanaryOptions, reset::OperationError},
+    outcome::Disposition,
+};
 
 fn canary(selector: &str) -> ApplyOptions {
     let canary = CanaryOptions { selector: selector.parse().unwrap(), max_dead_letters: 2, max_refusals: 0 };
@@ -120,6 +123,103 @@ async fn an_aborted_canary_is_over_for_all_also_for_those_that_were_away() {
     assert_eq!((next.generation, next.changed), (3, true));
     assert_eq!(a.settled(3).await, [3, 3, 3]);
     assert!(matches!(a.control().apply("t", &one("x"), expecting(2)).await.unwrap_err(), ApplyError::Expected { actual: 3, .. }));
+}
+
+/// What the history says of each generation: what it promotes, and whether it was aborted.
+async fn told(instance: &Instance) -> Vec<(u64, u64, bool)> {
+    let history = instance.control().history(0).await.unwrap();
+    history.generations.iter().map(|one| (one.generation, one.promotes, !one.aborted.is_empty())).collect()
+}
+
+#[tokio::test]
+async fn a_promotion_that_an_abort_overtakes_is_a_conflict() {
+    let broker = Memory::new(true);
+    let [a, b, _c] = three(&broker).await;
+    a.apply(&one("priced")).await.unwrap();
+    a.control().apply("routes.yaml", &one("priced-2"), canary("label.zone=west")).await.unwrap();
+    assert_eq!(a.settled(3).await, [1, 2, 2]);
+    // The promotion found it open, and creates a topic that somebody deleted: meanwhile it is aborted.
+    broker.delete("priced-2");
+    broker.hold_creation(true);
+    let text = one("priced-2");
+    let promotion = a.control().apply("generation 2", &text, promoting(2));
+    let abort = async {
+        broker.creation_waits().await;
+        let aborted = b.control().abort_rollout(2, "ann".into(), "too slow".into()).await;
+        broker.hold_creation(false);
+        aborted
+    };
+    let (promoted, aborted) = tokio::join!(promotion, abort);
+    assert_eq!(aborted.unwrap().stable_generation, 1);
+    let error = promoted.unwrap_err();
+    assert!(matches!(error, ApplyError::Ended { generation: 2, .. }), "{error}");
+    let said = error.to_string();
+    assert!(
+        said.contains("the rollout was aborted meanwhile: generation 2 was aborted by ann at ") && said.ends_with(": too slow"),
+        "{said}"
+    );
+    // The proposal is in the log, and nobody runs it: also not who reads the log later.
+    let stored = last(&broker);
+    assert!(stored.key.is_some_and(|key| key.starts_with(b"shop/3/promotes-")));
+    let late = labelled(&broker, "late", "west", tempfile::tempdir().unwrap(), None).await;
+    late.generation(1).await;
+    assert_eq!(a.settled(4).await, [1, 1, 1, 1]);
+    assert_eq!(told(&late).await, [(2, 0, true), (1, 0, false)]);
+    let next = late.apply(&one("priced-3")).await.unwrap();
+    assert_eq!((next.generation, next.changed), (3, true));
+    assert_eq!(a.settled(4).await, [3, 3, 3, 3]);
+    assert_eq!(told(&a).await, [(3, 0, false), (2, 0, true), (1, 0, false)]);
+}
+
+#[tokio::test]
+async fn an_abort_that_a_promotion_overtakes_is_a_conflict() {
+    let broker = Memory::new(true);
+    let [a, b, _c] = three(&broker).await;
+    a.apply(&one("priced")).await.unwrap();
+    a.control().apply("routes.yaml", &one("priced-2"), canary("label.zone=west")).await.unwrap();
+    a.control().apply("generation 2", &one("priced-2"), promoting(2)).await.unwrap();
+    b.generation(3).await;
+    // It had found the canary open before.
+    let error = crate::control::rollout::abort(&b.control().0, 2, "ann".into(), "too slow".into()).await.unwrap_err();
+    let said = error.to_string();
+    assert!(matches!(error, OperationError::Conflict(_)) && said.contains("generation 3 was applied meanwhile"), "{said}");
+    let late = labelled(&broker, "late", "west", tempfile::tempdir().unwrap(), None).await;
+    late.generation(3).await;
+    assert_eq!(a.settled(4).await, [3, 3, 3, 3]);
+    for instance in [&a, &late] {
+        assert_eq!(told(instance).await, [(3, 2, false), (2, 0, false), (1, 0, false)]);
+    }
+}
+
+#[tokio::test]
+async fn of_a_promotion_and_an_abort_at_the_same_moment_exactly_one_succeeds() {
+    let broker = Memory::new(true);
+    let [a, b, c] = three(&broker).await;
+    a.apply(&one("priced")).await.unwrap();
+    for round in 0..20 {
+        let text = one(&format!("priced-{round}"));
+        let before = a.control().get_table(None).await.unwrap().unwrap().generation;
+        let open = a.control().apply("routes.yaml", &text, canary("label.zone=west")).await.unwrap().generation;
+        let abort = async {
+            // Now here, now there, on the way of the promotion.
+            for _ in 0..2 * round {
+                tokio::task::yield_now().await;
+            }
+            b.control().abort_rollout(open, "ann".into(), String::new()).await
+        };
+        let (promoted, aborted) = tokio::join!(a.control().apply("t", &text, promoting(open)), abort);
+        let in_force = match (&promoted, &aborted) {
+            (Ok(applied), Err(OperationError::Conflict(_) | OperationError::Refused(_))) => applied.generation,
+            (Err(ApplyError::Ended { .. } | ApplyError::NotOpen { .. }), Ok(aborted)) => aborted.stable_generation,
+            both => panic!("{both:?}"),
+        };
+        assert_eq!(in_force, if promoted.is_ok() { open + 1 } else { before });
+        for instance in [&a, &b, &c] {
+            instance.generation(in_force).await;
+        }
+        let ended = told(&c).await.into_iter().find(|(generation, ..)| *generation == open);
+        assert_eq!(ended, Some((open, 0, aborted.is_ok())));
+    }
 }
 
 #[tokio::test]
