@@ -165,7 +165,8 @@ pub(super) async fn watch(shared: Arc<Shared>, stop: CancellationToken) {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while stop.run_until_cancelled(ticks.tick()).await.is_some() {
         let open = shared.log(|log| log.canary().map(|(open, _)| open).filter(|open| log.target(&shared.member()) == *open));
-        let Some(open) = open else { continue };
+        // What it allows stands in its snapshot, which may not have been read yet; one that cannot be read allows nothing.
+        let Some(open) = open.filter(|open| shared.local.borrow().judged >= *open) else { continue };
         let mesh = report::mesh(&shared);
         let reason = mesh.rollout.filter(|rollout| rollout.generation == open).and_then(|rollout| exceeded(&rollout, &mesh.instances));
         let Some(reason) = reason else { continue };

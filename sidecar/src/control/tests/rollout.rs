@@ -61,7 +61,10 @@ async fn a_canary_is_run_by_some_and_promoted_to_all() {
     assert_eq!((applied.generation, applied.changed, applied.warnings.len()), (2, true, 0));
     assert_eq!(a.settled(3).await, [1, 2, 2]);
     assert!(b.running() == c.running() && a.running().0 == 1);
-    let rollout = a.control().status().rollout.unwrap();
+    let read = |status: &v1::GetStatusResponse| {
+        status.rollout.as_ref().and_then(|rollout| rollout.entry.as_ref()).is_some_and(|entry| entry.applied_ms > 0)
+    };
+    let rollout = a.status("the canary's snapshot is read", read).await.rollout.unwrap();
     let told = rollout.canary.unwrap();
     assert_eq!((rollout.generation, rollout.stable_generation, rollout.refusals), (2, 1, 0));
     assert_eq!((&*told.selector, told.max_dead_letters, told.max_refusals), ("label.zone=west", 2, 0));
