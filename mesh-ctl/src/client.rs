@@ -7,7 +7,7 @@ use mesh_proto::{
     v1,
 };
 use mesh_routing::Table;
-use tonic::{Code as GrpcCode, Request, Status};
+use tonic::{Code as GrpcCode, ConnectError as ConnectFailed, Request, Status};
 
 use crate::output::{Code, Failure};
 
@@ -54,13 +54,38 @@ pub(crate) async fn table(client: &mut Client) -> Result<Option<Table>, Failure>
     }
 }
 
-/// What a sidecar's refusal means for us.
+/// Whether a connection that was there broke: what a sidecar answers has no cause on this side, and one that was not reached was asked nothing.
+fn broke(status: &Status) -> bool {
+    let mut cause = status.source();
+    let some = cause.is_some();
+    while let Some(error) = cause {
+        if error.is::<ConnectFailed>() {
+            return false;
+        }
+        cause = error.source();
+    }
+    some
+}
+
+/// What it means that a stream failed. `begun`: something may have been changed by then.
+pub(crate) fn cut(status: &Status, begun: bool, hint: &str) -> Failure {
+    let failure = refused(status);
+    match failure {
+        Failure::Said { message, .. } if begun && (broke(status) || status.code() == GrpcCode::Unavailable) => {
+            Failure::Said { code: Code::Unknown, message, hint: hint.to_owned() }
+        }
+        other => other,
+    }
+}
+
+/// What a sidecar's refusal means for us, or that it is gone: what was not begun is an error, of what was nothing is known.
 pub(crate) fn refused(status: &Status) -> Failure {
     let message = match status.source() {
         Some(source) => format!("{}: {}", status.message(), root_cause(source)),
         None => status.message().to_owned(),
     };
     let (code, hint) = match status.code() {
+        _ if broke(status) => (Code::Unknown, "`mesh-ctl status` tells what is in force"),
         GrpcCode::Aborted => (Code::Conflict, ""),
         GrpcCode::FailedPrecondition | GrpcCode::PermissionDenied => (Code::No, ""),
         GrpcCode::Unauthenticated => (Code::Error, ""),
@@ -73,4 +98,34 @@ pub(crate) fn refused(status: &Status) -> Failure {
     };
     let message = if message.is_empty() { format!("the listener answers {:?}", status.code()) } else { message };
     Failure::Said { code, message, hint: hint.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io, sync::Arc};
+
+    use super::*;
+
+    /// A status that was made on this side.
+    fn here(code: GrpcCode) -> Status {
+        let mut status = Status::new(code, "keep-alive timed out");
+        status.set_source(Arc::new(io::Error::from(io::ErrorKind::BrokenPipe)));
+        status
+    }
+
+    #[test]
+    fn what_was_not_begun_is_an_error_and_of_what_was_nothing_is_known() {
+        let unreached = Status::from_error(Box::new(ConnectFailed(Box::new(io::Error::from(io::ErrorKind::ConnectionRefused)))));
+        assert_eq!((unreached.code(), refused(&unreached).code()), (GrpcCode::Unavailable, Code::Error));
+        assert_eq!(refused(&Status::unavailable("the broker is away")).code(), Code::Error, "the sidecar said so");
+        for code in [GrpcCode::Unavailable, GrpcCode::Internal, GrpcCode::Unknown] {
+            assert_eq!(refused(&here(code)).code(), Code::Unknown, "{code:?}");
+        }
+
+        let away = Status::unavailable("the broker is away");
+        assert_eq!((cut(&away, false, "").code(), cut(&away, true, "").code()), (Code::Error, Code::Unknown));
+        assert_eq!(cut(&Status::failed_precondition("no"), true, "").code(), Code::No, "it says what is");
+        let Failure::Said { code, hint, .. } = cut(&here(GrpcCode::Unavailable), true, "again") else { panic!("a failure") };
+        assert_eq!((code, &*hint), (Code::Unknown, "again"));
+    }
 }

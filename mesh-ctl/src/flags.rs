@@ -76,7 +76,7 @@ pub(crate) struct Pause {
     #[arg(long)]
     pub(crate) wait: bool,
     /// How long that may take.
-    #[arg(long, value_name = "TIME", default_value = "2m", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "2m", value_parser = patience)]
     pub(crate) timeout: Duration,
 }
 
@@ -186,8 +186,11 @@ pub(crate) struct Get {
 #[derive(Debug, Args)]
 pub(crate) struct Status {
     /// Show it again and again, every so often.
-    #[arg(long, value_name = "TIME", num_args = 0..=1, default_missing_value = "2s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", num_args = 0..=1, default_missing_value = "2s", value_parser = interval)]
     pub(crate) watch: Option<Duration>,
+    /// End after so many looks.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), requires = "watch")]
+    pub(crate) count: Option<u64>,
 }
 
 /// `graph`.
@@ -207,9 +210,18 @@ pub(crate) struct Graph {
     pub(crate) interval: Duration,
 }
 
+/// The longest that anything is waited for. No clock ends before that, nor does any deadline of a question.
+const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// How long something may take.
+fn patience(text: &str) -> Result<Duration, String> {
+    let patience = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if patience > LONGEST { Err(format!("{text} is too long: use 24h or less")) } else { Ok(patience) }
+}
+
 /// A time between two looks at the mesh: shorter ones tell no rates.
 fn interval(text: &str) -> Result<Duration, String> {
-    let interval = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    let interval = patience(text)?;
     if interval < Duration::from_millis(500) { Err(format!("{text} is too short: use 500ms or more")) } else { Ok(interval) }
 }
 
@@ -234,7 +246,7 @@ pub(crate) struct Reset {
     #[arg(long, value_name = "FILE")]
     pub(crate) backup: Option<PathBuf>,
     /// How long the sidecars that own the partitions may take: they wait for records that are at the service.
-    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = patience)]
     pub(crate) timeout: Duration,
 }
 
@@ -254,7 +266,7 @@ pub(crate) struct Release {
     #[arg(long)]
     pub(crate) discard: bool,
     /// How long the sidecars that own the partitions may take.
-    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = patience)]
     pub(crate) timeout: Duration,
 }
 
@@ -646,6 +658,18 @@ mod tests {
     #[test]
     fn the_flags_are_consistent() {
         Flags::command().debug_assert();
+    }
+
+    #[test]
+    fn times_have_bounds() {
+        assert_eq!((patience("0s"), patience("24h")), (Ok(Duration::ZERO), Ok(LONGEST)));
+        for long in ["24h 1ms", "2d", "20000y", "500000000000y"] {
+            assert!(patience(long).is_err() && interval(long).is_err(), "{long}");
+        }
+        assert_eq!(interval("500ms"), Ok(Duration::from_millis(500)));
+        for short in ["0s", "499ms", "-1s", "soon"] {
+            assert!(interval(short).is_err(), "{short}");
+        }
     }
 
     #[test]

@@ -33,8 +33,8 @@
 //! Exit codes: 0 done (`diff`: the same); 1 the answer is no: faults, refused, `diff` differs; 2 an error: usage, files, no sidecar;
 //! 3 a conflict: somebody else applied, or another generation is in force than expected; 4 not known, or not complete in time.
 //!
-//! Invariant: results go to stdout, everything else to stderr; with `-o json` or `yaml` stdout is one document, but where records are read:
-//! there it is one JSON object a line.
+//! Invariant: results go to stdout, everything else to stderr; with `-o json` or `yaml` stdout is one document, but where records are read
+//! and where it is looked again and again: there it is one JSON object a line.
 //! Invariant: colours and progress appear on a terminal only, colours not with `NO_COLOR` either.
 
 mod client;

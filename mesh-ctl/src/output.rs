@@ -45,6 +45,22 @@ impl Failure {
         Self::Said { code: Code::Error, message: message.into(), hint: hint.into() }
     }
 
+    /// What happened; empty if only the reader of stdout is gone.
+    pub(crate) fn message(&self) -> &str {
+        match self {
+            Self::Said { message, .. } => message,
+            Self::ClosedPipe => "",
+        }
+    }
+
+    /// The same, said otherwise; its hint stays.
+    pub(crate) fn with(self, code: Code, message: String) -> Self {
+        match self {
+            Self::Said { hint, .. } => Self::Said { code, message, hint },
+            Self::ClosedPipe => Self::ClosedPipe,
+        }
+    }
+
     /// The exit code.
     pub(crate) fn code(&self) -> Code {
         match self {

@@ -2,14 +2,27 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test panics on purpose")]
 
 use std::{
+    collections::VecDeque,
     net::SocketAddr,
     path::PathBuf,
+    pin::Pin,
     process::{Output, Stdio},
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
-use mesh_proto::v1::{self, control_server::ControlServer};
-use tokio::{io::AsyncWriteExt as _, process::Command};
+use mesh_proto::{
+    admin::{AdminAddress, KeepAlive},
+    v1::{self, control_server::ControlServer},
+};
+use mesh_sidecar::api::listen;
+use tokio::{
+    io::AsyncWriteExt as _,
+    net::{TcpListener, TcpStream},
+    process::Command,
+};
+use tokio_stream::{Stream, StreamExt as _};
+use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 const TABLE: &str = "\
@@ -52,6 +65,23 @@ struct State {
     flow: v1::TraceResponse,
     drained: Vec<v1::DrainRequest>,
     findings: v1::DiagnoseResponse,
+    /// Which of the next questions for the status are answered by an error.
+    fails: VecDeque<bool>,
+    /// Whether those who asked for the status were going to ask again.
+    watched: Vec<bool>,
+    pause: Option<v1::PauseResponse>,
+    abort: Option<v1::AbortRolloutResponse>,
+    released: Vec<v1::ReleaseRequest>,
+    counts: Option<v1::ListDeadLettersResponse>,
+    letters: Option<Vec<v1::DeadLetter>>,
+    purge: Option<v1::PurgeDeadLettersResponse>,
+    redrive: Option<Vec<Result<v1::RedriveProgress, Status>>>,
+    replay: Option<Vec<Result<v1::ReplayProgress, Status>>>,
+    lag: Option<v1::GetLagResponse>,
+}
+
+fn no_route() -> Status {
+    Status::not_found("there is no such route")
 }
 
 #[tonic::async_trait]
@@ -80,8 +110,12 @@ impl v1::control_server::Control for Script {
         table.map(Response::new).ok_or_else(|| Status::not_found("this mesh has no routing table yet"))
     }
 
-    async fn get_status(&self, _: Request<v1::GetStatusRequest>) -> Result<Response<v1::GetStatusResponse>, Status> {
+    async fn get_status(&self, request: Request<v1::GetStatusRequest>) -> Result<Response<v1::GetStatusResponse>, Status> {
         let mut state = self.0.lock().unwrap();
+        state.watched.push(request.into_inner().watch);
+        if state.fails.pop_front() == Some(true) {
+            return Err(Status::unavailable("it starts"));
+        }
         let next = if state.status.len() > 1 { state.status.remove(0) } else { state.status[0].clone() };
         Ok(Response::new(next))
     }
@@ -94,17 +128,18 @@ impl v1::control_server::Control for Script {
 
     async fn release(&self, request: Request<v1::ReleaseRequest>) -> Result<Response<v1::ReleaseResponse>, Status> {
         let request = request.into_inner();
+        self.0.lock().unwrap().released.push(request.clone());
         let missing = if request.discard { vec!["orders/1".to_owned()] } else { Vec::new() };
         let reason = if request.discard { "nobody answers".to_owned() } else { String::new() };
         Ok(Response::new(v1::ReleaseResponse { released: if request.one_key { 1 } else { 2 }, missing, reason }))
     }
 
     async fn pause(&self, _: Request<v1::PauseRequest>) -> Result<Response<v1::PauseResponse>, Status> {
-        Err(Status::not_found("there is no such route"))
+        self.0.lock().unwrap().pause.map(Response::new).ok_or_else(no_route)
     }
 
     async fn abort_rollout(&self, _: Request<v1::AbortRolloutRequest>) -> Result<Response<v1::AbortRolloutResponse>, Status> {
-        Err(Status::failed_precondition("no rollout is open"))
+        self.0.lock().unwrap().abort.map(Response::new).ok_or_else(|| Status::failed_precondition("that one is not being rolled out"))
     }
 
     async fn resume(&self, _: Request<v1::ResumeRequest>) -> Result<Response<v1::ResumeResponse>, Status> {
@@ -112,29 +147,34 @@ impl v1::control_server::Control for Script {
     }
 
     async fn list_dead_letters(&self, _: Request<v1::ListDeadLettersRequest>) -> Result<Response<v1::ListDeadLettersResponse>, Status> {
-        Err(Status::not_found("there is no such route"))
+        self.0.lock().unwrap().counts.clone().map(Response::new).ok_or_else(no_route)
     }
 
-    async fn purge_dead_letters(&self, _: Request<v1::PurgeDeadLettersRequest>) -> Result<Response<v1::PurgeDeadLettersResponse>, Status> {
-        Err(Status::not_found("there is no such route"))
+    async fn purge_dead_letters(
+        &self,
+        request: Request<v1::PurgeDeadLettersRequest>,
+    ) -> Result<Response<v1::PurgeDeadLettersResponse>, Status> {
+        let answer = self.0.lock().unwrap().purge.clone().ok_or_else(no_route)?;
+        Ok(Response::new(v1::PurgeDeadLettersResponse { executed: request.into_inner().execute, ..answer }))
     }
 
     type ReadDeadLettersStream = tokio_stream::Iter<std::vec::IntoIter<Result<v1::DeadLetter, Status>>>;
 
     async fn read_dead_letters(&self, _: Request<v1::ReadDeadLettersRequest>) -> Result<Response<Self::ReadDeadLettersStream>, Status> {
-        Err(Status::not_found("there is no such route"))
+        let letters = self.0.lock().unwrap().letters.clone().ok_or_else(no_route)?;
+        Ok(Response::new(tokio_stream::iter(letters.into_iter().map(Ok).collect::<Vec<_>>())))
     }
 
     type RedriveStream = tokio_stream::Iter<std::vec::IntoIter<Result<v1::RedriveProgress, Status>>>;
 
     async fn redrive(&self, _: Request<v1::RedriveRequest>) -> Result<Response<Self::RedriveStream>, Status> {
-        Err(Status::not_found("there is no such route"))
+        self.0.lock().unwrap().redrive.clone().map(|told| Response::new(tokio_stream::iter(told))).ok_or_else(no_route)
     }
 
     type ReplayStream = tokio_stream::Iter<std::vec::IntoIter<Result<v1::ReplayProgress, Status>>>;
 
     async fn replay(&self, _: Request<v1::ReplayRequest>) -> Result<Response<Self::ReplayStream>, Status> {
-        Err(Status::not_found("there is no such route"))
+        self.0.lock().unwrap().replay.clone().map(|told| Response::new(tokio_stream::iter(told))).ok_or_else(no_route)
     }
 
     type PlanStream = tokio_stream::Iter<std::vec::IntoIter<Result<v1::PlanProgress, Status>>>;
@@ -158,9 +198,9 @@ impl v1::control_server::Control for Script {
         Ok(Response::new(state.flow.clone()))
     }
 
-    type TailStream = tokio_stream::Iter<std::vec::IntoIter<Result<v1::TailResponse, Status>>>;
+    type TailStream = Pin<Box<dyn Stream<Item = Result<v1::TailResponse, Status>> + Send>>;
 
-    /// Two records, and then the end, or a sidecar that goes.
+    /// Two records, and then the end, or a sidecar that goes. Of the topic `quiet` nothing comes any more.
     async fn tail(&self, request: Request<v1::TailRequest>) -> Result<Response<Self::TailStream>, Status> {
         let record = |offset, value: &str| v1::TailedRecord {
             position: Some(v1::Position { topic: "orders".into(), partition: 0, offset }),
@@ -174,11 +214,15 @@ impl v1::control_server::Control for Script {
         let records = vec![record(5, "{ \"n\": 1 }"), record(6, "text")];
         let partitions = vec![v1::TailedPartition { topic: "orders".into(), partition: 0, from: 5, end: 7, low: 5 }];
         let first = v1::TailResponse { records, progress: progress(false), partitions };
-        let end = match request.into_inner().follow {
+        let request = request.into_inner();
+        if request.topics == ["quiet"] {
+            return Ok(Response::new(Box::pin(tokio_stream::once(Ok(first)).chain(tokio_stream::pending()))));
+        }
+        let end = match request.follow {
             true => Err(Status::unknown("the sidecar shuts down")),
             false => Ok(v1::TailResponse { progress: progress(true), ..v1::TailResponse::default() }),
         };
-        Ok(Response::new(tokio_stream::iter(vec![Ok(first), end])))
+        Ok(Response::new(Box::pin(tokio_stream::iter(vec![Ok(first), end]))))
     }
 
     type ProduceStream = tokio_stream::wrappers::ReceiverStream<Result<v1::ProduceResponse, Status>>;
@@ -240,7 +284,7 @@ impl v1::control_server::Control for Script {
     }
 
     async fn get_lag(&self, _: Request<v1::GetLagRequest>) -> Result<Response<v1::GetLagResponse>, Status> {
-        Err(Status::not_found("there is no route"))
+        self.0.lock().unwrap().lag.clone().map(Response::new).ok_or_else(no_route)
     }
 
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
@@ -281,7 +325,7 @@ impl Drop for Bench {
 impl Bench {
     async fn new() -> Self {
         let script = Script::default();
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let service = ControlServer::new(script.clone());
         let server = tokio::spawn(async move {
@@ -695,6 +739,9 @@ async fn a_canary_is_signed_for_those_that_it_chooses_and_promoted_as_it_is() {
     assert!(key.verifies(&place, &asked.signature.unwrap().ed25519));
     bench.run(&["rollout", "promote", "--generation", "6"]).await.ends(3);
     bench.run(&["rollout", "abort"]).await.ends(1);
+    let said = bench.run(&["rollout", "abort", "--generation", "6"]).await.ends(3);
+    assert!(said.err.contains("generation 6 is not the canary: generation 7 is"), "{said:?}");
+    bench.run(&["rollout", "abort", "--generation", "7"]).await.ends(1);
     let said = bench.run(&["apply", "-f", "routes.yaml", "--canary", "zone=a"]).await.ends(2);
     assert!(said.err.contains("which is none of service=NAME"), "{}", said.err);
 }
@@ -764,6 +811,24 @@ async fn graph_of_a_file_and_of_the_mesh() {
     assert!(mermaid.out.contains("flowchart") || mermaid.out.contains("graph "), "{}", mermaid.out);
     let dot = bench.run(&["graph", "--format", "dot"]).await.ends(0);
     assert!(dot.out.contains("digraph"), "{}", dot.out);
+
+    // As data: the edges, of the mesh and of a file.
+    bench.file(
+        "cases.yaml",
+        &TABLE.replace("to: [priced] }", "to: [priced], cases: [{ status: 202, when: 'true', to: void }], filter: 'true' }"),
+    );
+    let json = bench.run(&["graph", "-o", "json"]).await.ends(0).json();
+    let plain = serde_json::json!({
+        "route": "price", "service": "pricing", "from": ["orders"], "to": ["priced"], "cases": [], "otherwise": ["priced"],
+        "dead_letter": "price.dlq",
+    });
+    assert_eq!(json, serde_json::json!({ "mesh": "shop", "generation": 7, "routes": [plain] }));
+    let said = bench.run_with(&["graph", "-f", "cases.yaml", "-o", "yaml"], "http://127.0.0.1:1", "").await.ends(0);
+    assert_eq!(
+        said.out,
+        "mesh: shop\ngeneration: 0\nroutes:\n- route: price\n  service: pricing\n  from:\n  - orders\n  filter: \"true\"\n  to:\n  - priced\n  - void\n  \
+         cases:\n  - status: 202\n    when: \"true\"\n    to:\n    - void\n  otherwise:\n  - priced\n  dead_letter: price.dlq\n"
+    );
 }
 
 #[tokio::test]
@@ -796,6 +861,155 @@ async fn release_says_how_many_and_who_was_not_reached() {
     assert_eq!(said.out, "route price: 2 records sent to the dead letters\nnot reached: orders/1: nobody answers\n");
     let json = bench.run(&["release", "price", "--no-key", "-o", "json"]).await.ends(0).json();
     assert_eq!((&json["released"], &json["discarded"]), (&1.into(), &false.into()));
+    // No time is little time, and not the usual one.
+    bench.run(&["release", "price", "--timeout", "0s"]).await.ends(0);
+    let waits: Vec<u64> = bench.script.0.lock().unwrap().released.iter().map(|asked| asked.wait_ms).collect();
+    assert_eq!(waits, [30_000, 30_000, 30_000, 1]);
+}
+
+#[tokio::test]
+async fn times_that_no_clock_knows_are_wrong_usage() {
+    let bench = Bench::new().await;
+    bench.file("routes.yaml", TABLE);
+    for wrong in [
+        &["reset", "price", "--to-earliest", "--timeout", "20000y"][..],
+        &["release", "price", "--timeout", "500000000000y"],
+        &["pause", "price", "--wait", "--timeout", "2d"],
+        &["apply", "-f", "routes.yaml", "--wait", "--timeout", "20000y"],
+        &["rollout", "abort", "--wait", "--timeout", "20000y"],
+        &["drain", "--execute", "--wait", "20000y"],
+        &["top", "--interval", "20000y"],
+        &["graph", "--live", "--interval", "2d"],
+        &["status", "--watch", "20000y"],
+    ] {
+        let said = bench.run(wrong).await.ends(2);
+        assert!(said.err.contains("is too long: use 24h or less"), "{wrong:?}: {said:?}");
+    }
+    for wrong in [&["status", "--watch", "0s"][..], &["rollout", "status", "--watch", "0s"], &["lag", "--watch", "499ms"]] {
+        let said = bench.run(wrong).await.ends(2);
+        assert!(said.err.contains("is too short: use 500ms or more"), "{wrong:?}: {said:?}");
+    }
+}
+
+#[tokio::test]
+async fn each_look_is_a_document_and_trouble_ends_no_watch() {
+    let bench = Bench::new().await;
+    let lag = v1::GetLagResponse { now_ms: 1, ..v1::GetLagResponse::default() };
+    bench.script.set(|state| {
+        state.status = vec![mesh(8, vec![instance("a", v1::InstanceState::Synced, 8)])];
+        state.lag = Some(lag);
+    });
+    for command in [&["status"][..], &["rollout", "status"], &["lag"]] {
+        let run = async |more: &[&str]| bench.run(&[command, &["--watch", "500ms"], more].concat()).await;
+        let said = run(&["--count", "2", "-o", "json"]).await.ends(0);
+        let looks: Vec<serde_json::Value> = said.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert!(looks.len() == 2 && looks[0] == looks[1], "{said:?}");
+        let said = run(&["--count", "1", "-o", "yaml"]).await.ends(0);
+        assert!(said.out.starts_with("---\n"), "{said:?}");
+        // Without --watch it is one document for people and programs, as ever.
+        bench.run(&[command, &["-o", "json"]].concat()).await.ends(0).json();
+    }
+    let said = bench.run(&["rollout", "status", "--watch", "500ms", "--count", "2"]).await.ends(0);
+    let none = "no rollout: the newest table is meant for all\n";
+    assert_eq!(said.out, format!("{none}\n{none}"));
+    bench.run(&["status", "--count", "2"]).await.ends(2);
+
+    // The second look fails, and so does the third, once more: that is said once.
+    let fails = |fails: &[bool]| {
+        bench.script.set(|state| state.fails = fails.iter().copied().collect());
+    };
+    fails(&[false, true, true, true, true]);
+    let said = bench.run(&["status", "--watch", "500ms", "--count", "4", "-o", "json"]).await.ends(0);
+    assert_eq!((said.out.lines().count(), &*said.err), (2, "the mesh cannot be looked at now: it starts\n"));
+    // In trouble at the end, or from the beginning, it is an error.
+    fails(&[false, true, true]);
+    let said = bench.run(&["status", "--watch", "500ms", "--count", "2", "-o", "json"]).await.ends(2);
+    assert!(said.out.lines().count() == 1 && said.err.starts_with("error: it starts"), "{said:?}");
+    fails(&[true]);
+    bench.run(&["status", "--watch"]).await.ends(2);
+    assert!(bench.script.0.lock().unwrap().watched.iter().any(|watched| *watched), "instances are told that they are watched");
+}
+
+#[tokio::test]
+async fn what_was_changed_is_told_also_if_the_wait_for_it_fails() {
+    use v1::RouteState::{Paused, Running};
+    let bench = Bench::new().await;
+    let route = |state: v1::RouteState, in_flight| v1::RouteStatus {
+        route: "price".into(),
+        state: state.into(),
+        in_flight,
+        ..v1::RouteStatus::default()
+    };
+    let with = |state, in_flight| {
+        mesh(8, vec![v1::InstanceStatus { routes: vec![route(state, in_flight)], ..instance("b", v1::InstanceState::Synced, 8) }])
+    };
+    bench.script.set(|state| {
+        state.pause = Some(v1::PauseResponse { changed: true });
+        state.abort = Some(v1::AbortRolloutResponse { generation: 8, stable_generation: 7 });
+        state.status = vec![with(Running, 2), with(Paused, 2), with(Paused, 0)];
+        state.fails = [true, true, false].into();
+    });
+    let said = bench.run(&["pause", "price", "--wait"]).await.ends(0);
+    assert_eq!((&*said.out, &*said.err), ("route price is paused\n", "the sidecar does not answer: it starts\n"));
+    assert!(bench.script.0.lock().unwrap().watched.iter().all(|watched| *watched), "less in flight is reported to who watches only");
+
+    let fails = |fails: usize| {
+        bench.script.set(|state| state.fails = vec![true; fails].into());
+    };
+    fails(1);
+    let said = bench.run(&["pause", "price", "--wait", "--timeout", "0s", "-o", "json"]).await.ends(4);
+    assert_eq!(said.json(), serde_json::json!({ "route": "price", "paused": true, "changed": true }));
+    assert!(said.err.starts_with("error: route price is paused, but it is not known who still delivers: it starts\nhint: "), "{said:?}");
+    bench.script.set(|state| state.status = vec![with(Paused, 1)]);
+    let said = bench.run(&["pause", "price", "--wait", "--timeout", "0s"]).await.ends(4);
+    assert_eq!(said.out, "route price is paused\nstill delivering: b: see `mesh-ctl status`\n");
+
+    fails(1);
+    let said = bench.run(&["rollout", "abort", "--wait", "--timeout", "0s"]).await.ends(4);
+    assert_eq!(said.out, "aborted: generation 8 is over, all go back to generation 7\n");
+    assert!(said.err.contains("generation 8 is aborted, but it is not known who still runs it: it starts"), "{said:?}");
+    fails(2);
+    bench.script.set(|state| state.status = vec![with(Running, 0), mesh(8, vec![instance("b", v1::InstanceState::Pending, 7)])]);
+    let said = bench.run(&["rollout", "abort", "--wait", "-o", "json"]).await.ends(0);
+    assert_eq!(said.json(), serde_json::json!({ "generation": 8, "stable_generation": 7, "running": [] }));
+}
+
+/// A way to an address that says nothing any more at the word, and closes nothing.
+async fn tunnel(to: SocketAddr, silent: CancellationToken) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        let (mut near, _) = listener.accept().await.unwrap();
+        let mut far = TcpStream::connect(to).await.unwrap();
+        drop(silent.run_until_cancelled(tokio::io::copy_bidirectional(&mut near, &mut far)).await);
+        std::future::pending::<()>().await;
+    });
+    address
+}
+
+#[tokio::test]
+async fn a_stream_ends_when_its_sidecar_falls_silent_and_not_before() {
+    // Over the listener of a real sidecar: it must not take pings amiss.
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let router = tonic::service::Routes::new(ControlServer::new(Script::default())).into_axum_router();
+    let (stop, silent) = (CancellationToken::new(), CancellationToken::new());
+    let options = listen::Options::new("admin").drain(Duration::ZERO);
+    let server = tokio::spawn(listen::serve_router(listener, router, options, stop.clone()));
+    let admin = AdminAddress::new(format!("http://{}", tunnel(address, silent.clone()).await));
+    let alive = KeepAlive { interval: Duration::from_millis(20), timeout: Duration::from_millis(300) };
+    let mut client = admin.connect_with(alive).await.unwrap();
+    let request = v1::TailRequest { topics: vec!["quiet".into()], follow: true, ..v1::TailRequest::default() };
+    let mut stream = client.tail(request).await.unwrap().into_inner();
+    assert_eq!(stream.message().await.unwrap().unwrap().records.len(), 2);
+    // Many pings, and more than their answers may take.
+    let quiet = tokio::time::timeout(Duration::from_secs(1), stream.message()).await;
+    assert!(quiet.is_err(), "whoever is only quiet is not gone: {quiet:?}");
+    silent.cancel();
+    let status = tokio::time::timeout(Duration::from_secs(10), stream.message()).await.expect("it hangs").unwrap_err();
+    assert!(std::error::Error::source(&status).is_some(), "it was noticed here: {status:?}");
+    stop.cancel();
+    assert_eq!(server.await.unwrap(), 1, "its end of the connection is there until the drain is over");
 }
 
 #[tokio::test]
@@ -1098,4 +1312,212 @@ async fn the_doctor_ends_with_one_when_something_does_not_work() {
         (&1.into(), &"error".into(), &"start it".into())
     );
     assert_eq!(bench.run(&["-q", "doctor"]).await.ends(1).out.lines().count(), 2);
+}
+
+#[tokio::test]
+async fn dead_letters_are_counted_shown_sent_back_and_deleted() {
+    let bench = Bench::new().await;
+    for wrong in [&["dlq", "list"][..], &["dlq", "show", "price"], &["dlq", "redrive", "price"], &["dlq", "purge", "price", "--all"]] {
+        let said = bench.run(wrong).await.ends(2);
+        assert!(said.err.contains("there is no such route"), "{said:?}");
+    }
+    let count = |route: &str, letters, redriven| v1::DeadLetterCount {
+        route: route.into(),
+        topic: format!("{route}.dlq"),
+        letters,
+        redriven,
+        reasons: if letters > 0 { [("status".to_owned(), 1), ("attempts".to_owned(), letters - 1)].into() } else { Default::default() },
+        oldest_ms: 1_795_255_201_000,
+        newest_ms: 1_795_255_452_000,
+    };
+    let letter = v1::DeadLetter {
+        record: Some(v1::Record {
+            key: Some("order-1".into()),
+            value: Some("{\"n\":1}".into()),
+            headers: vec![v1::Header { name: "source".into(), value: Some("web".into()) }],
+            content_type: "application/json".into(),
+            mesh_id: "id-1".into(),
+            ..v1::Record::default()
+        }),
+        position: Some(v1::Position { topic: "price.dlq".into(), partition: 3, offset: 1042 }),
+        writer: "price".into(),
+        route: "price".into(),
+        reason: "attempts".into(),
+        detail: "503:\nbusy".into(),
+        attempts: 10,
+        topic: "orders".into(),
+        partition: Some(3),
+        offset: Some(7),
+        timestamp_ms: Some(1_795_255_200_000),
+        time_ms: 1_795_255_201_000,
+        redriven: false,
+        cut: String::new(),
+    };
+    let binary = v1::DeadLetter {
+        record: Some(v1::Record { value: Some(vec![0xff, 0].into()), ..v1::Record::default() }),
+        position: Some(v1::Position { topic: "price.dlq".into(), partition: 0, offset: 1 }),
+        attempts: 0,
+        partition: None,
+        offset: None,
+        redriven: true,
+        ..letter.clone()
+    };
+    bench.script.set(|state| {
+        state.counts = Some(v1::ListDeadLettersResponse { counts: vec![count("mail", 0, 0), count("price", 40, 2)], complete: false });
+        state.letters = Some(vec![letter.clone(), binary]);
+    });
+
+    let said = bench.run(&["dlq", "list"]).await.ends(0);
+    assert_eq!(
+        said.out,
+        "ROUTE  TOPIC      LETTERS  REDRIVEN  OLDEST                NEWEST                REASONS\n\
+         mail   mail.dlq   0        0         -                     -\n\
+         price  price.dlq  40       2         2026-11-21T10:00:01Z  2026-11-21T10:04:12Z  attempts 39, status 1\n"
+    );
+    assert_eq!(said.err, "there are more: only the first million was counted\n");
+    let json = bench.run(&["dlq", "list", "-o", "json"]).await.ends(0).json();
+    let price = serde_json::json!({
+        "route": "price", "topic": "price.dlq", "letters": 40, "redriven": 2, "reasons": { "attempts": 39, "status": 1 },
+        "oldest_ms": 1_795_255_201_000_i64, "newest_ms": 1_795_255_452_000_i64,
+    });
+    assert_eq!((&json[1], &json[0]["oldest_ms"]), (&price, &serde_json::Value::Null));
+
+    let shown = "3/1042  2026-11-21T10:00:01Z\n  reason  attempts after 10 attempts: 503: busy\n  origin  orders/3/7\n  id      id-1\n  \
+                          key     order-1\n  value   {\"n\":1}\n";
+    let said = bench.run(&["dlq", "show", "price"]).await.ends(0);
+    assert_eq!(
+        said.out,
+        format!(
+            "{shown}0/1  2026-11-21T10:00:01Z, redriven already\n  reason  attempts: 503: busy\n  origin  orders/?/?\n  id      \n  \
+             key     -\n  value   (2 bytes of binary data; -o json shows them)\n"
+        )
+    );
+    assert_eq!(said.err, "2 letters shown\n");
+    let said = bench.run(&["dlq", "show", "price", "-o", "json"]).await.ends(0);
+    let lines: Vec<serde_json::Value> = said.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let first = serde_json::json!({
+        "place": { "topic": "price.dlq", "partition": 3, "offset": 1042 },
+        "writer": "price", "route": "price", "reason": "attempts", "detail": "503:\nbusy", "attempts": 10, "time_ms": 1_795_255_201_000_i64,
+        "redriven": false, "cut": null,
+        "origin": { "topic": "orders", "partition": 3, "offset": 7, "timestamp_ms": 1_795_255_200_000_i64 },
+        "mesh_id": "id-1", "content_type": "application/json", "key": "order-1", "value": "{\"n\":1}",
+        "headers": [{ "name": "source", "value": "web" }],
+    });
+    assert_eq!((lines.len(), &lines[0], &lines[1]["value_base64"]), (2, &first, &"/wA=".into()));
+
+    let progress = v1::RedriveProgress {
+        topic: "price.dlq".into(),
+        matched: 3,
+        redriven: 1,
+        already: 1,
+        refused: 0,
+        samples: vec![letter],
+        finished: true,
+        ..v1::RedriveProgress::default()
+    };
+    bench.script.set(|state| state.redrive = Some(vec![Ok(progress.clone())]));
+    let said = bench.run(&["dlq", "redrive", "price"]).await.ends(0);
+    assert_eq!(
+        said.out,
+        format!(
+            "price.dlq: 3 letters meant, 1 would be sent back to price, 1 sent back before, 0 refused\n{shown}\
+             preview: nothing is sent; --execute does it\n"
+        )
+    );
+    let done = v1::RedriveProgress {
+        executed: true,
+        refused: 1,
+        refusals: vec!["0/1: its topic is gone".into()],
+        samples: Vec::new(),
+        ..progress.clone()
+    };
+    let going = v1::RedriveProgress { finished: false, ..done.clone() };
+    bench.script.set(|state| state.redrive = Some(vec![Ok(going.clone()), Ok(done)]));
+    let said = bench.run(&["dlq", "redrive", "price", "--every-route", "--execute"]).await.ends(1);
+    assert_eq!(
+        said.out,
+        "price.dlq: 3 letters meant, 1 sent back to every route of their topic, 1 sent back before, 1 refused\nrefused: 0/1: its topic is gone\n"
+    );
+    let json = bench.run(&["dlq", "redrive", "price", "--execute", "-o", "json"]).await.ends(1).json();
+    let expected = serde_json::json!({
+        "topic": "price.dlq", "matched": 3, "redriven": 1, "already": 1, "refused": 1, "refusals": ["0/1: its topic is gone"],
+        "executed": true, "samples": [], "cut": 0, "cuts": [],
+    });
+    assert_eq!(json, expected);
+    // What was not begun is an error, of what was begun not all is known.
+    let away = || Err(Status::unavailable("the broker is away"));
+    for (told, arguments, code) in [
+        (vec![away()], &["--execute"][..], 2),
+        (vec![Ok(going.clone()), away()], &["--execute"], 4),
+        (vec![Ok(going.clone()), away()], &[], 2),
+        (vec![Ok(going)], &["--execute"], 4),
+    ] {
+        bench.script.set(|state| state.redrive = Some(told));
+        let said = bench.run(&[&["dlq", "redrive", "price"], arguments].concat()).await.ends(code);
+        assert!(said.out.is_empty() && said.err.starts_with("error: the "), "{said:?}");
+    }
+
+    let partitions =
+        vec![v1::PurgedPartition { partition: 0, from: 2, until: 12 }, v1::PurgedPartition { partition: 3, from: 0, until: 5 }];
+    let purged = v1::PurgeDeadLettersResponse { topic: "price.dlq".into(), partitions, shared_with: vec!["mail".into()], executed: false };
+    bench.script.set(|state| state.purge = Some(purged));
+    let table = "TOPIC      PARTITION  FROM  UNTIL\nprice.dlq  0          2     12\nprice.dlq  3          0     5\n\
+                 the dead letters of mail lie there too\n";
+    let said = bench.run(&["dlq", "purge", "price", "--all"]).await.ends(0);
+    assert_eq!(said.out, format!("{table}preview: 15 offsets would be deleted, for good; --execute does it\n"));
+    let said = bench.run(&["dlq", "purge", "price", "--all", "--shared", "--execute"]).await.ends(0);
+    assert_eq!(said.out, format!("{table}15 offsets are deleted\n"));
+    let json = bench.run(&["dlq", "purge", "price", "--all", "-o", "json"]).await.ends(0).json();
+    let expected = serde_json::json!({
+        "topic": "price.dlq", "partitions": [{ "partition": 0, "from": 2, "until": 12 }, { "partition": 3, "from": 0, "until": 5 }],
+        "offsets": 15, "shared_with": ["mail"], "executed": false,
+    });
+    assert_eq!(json, expected);
+}
+
+#[tokio::test]
+async fn a_replay_is_counted_then_done() {
+    let bench = Bench::new().await;
+    let replay = ["replay", "--from", "orders", "--to", "orders-test"];
+    bench.run(&replay).await.ends(2);
+    let progress = v1::ReplayProgress {
+        to: "orders-test".into(),
+        in_range: 12,
+        read: 10,
+        copied: 6,
+        filtered: 3,
+        failed: 1,
+        failure: "orders/0/4: no such key".into(),
+        executed: false,
+        finished: true,
+    };
+    bench.script.set(|state| state.replay = Some(vec![Ok(progress.clone())]));
+    let said = bench.run(&replay).await.ends(0);
+    assert_eq!(
+        said.out,
+        "10 records read, 6 would be copied into orders-test, 3 filtered out, 1 not judged\nthe filter failed on orders/0/4: no such key\n\
+         preview: nothing is copied; --execute does it\n"
+    );
+    let json = bench.run(&[&replay[..], &["-o", "json"]].concat()).await.ends(0).json();
+    let expected = serde_json::json!({
+        "to": "orders-test", "in_range": 12, "read": 10, "copied": 6, "filtered": 3, "failed": 1, "failure": "orders/0/4: no such key",
+        "executed": false,
+    });
+    assert_eq!(json, expected);
+
+    let execute = [&replay[..], &["--execute"]].concat();
+    let going = v1::ReplayProgress { finished: false, executed: true, ..progress.clone() };
+    let done = v1::ReplayProgress { failed: 0, failure: String::new(), finished: true, ..going.clone() };
+    bench.script.set(|state| state.replay = Some(vec![Ok(going.clone()), Ok(done)]));
+    assert_eq!(bench.run(&execute).await.ends(0).out, "10 records read, 6 copied into orders-test, 3 filtered out, 0 not judged\n");
+    let away = || Err(Status::unavailable("the broker is away"));
+    for (told, code, why) in [
+        (vec![away()], 2, "the broker is away"),
+        (vec![Ok(going.clone()), away()], 4, "the broker is away"),
+        (vec![Ok(going)], 4, "the sidecar ended after 6 copies"),
+    ] {
+        bench.script.set(|state| state.replay = Some(told));
+        let said = bench.run(&execute).await.ends(code);
+        assert!(said.out.is_empty() && said.err.starts_with(&format!("error: {why}")), "{said:?}");
+    }
 }

@@ -26,6 +26,21 @@ const CONNECT: Duration = Duration::from_secs(5);
 /// How long the first answer may take.
 const ANSWER: Duration = Duration::from_secs(10);
 
+/// How it is noticed that the other end is gone without a word: its machine, or a tunnel to it. What was asked ends with `UNAVAILABLE` then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeepAlive {
+    /// After so long without anything from there it is asked whether it lives (an HTTP/2 ping).
+    pub interval: Duration,
+    /// How long the answer to that may take.
+    pub timeout: Duration,
+}
+
+impl Default for KeepAlive {
+    fn default() -> Self {
+        Self { interval: Duration::from_secs(10), timeout: Duration::from_secs(20) }
+    }
+}
+
 /// A client of `mesh.v1.Control` that shows its token.
 pub type AdminClient = ControlClient<InterceptedService<Channel, Bearer>>;
 
@@ -78,9 +93,19 @@ impl AdminAddress {
     /// # Errors
     /// See [`ConnectError`]; names the file or the address.
     pub async fn connect(&self) -> Result<AdminClient, ConnectError> {
+        self.connect_with(KeepAlive::default()).await
+    }
+
+    /// The same with other times after which the other end counts as gone.
+    ///
+    /// # Errors
+    /// See [`ConnectError`]; names the file or the address.
+    pub async fn connect_with(&self, alive: KeepAlive) -> Result<AdminClient, ConnectError> {
         let bearer = Bearer(self.token_file.as_deref().map(token).transpose()?);
         let unusable = |error: &dyn Error| ConnectError::Unusable(format!("{self}: {}", root_cause(error)));
         let mut endpoint = Endpoint::from_shared(self.url.clone()).map_err(|error| unusable(&error))?.connect_timeout(CONNECT);
+        // Also between questions: the next one finds no dead connection then, and a tunnel keeps one that is used.
+        endpoint = endpoint.http2_keep_alive_interval(alive.interval).keep_alive_timeout(alive.timeout).keep_alive_while_idle(true);
         if self.url.starts_with("https:") {
             endpoint = endpoint.tls_config(self.tls()?).map_err(|error| unusable(&error))?;
         }

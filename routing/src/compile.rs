@@ -535,7 +535,7 @@ pub(crate) fn park_topic(route: &str, source: &str) -> String {
 }
 
 /// The dead letter topic of a route.
-pub(crate) fn dead_letter(name: &str, fields: &RouteFields) -> String {
+pub fn dead_letter(name: &str, fields: &RouteFields) -> String {
     fields.dead_letter.clone().unwrap_or_else(|| format!("{name}.dlq"))
 }
 

@@ -38,7 +38,9 @@ pub mod sign;
 mod table;
 mod value;
 
-pub use compile::{Batch, Breaker, Case, CompiledTable, Decision, Destinations, Foreseen, ForwardHeaders, Retry, Route, Topic, compile};
+pub use compile::{
+    Batch, Breaker, Case, CompiledTable, Decision, Destinations, Foreseen, ForwardHeaders, Retry, Route, Topic, compile, dead_letter,
+};
 pub use diff::{Change, ChangeKind, RouteCounts, count_routes, diff};
 pub use expression::{Expression, ExpressionError};
 pub use fault::{Fault, Faults};

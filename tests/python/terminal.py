@@ -17,6 +17,8 @@ parser.add_argument("--columns", type=int, default=80)
 parser.add_argument("--lines", type=int, default=24)
 parser.add_argument("--keys", default="")
 parser.add_argument("--end", default="q", help="the key, or the signal, that ends it")
+parser.add_argument("--colours", action="store_true", help="without NO_COLOR")
+parser.add_argument("--whole", action="store_true", help="waits until it has ended, and prints all that it wrote")
 parser.add_argument("command", nargs="+")
 arguments = parser.parse_args()
 
@@ -31,7 +33,10 @@ if child == 0:
     for number in range(3):
         os.dup2(terminal, number)
     os.environ["TERM"] = "xterm"
-    os.environ["NO_COLOR"] = "1"
+    if arguments.colours:
+        os.environ.pop("NO_COLOR", None)
+    else:
+        os.environ["NO_COLOR"] = "1"
     os.execv(arguments.command[0], arguments.command)
 
 output = b""
@@ -64,6 +69,14 @@ def screen():
     lines = re.split(r"\x1b\[\d+;1H", whole[-1].decode()) if whole else []
     return [re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", line) for line in lines]
 
+
+if arguments.whole:
+    if not read_until(lambda: status is not None, 20):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    read_until(lambda: not select.select([master], [], [], 0.05)[0], 5)
+    print(json.dumps({"status": status, "output": output.decode()}))
+    raise SystemExit
 
 read_until(lambda: len(frames()) >= 2, 20)
 for key in arguments.keys:

@@ -182,7 +182,7 @@ async fn show(context: &Context, flags: &DlqShow) -> Result<Code, Failure> {
     let message = v1::ReadDeadLettersRequest { route: flags.route.clone(), filter: Some(flags.letters.filter()), limit: flags.limit };
     let mut letters = client.read_dead_letters(message).await.map_err(|status| client::refused(&status))?.into_inner();
     let mut found = 0;
-    while let Some(letter) = next(&mut letters).await? {
+    while let Some(letter) = next(&mut letters, false).await? {
         found += 1;
         match context.form {
             Some(Form::Json) => context.print(&format!("{}\n", document(&letter)))?,
@@ -197,15 +197,14 @@ async fn show(context: &Context, flags: &DlqShow) -> Result<Code, Failure> {
     Ok(Code::Done)
 }
 
-/// The next message of a stream; Ctrl-C ends it.
-pub(super) async fn next<T>(stream: &mut Streaming<T>) -> Result<Option<T>, Failure> {
+/// The next message of a stream; Ctrl-C ends it. `begun`: something may have been changed by now.
+pub(super) async fn next<T>(stream: &mut Streaming<T>, begun: bool) -> Result<Option<T>, Failure> {
+    const STAYS: &str = "what was done stays; a redrive goes on where it was when it is given again";
     tokio::select! {
-        message = stream.message() => message.map_err(|status| client::refused(&status)),
-        _ = tokio::signal::ctrl_c() => Err(Failure::Said {
-            code: Code::Unknown,
-            message: "stopped".to_owned(),
-            hint: "what was done stays; a redrive goes on where it was when it is given again".to_owned(),
-        }),
+        message = stream.message() => message.map_err(|status| client::cut(&status, begun, STAYS)),
+        _ = tokio::signal::ctrl_c() => {
+            Err(Failure::Said { code: Code::Unknown, message: "stopped".to_owned(), hint: STAYS.to_owned() })
+        }
     }
 }
 
@@ -222,11 +221,12 @@ async fn redrive(context: &Context, flags: &DlqRedrive) -> Result<Code, Failure>
     };
     let mut stream = client.redrive(message).await.map_err(|status| client::refused(&status))?.into_inner();
     let mut last = v1::RedriveProgress::default();
-    while let Some(progress) = next(&mut stream).await.inspect_err(|_| context.progress_over())? {
+    let mut begun = false;
+    while let Some(progress) = next(&mut stream, begun).await.inspect_err(|_| context.progress_over())? {
         if !progress.finished {
             context.progress_line(&format!("{} of {} redriven", progress.redriven, progress.matched));
         }
-        last = progress;
+        (last, begun) = (progress, flags.execute);
     }
     context.progress_over();
     let v1::RedriveProgress { topic, matched, redriven, already, refused, refusals, samples, executed, finished, cut, cuts } = last;

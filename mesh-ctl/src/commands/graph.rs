@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use mesh_routing::{AllNotes, Notes, Table};
+use mesh_routing::{AllNotes, CaseSpec, Notes, RouteSpec, Table, To, dead_letter};
 use serde::Serialize;
 
 use super::{Context, in_force};
@@ -13,21 +13,56 @@ use crate::{
     rates::{AGAIN, Flow, PATIENCE, Rates, flows, rate, short},
 };
 
-/// What `--live -o json` and `-o yaml` print.
+/// What `-o json` and `-o yaml` print.
 #[derive(Debug, Serialize)]
-struct Said {
+struct Said<R> {
     mesh: String,
+    /// 0: it is a file's table.
     generation: u64,
-    interval_seconds: f64,
-    routes: Vec<Edges>,
+    /// With `--live`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    interval_seconds: Option<f64>,
+    routes: Vec<R>,
+}
+
+/// A route with its edges, and what flows through them.
+#[derive(Debug, Serialize)]
+struct Live {
+    #[serde(flatten)]
+    flow: Flow,
+    #[serde(flatten)]
+    edges: Edges,
 }
 
 /// A route with its edges.
 #[derive(Debug, Serialize)]
-struct Edges {
+struct Named {
+    route: String,
+    service: String,
     #[serde(flatten)]
-    flow: Flow,
+    edges: Edges,
+}
+
+/// Where a route's records come from, and where its answers go.
+#[derive(Debug, Default, Serialize)]
+struct Edges {
     from: Vec<String>,
+    /// Which of them it takes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    filter: Option<String>,
+    /// All destinations, those of the cases among them.
+    to: Vec<String>,
+    /// The first one that fits tells where an answer goes.
+    cases: Vec<Case>,
+    /// Where an answer goes that fits none.
+    otherwise: Vec<String>,
+    dead_letter: String,
+}
+
+#[derive(Debug, Serialize)]
+struct Case {
+    status: Option<u16>,
+    when: Option<String>,
     to: Vec<String>,
 }
 
@@ -37,10 +72,16 @@ pub(super) async fn run(context: &Context, flags: &Graph) -> Result<Code, Failur
         None => in_force(context).await?,
     };
     let flows = if flags.live { watch(context, flags, &table).await? } else { Vec::new() };
-    if let (Some(form @ (Form::Json | Form::Yaml)), true) = (context.form, flags.live) {
+    if let Some(form @ (Form::Json | Form::Yaml)) = context.form {
         let mesh = table.mesh.clone();
-        let routes = flows.into_iter().map(|flow| edges(&table, flow)).collect();
-        context.print_document(form, &Said { mesh, generation, interval_seconds: flags.interval.as_secs_f64(), routes })?;
+        match flags.live {
+            true => {
+                let routes = flows.into_iter().map(|flow| Live { edges: edges(&table, &flow.route), flow }).collect();
+                let interval_seconds = Some(flags.interval.as_secs_f64());
+                context.print_document(form, &Said { mesh, generation, interval_seconds, routes })?;
+            }
+            false => context.print_document(form, &Said { mesh, generation, interval_seconds: None, routes: named(&table) })?,
+        }
         return Ok(Code::Done);
     }
     let format = match flags.format {
@@ -103,21 +144,35 @@ fn notes(flow: &Flow) -> Notes {
     Notes { route: route.join(", "), from: from.join(", "), to: out("forwarded"), void: out("void"), dead }
 }
 
-fn edges(table: &Table, flow: Flow) -> Edges {
-    let fields = table.routes.iter().find(|route| route.name == flow.route).map(|route| table.resolved(route)).unwrap_or_default();
+/// The routes of a table, in its order.
+fn named(table: &Table) -> Vec<Named> {
+    let named = |route: &RouteSpec| Named {
+        route: route.name.clone(),
+        service: table.resolved(route).service.unwrap_or_default(),
+        edges: edges(table, &route.name),
+    };
+    table.routes.iter().map(named).collect()
+}
+
+/// The edges of a route; none if the table has no such route.
+fn edges(table: &Table, name: &str) -> Edges {
+    let Some(route) = table.routes.iter().find(|route| route.name == name) else { return Edges::default() };
+    let fields = table.resolved(route);
+    let topics = |to: &To| match to {
+        To::Topics(topics) => topics.clone(),
+        To::Void => vec!["void".to_owned()],
+    };
+    let case = |case: &CaseSpec| Case { status: case.status, when: case.when.clone(), to: topics(&case.to) };
+    let otherwise: Vec<String> = fields.to.as_ref().map(topics).unwrap_or_default();
+    let cases: Vec<Case> = fields.cases.iter().flatten().map(case).collect();
     let mut to: Vec<String> = Vec::new();
-    for way in fields.to.iter().chain(fields.cases.iter().flatten().map(|case| &case.to)) {
-        let topics = match way {
-            mesh_routing::To::Topics(topics) => topics.clone(),
-            mesh_routing::To::Void => vec!["void".to_owned()],
-        };
-        for topic in topics {
-            if !to.contains(&topic) {
-                to.push(topic);
-            }
+    for topic in otherwise.iter().chain(cases.iter().flat_map(|case| &case.to)) {
+        if !to.contains(topic) {
+            to.push(topic.clone());
         }
     }
-    Edges { flow, from: fields.from.unwrap_or_default(), to }
+    let dead_letter = dead_letter(&route.name, &fields);
+    Edges { from: fields.from.unwrap_or_default(), filter: fields.filter, to, cases, otherwise, dead_letter }
 }
 
 #[cfg(test)]
@@ -151,7 +206,8 @@ mod tests {
         assert!(dot.contains("\"route price\" -> \"price.dlq\" [style=dashed, label=\"0.5/s, 5 in all\"];"), "{dot}");
         let mermaid = draw(mesh_routing::GraphFormat::Mermaid);
         assert!(mermaid.contains("-->|\"12.5/s, lag 40, 3s\"| r1") && mermaid.contains("r0[\"mail (mailer): NO_INSTANCE\"]"), "{mermaid}");
-        let json = serde_json::to_value(edges(&table, found[1].clone())).unwrap();
+        let json = serde_json::to_value(Live { edges: edges(&table, "price"), flow: found[1].clone() }).unwrap();
         assert_eq!((&json["to"], &json["rates"]["dead_lettered"]), (&serde_json::json!(["priced", "manual"]), &0.5.into()));
+        assert_eq!((&json["otherwise"], &json["dead_letter"]), (&serde_json::json!(["priced"]), &"price.dlq".into()));
     }
 }

@@ -8,10 +8,10 @@ use std::{
 use mesh_proto::v1;
 use serde::Serialize;
 
-use super::Context;
+use super::{Context, looks::Looks};
 use crate::{
-    client,
-    flags::{Form, Lag},
+    client::{self, Client},
+    flags::Lag,
     output::{Code, Columns, Failure, Style, age, count},
     window::{Sample, State, judge},
 };
@@ -55,41 +55,22 @@ struct Partition {
 type Windows = HashMap<(String, String, i32), VecDeque<Sample>>;
 
 pub(super) async fn run(context: &Context, flags: &Lag) -> Result<Code, Failure> {
-    let mut client = client::connect(&context.admin).await?;
     let message = v1::GetLagRequest { routes: flags.routes.clone(), groups: flags.groups.clone(), all_groups: flags.all_groups };
     let mut windows = Windows::new();
-    let mut looks = 0;
-    loop {
+    let looks = Looks { every: flags.watch, count: flags.count };
+    let see = async |client: &mut Client| {
         let request = client::request(message.clone(), client::APPLY);
         let response = client.get_lag(request).await.map_err(|status| client::refused(&status))?.into_inner();
-        let said = look(&mut windows, usize::from(flags.window), response);
-        match (context.form, flags.watch) {
-            (Some(Form::Json), Some(_)) => {
-                let line =
-                    serde_json::to_string(&said).map_err(|error| Failure::new(format!("the result cannot be written: {error}"), ""))?;
-                context.print(&format!("{line}\n"))?;
-            }
-            (Some(Form::Yaml), Some(_)) => {
-                context.print("---\n")?;
-                context.print_document(Form::Yaml, &said)?;
-            }
-            (Some(form @ (Form::Json | Form::Yaml)), None) => context.print_document(form, &said)?,
-            (None | Some(Form::Table), watch) => {
-                if watch.is_some() && context.colours {
-                    context.print("\x1b[H\x1b[2J")?;
-                }
-                context.print(&text(context.colours, context.quiet, &said))?;
-            }
-        }
+        Ok::<_, Failure>(look(&mut windows, usize::from(flags.window), response))
+    };
+    let show = |said: &Said, again| {
+        looks.print(context, again, said, || text(context.colours, context.quiet, said))?;
         if !said.left_out.is_empty() {
             context.note(&format!("left out: {}", said.left_out));
         }
-        looks += 1;
-        match flags.watch {
-            Some(pause) if flags.count.is_none_or(|most| looks < most) => tokio::time::sleep(pause).await,
-            _ => return Ok(Code::Done),
-        }
-    }
+        Ok(())
+    };
+    looks.run(context, see, show).await
 }
 
 /// Takes a look into the windows, and judges.

@@ -11,6 +11,7 @@ mod graph;
 mod history;
 mod keys;
 mod lag;
+mod looks;
 mod pause;
 mod plan;
 mod produce;
@@ -48,6 +49,8 @@ pub(crate) struct Context {
     admin: AdminAddress,
     form: Option<Form>,
     quiet: bool,
+    /// Whether stdout is a terminal on which what was printed can be taken back.
+    screen: bool,
     /// Whether stdout is coloured.
     colours: bool,
     /// Whether stderr is coloured.
@@ -92,12 +95,13 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<Code, Fai
 
 impl Context {
     pub(crate) fn new(flags: &Flags) -> Self {
-        let wanted = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
-            && std::env::var_os("TERM").is_none_or(|value| value != "dumb");
+        let clever = std::env::var_os("TERM").is_none_or(|value| value != "dumb");
+        let wanted = clever && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
         Self {
             admin: flags.admin_address(),
             form: flags.output,
             quiet: flags.quiet,
+            screen: clever && io::stdout().is_terminal(),
             colours: wanted && io::stdout().is_terminal(),
             error_colours: wanted && io::stderr().is_terminal(),
             progress: !flags.quiet && io::stderr().is_terminal(),
@@ -122,6 +126,13 @@ impl Context {
         };
         let text = text.map_err(|error| Failure::new(format!("the result cannot be written: {error}"), ""))?;
         self.print(&format!("{}\n", text.trim_end()))
+    }
+
+    /// Writes a result as one line of JSON.
+    fn print_line(&self, value: &impl Serialize) -> Result<(), Failure> {
+        let line = serde_json::to_string(value);
+        let line = line.map_err(|error| Failure::new(format!("the result cannot be written: {error}"), ""))?;
+        self.print(&format!("{line}\n"))
     }
 
     /// Says something on stderr, unless `--quiet`.

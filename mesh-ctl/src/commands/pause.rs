@@ -1,19 +1,16 @@
 //! `mesh-ctl pause` and `mesh-ctl resume`: a route delivers nothing for a while.
 
-use std::time::{Duration, Instant};
+use std::collections::HashMap;
 
 use mesh_proto::v1;
 use serde::Serialize;
 
-use super::{Context, propose::whoami};
+use super::{Context, looks, propose::whoami};
 use crate::{
-    client::{self, Client},
+    client,
     flags::{Form, Pause, Resume},
     output::{Code, Failure},
 };
-
-/// How often the state of the mesh is looked at.
-const LOOK: Duration = Duration::from_millis(250);
 
 /// What `-o json` and `-o yaml` print.
 #[derive(Debug, Serialize)]
@@ -22,7 +19,7 @@ struct Said {
     paused: bool,
     /// Whether it was otherwise before.
     changed: bool,
-    /// With `--wait`: the instances that still deliver.
+    /// With `--wait`: the instances that still deliver; absent, too, if that could not be learnt.
     #[serde(skip_serializing_if = "Option::is_none")]
     delivering: Option<Vec<String>>,
 }
@@ -31,10 +28,27 @@ pub(super) async fn pause(context: &Context, flags: &Pause) -> Result<Code, Fail
     let mut client = client::connect(&context.admin).await?;
     let message = v1::PauseRequest { route: flags.route.clone(), reason: flags.reason.clone().unwrap_or_default(), by: whoami() };
     let answer = client.pause(client::request(message, client::APPLY)).await.map_err(|status| client::refused(&status))?.into_inner();
-    let delivering = if flags.wait { Some(wait(&mut client, &flags.route, flags.timeout).await?) } else { None };
-    let left = delivering.as_ref().is_some_and(|left| !left.is_empty());
-    say(context, &Said { route: flags.route.clone(), paused: true, changed: answer.changed, delivering })?;
-    Ok(if left { Code::Unknown } else { Code::Done })
+    let mut said = Said { route: flags.route.clone(), paused: true, changed: answer.changed, delivering: None };
+    if !flags.wait {
+        return say(context, &said).map(|()| Code::Done);
+    }
+    let mut first = None;
+    let left = |mesh: &v1::GetStatusResponse| {
+        let first = first.get_or_insert_with(|| reported(mesh));
+        delivering(mesh, &flags.route, first)
+    };
+    let mut unknown = None;
+    match looks::until_nobody(context, &mut client, flags.timeout, left).await {
+        Ok(left) => said.delivering = Some(left),
+        Err(failure) => unknown = Some(failure),
+    }
+    say(context, &said)?;
+    if let Some(failure) = unknown {
+        // It is paused, whatever is known of the others.
+        let message = format!("route {} is paused, but it is not known who still delivers: {}", said.route, failure.message());
+        return Err(failure.with(Code::Unknown, message));
+    }
+    Ok(if said.delivering.is_some_and(|left| !left.is_empty()) { Code::Unknown } else { Code::Done })
 }
 
 pub(super) async fn resume(context: &Context, flags: &Resume) -> Result<Code, Failure> {
@@ -45,24 +59,33 @@ pub(super) async fn resume(context: &Context, flags: &Resume) -> Result<Code, Fa
     Ok(Code::Done)
 }
 
-/// Waits until nobody delivers any more; says who still does in the end.
-async fn wait(client: &mut Client, route: &str, timeout: Duration) -> Result<Vec<String>, Failure> {
-    let until = Instant::now() + timeout;
-    loop {
-        let mesh = client::status(client, false).await?;
-        let left = delivering(&mesh, route);
-        if left.is_empty() || Instant::now() >= until {
-            return Ok(left);
-        }
-        tokio::time::sleep(LOOK).await;
-    }
+/// When each instance reported last, in milliseconds.
+fn reported(mesh: &v1::GetStatusResponse) -> HashMap<String, i64> {
+    mesh.instances.iter().map(|instance| (instance.instance.clone(), instance.reported_ms)).collect()
 }
 
-/// The instances that may still deliver records of a route. One that is lost delivers nothing that could be committed.
-fn delivering(mesh: &v1::GetStatusResponse, route: &str) -> Vec<String> {
-    let delivers = |of: &v1::RouteStatus| of.route == route && (of.state() != v1::RouteState::Paused || of.in_flight > 0);
+/// The instances that may still deliver records of a route. One that is lost delivers nothing that could be committed. `first` is when they had
+/// reported at the first look after the pause.
+fn delivering(mesh: &v1::GetStatusResponse, route: &str, first: &HashMap<String, i64>) -> Vec<String> {
     let live = mesh.instances.iter().filter(|instance| instance.state() != v1::InstanceState::Lost);
-    live.filter(|instance| instance.routes.iter().any(delivers)).map(|instance| instance.instance.clone()).collect()
+    let delivers = |instance: &&v1::InstanceStatus| {
+        let since = first.get(&instance.instance).is_none_or(|first| instance.reported_ms > *first);
+        instance.routes.iter().any(|of| of.route == route && (of.in_flight > 0 || may_begin(of.state(), since)))
+    };
+    live.filter(delivers).map(|instance| instance.instance.clone()).collect()
+}
+
+/// Whether a route may begin another delivery. `since`: that state was reported after the pause.
+fn may_begin(state: v1::RouteState, since: bool) -> bool {
+    use v1::RouteState as State;
+    match state {
+        // What drains only finishes what is out.
+        State::Paused | State::Draining => false,
+        // A pause does not show behind these. Whoever still reports has read of it: both lie with the broker.
+        State::WaitingForBroker | State::WaitingForTopic => !since,
+        // These end with the pause, so it has not come there yet.
+        State::Running | State::Joining | State::WaitingForService | State::Stopped | State::Unspecified => true,
+    }
 }
 
 fn say(context: &Context, said: &Said) -> Result<(), Failure> {
@@ -92,28 +115,37 @@ mod tests {
 
     #[test]
     fn who_still_delivers() {
-        let of = |state: v1::RouteState, in_flight| v1::RouteStatus {
-            route: "work".into(),
-            state: state.into(),
-            in_flight,
-            ..v1::RouteStatus::default()
-        };
-        let instance = |name: &str, state: v1::InstanceState, route| v1::InstanceStatus {
+        use v1::RouteState as State;
+        let instance = |name: &str, state: v1::RouteState, in_flight, reported_ms| v1::InstanceStatus {
             instance: name.into(),
-            state: state.into(),
-            routes: vec![route],
+            state: v1::InstanceState::Synced.into(),
+            reported_ms,
+            routes: vec![v1::RouteStatus { route: "work".into(), state: state.into(), in_flight, ..v1::RouteStatus::default() }],
             ..v1::InstanceStatus::default()
         };
-        let synced = v1::InstanceState::Synced;
+        let lost = v1::InstanceStatus { state: v1::InstanceState::Lost.into(), ..instance("lost", State::Running, 1, 5) };
         let instances = vec![
-            instance("a", synced, of(v1::RouteState::Paused, 0)),
-            instance("b", synced, of(v1::RouteState::Paused, 3)),
-            instance("c", synced, of(v1::RouteState::Running, 0)),
-            instance("d", v1::InstanceState::Lost, of(v1::RouteState::Running, 1)),
+            instance("paused", State::Paused, 0, 5),
+            instance("finishing", State::Paused, 3, 5),
+            instance("running", State::Running, 0, 5),
+            instance("joining", State::Joining, 0, 5),
+            instance("unserved", State::WaitingForService, 0, 5),
+            instance("drained", State::Draining, 0, 5),
+            instance("draining", State::Draining, 1, 5),
+            instance("troubled", State::WaitingForBroker, 0, 5),
+            instance("troubled, busy", State::WaitingForTopic, 1, 5),
+            lost,
         ];
-        let mesh = v1::GetStatusResponse { instances, ..v1::GetStatusResponse::default() };
-        assert_eq!(delivering(&mesh, "work"), ["b", "c"]);
-        assert!(delivering(&mesh, "other").is_empty());
+        let mesh = |reported_ms: i64| {
+            let instances = instances.iter().cloned().map(|one| v1::InstanceStatus { reported_ms, ..one }).collect();
+            v1::GetStatusResponse { instances, ..v1::GetStatusResponse::default() }
+        };
+        let first = reported(&mesh(5));
+        let mut expected = vec!["finishing", "running", "joining", "unserved", "draining", "troubled", "troubled, busy"];
+        assert_eq!(delivering(&mesh(5), "work", &first), expected, "what is in trouble was so before the pause");
+        expected.retain(|name| *name != "troubled");
+        assert_eq!(delivering(&mesh(6), "work", &first), expected);
+        assert!(delivering(&mesh(6), "other", &first).is_empty());
     }
 
     #[test]

@@ -208,7 +208,7 @@ pub(super) async fn run(context: &Context, flags: &Plan) -> Result<Code, Failure
     };
     let mut stream = client.plan(message).await.map_err(|status| client::refused(&status))?.into_inner();
     let mut last = v1::PlanProgress::default();
-    while let Some(progress) = next(&mut stream).await.inspect_err(|_| context.progress_over())? {
+    while let Some(progress) = next(&mut stream, false).await.inspect_err(|_| context.progress_over())? {
         if !progress.finished {
             context.progress_line(&format!("{} of {} offsets read", progress.read, progress.in_range));
         }

@@ -407,11 +407,7 @@ impl Tally {
 
     /// The sidecar, or the way to it, is gone.
     fn lost(&self, status: &tonic::Status) -> Failure {
-        let message = match client::refused(status) {
-            Failure::Said { message, .. } => message,
-            Failure::ClosedPipe => String::new(),
-        };
-        self.cut(&format!("the sidecar ended: {message}"))
+        self.cut(&format!("the sidecar ended: {}", client::refused(status).message()))
     }
 
     fn stopped(&self) -> Failure {

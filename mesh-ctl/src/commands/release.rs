@@ -27,7 +27,8 @@ pub(super) async fn run(context: &Context, flags: &Release) -> Result<Code, Fail
         one_key: flags.no_key || flags.key.is_some(),
         key: flags.key.clone().map(Into::into),
         discard: flags.discard,
-        wait_ms: u64::try_from(flags.timeout.as_millis()).unwrap_or(u64::MAX),
+        // 0 would be the usual time.
+        wait_ms: u64::try_from(flags.timeout.as_millis()).unwrap_or(u64::MAX).max(1),
     };
     let request = client::request(message, flags.timeout + client::ASK);
     let answer = client.release(request).await.map_err(|status| client::refused(&status))?.into_inner();

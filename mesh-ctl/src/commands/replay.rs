@@ -33,11 +33,12 @@ pub(super) async fn run(context: &Context, flags: &Replay) -> Result<Code, Failu
     };
     let mut stream = client.replay(message).await.map_err(|status| client::refused(&status))?.into_inner();
     let mut last = v1::ReplayProgress::default();
-    while let Some(progress) = next(&mut stream).await.inspect_err(|_| context.progress_over())? {
+    let mut begun = false;
+    while let Some(progress) = next(&mut stream, begun).await.inspect_err(|_| context.progress_over())? {
         if !progress.finished {
             context.progress_line(&format!("{} of {} offsets read, {} copied", progress.read, progress.in_range, progress.copied));
         }
-        last = progress;
+        (last, begun) = (progress, flags.execute);
     }
     context.progress_over();
     let v1::ReplayProgress { to, in_range, read, copied, filtered, failed, failure, executed, finished } = last;

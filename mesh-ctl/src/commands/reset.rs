@@ -56,7 +56,8 @@ pub(super) async fn run(context: &Context, flags: &Reset) -> Result<Code, Failur
         topics: flags.topics.clone(),
         partitions: flags.partitions.clone(),
         execute: flags.execute && flags.backup.is_none(),
-        wait_ms: u64::try_from(flags.timeout.as_millis()).unwrap_or(u64::MAX),
+        // 0 would be the usual time.
+        wait_ms: u64::try_from(flags.timeout.as_millis()).unwrap_or(u64::MAX).max(1),
     };
     let mut response = ask(&mut client, message.clone(), flags).await?;
     if let Some(path) = &flags.backup {

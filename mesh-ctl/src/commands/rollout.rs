@@ -2,13 +2,12 @@
 //!
 //! Invariant: what is promoted is the table of the canary that was open when the command began, or nothing.
 
-use std::time::{Duration, Instant};
-
 use mesh_proto::v1;
 use serde::Serialize;
 
 use super::{
     Context, keys,
+    looks::{self, Looks},
     propose::{self, Proposal, whoami},
     rollback,
 };
@@ -18,9 +17,6 @@ use crate::{
     output::{Code, Columns, Failure, Style, count},
     view,
 };
-
-/// How often the state of the mesh is looked at.
-const LOOK: Duration = Duration::from_millis(250);
 
 pub(super) async fn run(context: &Context, command: &Rollout) -> Result<Code, Failure> {
     match command {
@@ -71,21 +67,10 @@ impl Shown {
 }
 
 async fn status(context: &Context, flags: &RolloutStatus) -> Result<Code, Failure> {
-    let mut client = client::connect(&context.admin).await?;
-    loop {
-        let shown = Shown::new(client::status(&mut client, false).await?);
-        match context.form {
-            Some(form @ (Form::Json | Form::Yaml)) => context.print_document(form, &shown)?,
-            None | Some(Form::Table) => {
-                if flags.watch.is_some() && context.colours {
-                    context.print("\x1b[H\x1b[2J")?;
-                }
-                context.print(&text(context.colours, &shown))?;
-            }
-        }
-        let Some(pause) = flags.watch else { return Ok(Code::Done) };
-        tokio::time::sleep(pause).await;
-    }
+    let looks = Looks { every: flags.watch, count: flags.count };
+    let look = async |client: &mut Client| Ok::<_, Failure>(Shown::new(client::status(client, flags.watch.is_some()).await?));
+    let show = |shown: &Shown, again| looks.print(context, again, shown, || text(context.colours, shown));
+    looks.run(context, look, show).await
 }
 
 fn text(colours: bool, shown: &Shown) -> String {
@@ -168,7 +153,7 @@ async fn promote(context: &Context, flags: &RolloutPromote) -> Result<Code, Fail
 struct Aborted {
     generation: u64,
     stable_generation: u64,
-    /// With `--wait`: the instances that still run it.
+    /// With `--wait`: the instances that still run it; absent, too, if that could not be learnt.
     #[serde(skip_serializing_if = "Option::is_none")]
     running: Option<Vec<String>>,
 }
@@ -180,10 +165,23 @@ async fn abort(context: &Context, flags: &RolloutAbort) -> Result<Code, Failure>
         reason: flags.reason.clone().unwrap_or_default(),
         by: whoami(),
     };
-    let answer = client.abort_rollout(client::request(message, client::APPLY)).await.map_err(|status| client::refused(&status))?;
-    let v1::AbortRolloutResponse { generation, stable_generation } = answer.into_inner();
-    let running = if flags.wait { Some(wait(&mut client, generation, flags.timeout).await?) } else { None };
-    let aborted = Aborted { generation, stable_generation, running };
+    let answer = match client.abort_rollout(client::request(message, client::APPLY)).await {
+        Ok(answer) => answer.into_inner(),
+        Err(status) => return Err(not_aborted(&mut client, &status, flags.generation).await),
+    };
+    let v1::AbortRolloutResponse { generation, stable_generation } = answer;
+    let mut aborted = Aborted { generation, stable_generation, running: None };
+    let mut unknown = None;
+    if flags.wait {
+        let left = |mesh: &v1::GetStatusResponse| {
+            let running = mesh.instances.iter().filter(|one| one.generation == generation && one.state() != v1::InstanceState::Lost);
+            running.map(|one| one.instance.clone()).collect()
+        };
+        match looks::until_nobody(context, &mut client, flags.timeout, left).await {
+            Ok(left) => aborted.running = Some(left),
+            Err(failure) => unknown = Some(failure),
+        }
+    }
     let left = aborted.running.as_ref().filter(|left| !left.is_empty());
     match context.form {
         Some(form @ (Form::Json | Form::Yaml)) => context.print_document(form, &aborted)?,
@@ -195,20 +193,24 @@ async fn abort(context: &Context, flags: &RolloutAbort) -> Result<Code, Failure>
             context.print(&out)?;
         }
     }
+    if let Some(failure) = unknown {
+        // It is over, whatever is known of the others.
+        let message = format!("generation {generation} is aborted, but it is not known who still runs it: {}", failure.message());
+        return Err(failure.with(Code::Unknown, message));
+    }
     Ok(if left.is_some() { Code::Unknown } else { Code::Done })
 }
 
-/// Waits until no live instance runs the canary; says who still does in the end.
-async fn wait(client: &mut Client, generation: u64, timeout: Duration) -> Result<Vec<String>, Failure> {
-    let until = Instant::now() + timeout;
-    loop {
-        let mesh = client::status(client, false).await?;
-        let running = mesh.instances.iter().filter(|one| one.generation == generation && one.state() != v1::InstanceState::Lost);
-        let left: Vec<String> = running.map(|one| one.instance.clone()).collect();
-        if left.is_empty() || Instant::now() >= until {
-            return Ok(left);
-        }
-        tokio::time::sleep(LOOK).await;
+/// Why nothing was aborted. That another generation is the canary than the one that was named is a conflict, as in `promote`.
+async fn not_aborted(client: &mut Client, status: &tonic::Status, wanted: Option<u64>) -> Failure {
+    let failure = client::refused(status);
+    if failure.code() != Code::No || wanted.is_none() {
+        return failure;
+    }
+    // The sidecar has read all that there is before it refused.
+    match client::status(client, false).await.map(|mesh| open(mesh, wanted)) {
+        Ok(Err(other)) if other.code() == Code::Conflict => other,
+        _ => failure,
     }
 }
 

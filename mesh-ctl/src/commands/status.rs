@@ -2,33 +2,24 @@
 
 use std::time::Duration;
 
-use super::Context;
+use super::{Context, looks::Looks};
 use crate::{
-    client,
-    flags::{Form, Status},
+    client::{self, Client},
+    flags::Status,
     output::{Code, Columns, Failure, Style, age},
     view,
 };
 
 pub(super) async fn run(context: &Context, flags: &Status) -> Result<Code, Failure> {
-    let mut client = client::connect(&context.admin).await?;
-    loop {
-        let response = client::status(&mut client, flags.watch.is_some()).await?;
+    let looks = Looks { every: flags.watch, count: flags.count };
+    let look = async |client: &mut Client| {
+        let response = client::status(client, flags.watch.is_some()).await?;
         // What is in force tells what nobody serves. Without a table, or with one that this version cannot read, that is not told.
-        let table = client::table(&mut client).await?;
-        let mesh = view::Mesh::new(response, table.as_ref());
-        match context.form {
-            Some(form @ (Form::Json | Form::Yaml)) => context.print_document(form, &mesh)?,
-            None | Some(Form::Table) => {
-                if flags.watch.is_some() && context.colours {
-                    context.print("\x1b[H\x1b[2J")?;
-                }
-                context.print(&text(context, &mesh))?;
-            }
-        }
-        let Some(pause) = flags.watch else { return Ok(Code::Done) };
-        tokio::time::sleep(pause).await;
-    }
+        let table = client::table(client).await?;
+        Ok::<_, Failure>(view::Mesh::new(response, table.as_ref()))
+    };
+    let show = |mesh: &view::Mesh, again| looks.print(context, again, mesh, || text(context, mesh));
+    looks.run(context, look, show).await
 }
 
 fn text(context: &Context, mesh: &view::Mesh) -> String {

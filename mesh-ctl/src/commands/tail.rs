@@ -37,15 +37,17 @@ pub(super) async fn run(context: &Context, flags: &Tail) -> Result<Code, Failure
     let topics: BTreeSet<&String> = flags.topics.iter().collect();
     let mut printer = Printer { several: topics.len() > 1, pretty: flags.pretty, place: 0, key: 0, width: width(context) };
     let mut last = v1::TailProgress::default();
+    let mut begun = false;
     loop {
         let message = tokio::select! {
-            message = stream.message() => message.map_err(|status| ended(&status, last.sent))?,
+            message = stream.message() => message.map_err(|status| ended(&status, begun, last.sent))?,
             _ = tokio::signal::ctrl_c() => {
                 tell(context, &last);
                 return if flags.follow { Ok(Code::Done) } else { Err(cut("stopped", last.sent)) };
             }
         };
         let Some(message) = message else { break };
+        begun = true;
         for partition in &message.partitions {
             note_start(context, flags, partition);
         }
@@ -64,8 +66,8 @@ pub(super) async fn run(context: &Context, flags: &Tail) -> Result<Code, Failure
 }
 
 /// What a sidecar's refusal, or its end, means.
-fn ended(status: &tonic::Status, sent: u64) -> Failure {
-    match client::refused(status) {
+fn ended(status: &tonic::Status, begun: bool, sent: u64) -> Failure {
+    match client::cut(status, begun, "") {
         Failure::Said { code: Code::Unknown, message, .. } => cut(&message, sent),
         other => other,
     }

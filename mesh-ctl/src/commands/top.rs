@@ -106,11 +106,7 @@ fn say(context: &Context, flags: &Top, mesh: &v1::GetStatusResponse, found: &[Fl
             .collect(),
     };
     match context.form {
-        Some(Form::Json) => {
-            let line = serde_json::to_string(&said());
-            let line = line.map_err(|error| Failure::new(format!("the result cannot be written: {error}"), ""))?;
-            context.print(&format!("{line}\n"))
-        }
+        Some(Form::Json) => context.print_line(&said()),
         Some(Form::Yaml) => {
             context.print("---\n")?;
             context.print_document(Form::Yaml, &said())
@@ -146,10 +142,7 @@ impl Shown {
                 }
             }
             Err(failure) => {
-                let why = match failure {
-                    Failure::Said { message, .. } => message,
-                    Failure::ClosedPipe => String::new(),
-                };
+                let why = failure.message().to_owned();
                 let since = self.trouble.take().map_or_else(Instant::now, |(since, _)| since);
                 self.trouble = Some((since, why));
             }

@@ -16,7 +16,7 @@ pub(crate) struct Drain {
     #[arg(long)]
     pub(crate) execute: bool,
     /// How long to wait until it has ended.
-    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = super::patience)]
     pub(crate) wait: Duration,
     /// Return as soon as it drains.
     #[arg(long, conflicts_with = "wait")]

@@ -302,7 +302,7 @@ pub(crate) struct Lag {
     #[arg(long, conflicts_with_all = ["groups", "routes"])]
     pub(crate) all_groups: bool,
     /// Look again and again, every so often, and judge what changes.
-    #[arg(long, value_name = "TIME", num_args = 0..=1, default_missing_value = "5s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", num_args = 0..=1, default_missing_value = "5s", value_parser = super::interval)]
     pub(crate) watch: Option<Duration>,
     /// Judge by the last so many looks.
     #[arg(long, value_name = "N", default_value = "10", value_parser = clap::value_parser!(u16).range(3..=1_000), requires = "watch")]

@@ -51,8 +51,11 @@ pub(crate) enum Rollout {
 #[derive(Debug, Args)]
 pub(crate) struct RolloutStatus {
     /// Show it again and again, every 2 s or as often as given.
-    #[arg(long, value_name = "TIME", num_args = 0..=1, default_missing_value = "2s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", num_args = 0..=1, default_missing_value = "2s", value_parser = super::interval)]
     pub(crate) watch: Option<Duration>,
+    /// End after so many looks.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), requires = "watch")]
+    pub(crate) count: Option<u64>,
 }
 
 /// `rollout promote`.
@@ -78,7 +81,7 @@ pub(crate) struct RolloutAbort {
     #[arg(long)]
     pub(crate) wait: bool,
     /// How long that may take.
-    #[arg(long, value_name = "TIME", default_value = "2m", value_parser = humantime::parse_duration, requires = "wait")]
+    #[arg(long, value_name = "TIME", default_value = "2m", value_parser = super::patience, requires = "wait")]
     pub(crate) timeout: Duration,
 }
 
@@ -119,7 +122,7 @@ pub(crate) struct How {
     #[arg(long, conflicts_with = "dry_run")]
     pub(crate) wait: bool,
     /// How long to wait.
-    #[arg(long, value_name = "TIME", default_value = "2m", value_parser = humantime::parse_duration, requires = "wait")]
+    #[arg(long, value_name = "TIME", default_value = "2m", value_parser = super::patience, requires = "wait")]
     pub(crate) timeout: Duration,
 }
 

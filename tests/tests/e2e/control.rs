@@ -1,9 +1,9 @@
 //! The control plane: tables that are applied, refused, swapped and kept, through `mesh-ctl` alone.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use mesh_proto::v1::{GetStatusResponse, InstanceState, RouteState};
+use mesh_proto::v1::{GetStatusResponse, InstanceState, RouteState, RouteStatus};
 use mesh_tests::{
     broker::Broker,
     load::Load,
@@ -67,6 +67,42 @@ async fn pause_and_resume(stage: Stage) -> Result<()> {
     ensure!(service.total().await? == 1);
     ensure!(sidecar.ctl(&["resume", "work"]).await?.success()? == "route work was not paused\n");
     sidecar.finish().await
+}
+
+/// `pause --wait` ends soon after the last answer, also if that is another instance's: it does not wait for that one's next report.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wait_for_a_pause_ends_with_the_last_delivery_of_all() -> Result<()> {
+    let Some(broker) = Broker::kafka().await? else { return Ok(()) };
+    Stage::run(broker, async |stage| {
+        let slow = Rule::echo().after(Duration::from_secs(4));
+        let service = Service::native(Scenario::new().on("/work", [slow])).await?;
+        let asked = stage.sidecar("asked").service("work", &service).start().await?;
+        let other = stage.sidecar("other").service("work", &service).start().await?;
+        asked.apply(&table("%out")).await?;
+        let own = |status: &GetStatusResponse, is: fn(&RouteStatus) -> bool| {
+            let own = status.instances.iter().filter(|one| one.instance == status.instance);
+            own.flat_map(|one| &one.routes).any(is)
+        };
+        for sidecar in [&asked, &other] {
+            sidecar.wait_status("half of the partitions", MINUTE, |status| own(status, |route| route.partitions == 2)).await?;
+        }
+        for number in 0..16 {
+            asked.publish(&stage.topic("in"), Some(&format!("k{number}")), "application/json", "{}").await?;
+        }
+        for sidecar in [&asked, &other] {
+            sidecar.wait_status("at the service", MINUTE, |status| own(status, |route| route.in_flight > 0)).await?;
+        }
+        let begin = Instant::now();
+        let said = asked.ctl(&["pause", "work", "--wait", "-o", "json"]).await?.ends(0)?.json()?;
+        ensure!(said == json!({ "route": "work", "paused": true, "changed": true, "delivering": [] }), "{said}");
+        ensure!(begin.elapsed() < Duration::from_secs(15), "it waited for {:?}", begin.elapsed());
+        for sidecar in [asked, other] {
+            ensure!(!own(&sidecar.status().await?, |route| route.in_flight > 0), "something is at the service");
+            sidecar.finish().await?;
+        }
+        Ok(())
+    })
+    .await
 }
 
 on_both!(a_table_applied_at_one_sidecar_reaches_all_and_survives_restarts, apply_and_restart);

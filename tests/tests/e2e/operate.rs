@@ -276,3 +276,28 @@ async fn top_gives_the_terminal_back() -> Result<()> {
     })
     .await
 }
+
+/// Colours are there on a terminal, unless they are not wanted; a look takes the place of the last one all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_terminal_shows_colours_unless_they_are_not_wanted() -> Result<()> {
+    let Some(python) = python().await? else { return Ok(()) };
+    Stage::run(Broker::Embedded, async |stage| {
+        let service = Service::native(Scenario::light()).await?;
+        let sidecar = stage.sidecar("sidecar").service("work", &service).start().await?;
+        sidecar.apply(ROUTE).await?;
+        sidecar.wait_running(&["work"]).await?;
+        let program = mesh_tests::sidecar::binaries().await?.join("mesh-ctl");
+        let admin = format!("http://{}", sidecar.admin_address());
+        let command = [program.to_str().context("a path")?, "--admin", &admin, "status", "--watch", "500ms", "--count", "2"];
+        for (flags, colours) in [(&["--whole", "--colours", "--"][..], true), (&["--whole", "--"], false)] {
+            let said = python.run("terminal.py", &[flags, &command].concat(), Vec::new(), MINUTE).await?.success()?;
+            let said: Value = serde_json::from_str(&said)?;
+            let output = said["output"].as_str().context("its output")?;
+            ensure!(said["status"] == 0 && output.matches("\x1b[H\x1b[2J").count() == 2, "{said:#}");
+            ensure!(output.contains("\x1b[1mROUTE\x1b[0m") == colours && output.contains("\x1b[32mRUNNING\x1b[0m") == colours, "{said:#}");
+            ensure!(output.replace("\x1b[H\x1b[2J", "").contains('\x1b') == colours, "{said:#}");
+        }
+        sidecar.finish().await
+    })
+    .await
+}

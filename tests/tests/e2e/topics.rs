@@ -299,7 +299,7 @@ async fn lag(stage: Stage) -> Result<()> {
     ensure!(table.starts_with("GROUP") && table.contains("total: 40 records behind"), "{table}");
 
     // It has members, and commits nothing.
-    let looks = lines(&sidecar.ctl(&["lag", "work", "--watch", "100ms", "--count", "3", "-o", "json"]).await?.success()?)?;
+    let looks = lines(&sidecar.ctl(&["lag", "work", "--watch", "500ms", "--count", "3", "-o", "json"]).await?.success()?)?;
     let states: Vec<_> = looks.iter().filter_map(|look| of(look, "work")).map(|one| one["state"].clone()).collect();
     ensure!(states == ["LAG", "LAG", "STALL"], "{states:?}");
 
