@@ -2,12 +2,13 @@
 //!
 //! Invariant: a table without faults here compiles; every fault is found in one pass.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
 use crate::expression::{Expression, Roots, Source, compile_all};
 use crate::fault::{Fault, code};
-use crate::node::join;
+use crate::node::Path;
 use crate::schema::{self, Schema};
 use crate::table::{ConcurrencySpec, Deliver, ForwardSpec, RouteFields, SchemaSpec, Table, To};
 use crate::value::{LONGEST, name_fault, topic_fault};
@@ -29,13 +30,16 @@ pub(crate) struct Checked {
     pub(crate) expressions: HashMap<String, Expression>,
     /// Its compiled schemas, by topic.
     pub(crate) schemas: BTreeMap<String, Schema>,
+    /// The fields of its routes, defaults folded in.
+    pub(crate) fields: Vec<RouteFields>,
 }
 
 /// Checks a table, and compiles what has to be compiled for that.
 pub(crate) fn check(table: &Table) -> Checked {
     let mut check = Check { faults: Vec::new(), sources: Vec::new(), schemas: BTreeMap::new() };
-    check.table(table);
-    check.schemas(table);
+    let fields: Vec<RouteFields> = table.routes.iter().map(|route| table.resolved(route)).collect();
+    check.table(table, &fields);
+    check.schemas(table, &fields);
     let Check { mut faults, sources, schemas } = check;
     let mut expressions = HashMap::with_capacity(sources.len());
     for (path, compiled) in compile_all(sources) {
@@ -48,7 +52,7 @@ pub(crate) fn check(table: &Table) -> Checked {
             }
         }
     }
-    Checked { faults, expressions, schemas }
+    Checked { faults, expressions, schemas, fields }
 }
 
 struct Check {
@@ -58,41 +62,42 @@ struct Check {
 }
 
 impl Check {
-    fn fault(&mut self, code: &'static str, path: &str, message: impl Into<String>, hint: &str) {
-        self.faults.push(Fault::new(code, path, message, hint));
+    fn fault(&mut self, code: &'static str, path: &Path<'_>, message: impl Into<String>, hint: &str) {
+        self.faults.push(Fault::new(code, path.text(), message, hint));
     }
 
-    fn table(&mut self, table: &Table) {
+    fn table(&mut self, table: &Table, resolved: &[RouteFields]) {
         if let Some(fault) = name_fault(&table.mesh) {
-            self.fault(code::NAME, "metadata.mesh", fault, "a mesh is named like `shop`");
+            self.fault(code::NAME, &Path::Root.key("metadata").key("mesh"), fault, "a mesh is named like `shop`");
         }
+        let spec = Path::Root.key("spec");
+        let (topics, routes) = (spec.key("topics"), spec.key("routes"));
         if table.routes.len() > MAX_ROUTES {
             let message = format!("more than {MAX_ROUTES} routes");
-            self.fault(code::LIMIT, "spec.routes", message, "split the mesh");
+            self.fault(code::LIMIT, &routes, message, "split the mesh");
         }
         for (name, topic) in &table.topics {
-            let path = join("spec.topics", name);
+            let path = topics.key(name);
             self.topic_name(&path, name);
             if topic.partitions.is_some_and(|n| n == 0 || n > 100_000) {
-                let path = join(&path, "partitions");
-                self.fault(code::VALUE, &path, "partitions go from 1 to 100000", "");
+                self.fault(code::VALUE, &path.key("partitions"), "partitions go from 1 to 100000", "");
             }
             if topic.replication.is_some_and(|n| n == 0 || n > 32_767) {
-                let path = join(&path, "replication");
-                self.fault(code::VALUE, &path, "replication goes from 1 to 32767", "");
+                self.fault(code::VALUE, &path.key("replication"), "replication goes from 1 to 32767", "");
             }
             if let Some(retention) = topic.retention {
-                self.between(&join(&path, "retention"), retention, Duration::from_secs(1), LONGEST);
+                self.between(&path.key("retention"), retention, Duration::from_secs(1), LONGEST);
             }
         }
-        self.fields("spec.defaults", &table.defaults);
+        self.fields(&spec.key("defaults"), &table.defaults);
         let mut own: HashMap<String, usize> = HashMap::new();
-        let named = named_topics(table);
-        let mut names: HashMap<&str, usize> = HashMap::new();
-        let mut groups: HashMap<String, usize> = HashMap::new();
-        for (i, route) in table.routes.iter().enumerate() {
-            let path = format!("spec.routes[{i}]");
-            let name = join(&path, "name");
+        // Who has no retry topics has none that somebody could name.
+        let named = if resolved.iter().any(has_own_topics) { named_topics(table, resolved) } else { HashSet::new() };
+        let mut names: HashMap<&str, usize> = HashMap::with_capacity(table.routes.len());
+        let mut groups: HashMap<Cow<'_, str>, usize> = HashMap::with_capacity(table.routes.len());
+        for (i, (route, fields)) in table.routes.iter().zip(resolved).enumerate() {
+            let path = routes.item(i);
+            let name = path.key("name");
             if let Some(fault) = name_fault(&route.name) {
                 self.fault(code::NAME, &name, fault, "a route is named like `price-orders`");
             } else if let Some(first) = names.insert(&route.name, i) {
@@ -100,26 +105,33 @@ impl Check {
                 self.fault(code::DUPLICATE, &name, message, "names are unique in a table");
             }
             self.fields(&path, &route.fields);
-            let fields = table.resolved(route);
-            self.route(&path, &route.name, &fields);
-            self.own_topics(&path, &route.name, &fields, &named, &mut own, i);
-            let group = fields.group.unwrap_or_else(|| format!("{}.{}", table.mesh, route.name));
+            self.route(&path, &route.name, fields);
+            if has_own_topics(fields) {
+                self.own_topics(&path, &route.name, fields, &named, &mut own, i);
+            }
+            let group = match &fields.group {
+                Some(group) => Cow::Borrowed(group.as_str()),
+                None => Cow::Owned(format!("{}.{}", table.mesh, route.name)),
+            };
             if let Some(first) = groups.insert(group.clone(), i)
                 && table.routes[first].name != route.name
             {
                 let message = format!("the group `{group}` is also that of spec.routes[{first}]");
                 let hint = "two routes with one group would take records from each other";
-                self.fault(code::CONFLICT, &join(&path, "group"), message, hint);
+                self.fault(code::CONFLICT, &path.key("group"), message, hint);
             }
         }
     }
 
     /// The schemas of topics. They are bounded one by one and together.
-    fn schemas(&mut self, table: &Table) {
+    fn schemas(&mut self, table: &Table, resolved: &[RouteFields]) {
+        let spec = Path::Root.key("spec");
+        let (topics, routes) = (spec.key("topics"), spec.key("routes"));
         let mut total = 0;
-        for (name, spec) in table.topics.iter().filter_map(|(name, topic)| Some((name, topic.schema.as_ref()?))) {
-            let path = join(&join("spec.topics", name), "schema");
-            let bytes = match spec {
+        for (name, schema) in table.topics.iter().filter_map(|(name, topic)| Some((name, topic.schema.as_ref()?))) {
+            let path = topics.key(name);
+            let path = path.key("schema");
+            let bytes = match schema {
                 SchemaSpec::Json(value) => value.to_string().len(),
                 SchemaSpec::Protobuf { descriptor, .. } => descriptor.len(),
             };
@@ -134,7 +146,7 @@ impl Check {
                 self.fault(code::LIMIT, &path, message, "a table travels as one record: use fewer or smaller schemas");
                 return;
             }
-            match Schema::compile(spec) {
+            match Schema::compile(schema) {
                 Ok(schema) => drop(self.schemas.insert(name.clone(), schema)),
                 Err(refusal) => self.fault(code::SCHEMA, &path, refusal.message, &refusal.hint),
             }
@@ -142,19 +154,19 @@ impl Check {
         if total == 0 {
             return;
         }
-        for (i, route) in table.routes.iter().enumerate() {
-            let dead_letter = table.resolved(route).dead_letter.unwrap_or_else(|| format!("{}.dlq", route.name));
-            if table.topics.get(&dead_letter).is_some_and(|topic| topic.schema.is_some()) {
+        for (i, (route, fields)) in table.routes.iter().zip(resolved).enumerate() {
+            let dead_letter = crate::compile::dead_letter(&route.name, fields);
+            if table.topics.get(&*dead_letter).is_some_and(|topic| topic.schema.is_some()) {
                 let message = format!("`{dead_letter}` gets dead letters, and has a schema");
                 let hint = "a topic of dead letters takes any record: leave its schema out, or name another topic";
-                self.fault(code::CONFLICT, &format!("spec.routes[{i}].dead_letter"), message, hint);
+                self.fault(code::CONFLICT, &routes.item(i).key("dead_letter"), message, hint);
             }
         }
     }
 
     /// Values as they are written, of a route or of the defaults.
-    fn fields(&mut self, path: &str, fields: &RouteFields) {
-        let at = |field: &str| join(path, field);
+    fn fields(&mut self, path: &Path<'_>, fields: &RouteFields) {
+        let at = |field: &'static str| path.key(field);
         if let Some(fault) = fields.service.as_deref().and_then(name_fault) {
             self.fault(code::NAME, &at("service"), fault, "a service is named like `pricing`");
         }
@@ -168,21 +180,22 @@ impl Check {
             self.handler(&at("handler"), handler);
         }
         if let Some(filter) = &fields.filter {
-            self.source(at("filter"), filter, Roots::Record);
+            self.source(&at("filter"), filter, Roots::Record);
         }
         for (i, case) in fields.cases.iter().flatten().enumerate() {
-            let path = format!("{}[{i}]", at("cases"));
+            let cases = at("cases");
+            let path = cases.item(i);
             if case.status.is_none() && case.when.is_none() {
                 let hint = "name a `status`, a `when`, or both";
                 self.fault(code::MISSING, &path, "a case matches nothing", hint);
             }
             if let Some(status) = case.status {
-                self.status(&join(&path, "status"), status);
+                self.status(&path.key("status"), status);
             }
             if let Some(when) = &case.when {
-                self.source(join(&path, "when"), when, Roots::RecordAndReply);
+                self.source(&path.key("when"), when, Roots::RecordAndReply);
             }
-            self.to(&join(&path, "to"), &case.to);
+            self.to(&path.key("to"), &case.to);
         }
         for status in fields.ignore_status.iter().flatten() {
             self.status(&at("ignore_status"), *status);
@@ -224,16 +237,17 @@ impl Check {
             let path = at("batch");
             if batch.max.is_some_and(|n| n == 0 || n > MAX_BATCH) {
                 let message = format!("a batch has 1 to {MAX_BATCH} records");
-                self.fault(code::VALUE, &join(&path, "max"), message, "");
+                self.fault(code::VALUE, &path.key("max"), message, "");
             }
             if let Some(wait) = batch.wait {
-                self.between(&join(&path, "wait"), wait, Duration::ZERO, Duration::from_secs(60));
+                self.between(&path.key("wait"), wait, Duration::ZERO, Duration::from_secs(60));
             }
         }
         if let Some(ForwardSpec::Only(names)) = &fields.forward_headers {
             let mut seen = HashSet::new();
             for (i, name) in names.iter().enumerate() {
-                let path = format!("{}[{i}]", at("forward_headers"));
+                let list = at("forward_headers");
+                let path = list.item(i);
                 if name.is_empty() {
                     self.fault(code::NAME, &path, "a header name is empty", "");
                 } else if !seen.insert(name) {
@@ -244,47 +258,47 @@ impl Check {
         }
     }
 
-    fn retry_and_breaker(&mut self, path: &str, fields: &RouteFields) {
+    fn retry_and_breaker(&mut self, path: &Path<'_>, fields: &RouteFields) {
         if let Some(retry) = &fields.retry {
-            let path = join(path, "retry");
+            let path = path.key("retry");
             if retry.attempts == Some(0) {
                 let hint = "the first delivery is an attempt: 1 means no retry";
-                self.fault(code::VALUE, &join(&path, "attempts"), "attempts are at least 1", hint);
+                self.fault(code::VALUE, &path.key("attempts"), "attempts are at least 1", hint);
             }
             if let Some(initial) = retry.initial {
-                self.between(&join(&path, "initial"), initial, Duration::from_millis(1), DAY);
+                self.between(&path.key("initial"), initial, Duration::from_millis(1), DAY);
             }
             if let Some(max) = retry.max {
-                self.between(&join(&path, "max"), max, Duration::from_millis(1), DAY);
+                self.between(&path.key("max"), max, Duration::from_millis(1), DAY);
             }
             let topics = retry.topics.as_deref().unwrap_or_default();
             if topics.len() > MAX_RETRY_TOPICS {
                 let message = format!("more than {MAX_RETRY_TOPICS} retry topics");
-                self.fault(code::LIMIT, &join(&path, "topics"), message, "fewer, with longer pauses");
+                self.fault(code::LIMIT, &path.key("topics"), message, "fewer, with longer pauses");
             }
             for (i, pause) in topics.iter().enumerate() {
-                self.between(&format!("{}[{i}]", join(&path, "topics")), *pause, Duration::from_millis(1), 30 * DAY);
+                self.between(&path.key("topics").item(i), *pause, Duration::from_millis(1), 30 * DAY);
             }
             if retry.multiplier.is_some_and(|m| !(1.0..=1000.0).contains(&m)) {
                 let hint = "1 keeps the pause as it is";
                 let message = "the multiplier goes from 1 to 1000";
-                self.fault(code::VALUE, &join(&path, "multiplier"), message, hint);
+                self.fault(code::VALUE, &path.key("multiplier"), message, hint);
             }
         }
         if let Some(breaker) = &fields.breaker {
-            let path = join(path, "breaker");
+            let path = path.key("breaker");
             if breaker.failures == Some(0) {
-                self.fault(code::VALUE, &join(&path, "failures"), "failures are at least 1", "");
+                self.fault(code::VALUE, &path.key("failures"), "failures are at least 1", "");
             }
             if let Some(open) = breaker.open {
-                self.between(&join(&path, "open"), open, Duration::from_millis(1), DAY);
+                self.between(&path.key("open"), open, Duration::from_millis(1), DAY);
             }
         }
     }
 
     /// What must hold of a route as a whole, defaults folded in.
-    fn route(&mut self, path: &str, name: &str, fields: &RouteFields) {
-        let at = |field: &str| join(path, field);
+    fn route(&mut self, path: &Path<'_>, name: &str, fields: &RouteFields) {
+        let at = |field: &'static str| path.key(field);
         if fields.service.is_none() {
             let hint = "name the service that gets the records";
             self.fault(code::MISSING, &at("service"), "`service` is missing", hint);
@@ -331,7 +345,7 @@ impl Check {
             let message = format!("`{dead_letter}` is no topic name");
             self.fault(code::NAME, &at("dead_letter"), message, "name a dead_letter topic");
         }
-        if from.contains(&dead_letter) {
+        if from.iter().any(|topic| *topic == dead_letter) {
             let message = format!("the dead letter topic `{dead_letter}` is a source of this route");
             let hint = "its failures would come back for ever; name another topic";
             self.fault(code::CONFLICT, &at("dead_letter"), message, hint);
@@ -342,17 +356,17 @@ impl Check {
     /// The retry and park topics of a route: topic names, and nobody else's.
     fn own_topics(
         &mut self,
-        path: &str,
+        path: &Path<'_>,
         name: &str,
         fields: &RouteFields,
-        named: &HashSet<String>,
+        named: &HashSet<Cow<'_, str>>,
         own: &mut HashMap<String, usize>,
         index: usize,
     ) {
-        let path = join(path, "retry");
+        let path = path.key("retry");
         let (pauses, park) = crate::compile::retry_topics(fields);
         for source in fields.from.iter().flatten().collect::<BTreeSet<_>>() {
-            let tiers = crate::compile::tiers(&pauses, park);
+            let tiers = crate::compile::tiers(pauses, park);
             let topics = (1..=tiers).map(|tier| crate::compile::retry_topic(name, source, tier));
             let park = (tiers > 0).then(|| crate::compile::park_topic(name, source));
             for topic in topics.chain(park) {
@@ -362,7 +376,7 @@ impl Check {
                         self.fault(code::NAME, &path, message, "shorten the name of the route or of the source");
                         return;
                     }
-                } else if named.contains(&topic) {
+                } else if named.contains(topic.as_str()) {
                     let message = format!("the table names `{topic}`, which is a retry topic of this route");
                     self.fault(
                         code::CONFLICT,
@@ -381,7 +395,7 @@ impl Check {
     }
 
     /// A route onto its own source ends only if something can stop an answer from going round.
-    fn endless(&mut self, path: &str, from: &[String], fields: &RouteFields) {
+    fn endless(&mut self, path: &Path<'_>, from: &[String], fields: &RouteFields) {
         let goes_round = |to: &To| match to {
             To::Void => false,
             To::Topics(topics) => topics.iter().any(|topic| from.contains(topic)),
@@ -391,25 +405,25 @@ impl Check {
         if fields.to.as_ref().is_some_and(goes_round) && never_ignored && no_way_out {
             let message = "the route feeds its own source and no answer can end it";
             let hint = "leave ignore_status at its default, or add a case or a filter";
-            self.fault(code::ENDLESS, &join(path, "to"), message, hint);
+            self.fault(code::ENDLESS, &path.key("to"), message, hint);
         }
     }
 
     // Values.
 
-    fn source(&mut self, path: String, text: &str, roots: Roots) {
-        let text = text.to_owned();
+    fn source(&mut self, path: &Path<'_>, text: &str, roots: Roots) {
+        let (path, text) = (path.text(), text.to_owned());
         self.sources.push(Source { path, text, roots });
     }
 
-    fn status(&mut self, path: &str, status: u16) {
+    fn status(&mut self, path: &Path<'_>, status: u16) {
         if !(100..=599).contains(&status) {
             let message = format!("{status} is no status");
             self.fault(code::VALUE, path, message, "a status goes from 100 to 599");
         }
     }
 
-    fn between(&mut self, path: &str, value: Duration, least: Duration, most: Duration) {
+    fn between(&mut self, path: &Path<'_>, value: Duration, least: Duration, most: Duration) {
         use crate::value::print_duration as print;
         if value < least || value > most {
             let message = format!("{} is not between {} and {}", print(value), print(least), print(most));
@@ -417,7 +431,7 @@ impl Check {
         }
     }
 
-    fn handler(&mut self, path: &str, handler: &str) {
+    fn handler(&mut self, path: &Path<'_>, handler: &str) {
         let hint = "write a path such as /price; the address is in the sidecar's own configuration";
         if handler.contains("://") || handler.starts_with("//") || !handler.starts_with('/') {
             let message = format!("`{handler}` is not a path");
@@ -428,13 +442,13 @@ impl Check {
         }
     }
 
-    fn to(&mut self, path: &str, to: &To) {
+    fn to(&mut self, path: &Path<'_>, to: &To) {
         if let To::Topics(topics) = to {
             self.topics(path, topics, "write `void` to forward nothing");
         }
     }
 
-    fn topics(&mut self, path: &str, topics: &[String], when_empty: &str) {
+    fn topics(&mut self, path: &Path<'_>, topics: &[String], when_empty: &str) {
         if topics.is_empty() {
             self.fault(code::VALUE, path, "the list of topics is empty", when_empty);
         }
@@ -444,16 +458,16 @@ impl Check {
         }
         let mut seen = HashSet::new();
         for (i, topic) in topics.iter().enumerate() {
-            let path = format!("{path}[{i}]");
+            let path = path.item(i);
             self.topic_name(&path, topic);
-            if !seen.insert(topic) {
+            if topics.len() > 1 && !seen.insert(topic) {
                 let message = format!("`{topic}` occurs twice");
                 self.fault(code::DUPLICATE, &path, message, "remove one of the two");
             }
         }
     }
 
-    fn topic_name(&mut self, path: &str, name: &str) {
+    fn topic_name(&mut self, path: &Path<'_>, name: &str) {
         if name == "void" {
             let hint = "`void` stands alone, as `to: void`; it is no topic";
             self.fault(code::NAME, path, "`void` is not a topic", hint);
@@ -467,17 +481,22 @@ impl Check {
     }
 }
 
+/// Whether a route has retry or park topics.
+fn has_own_topics(fields: &RouteFields) -> bool {
+    let (pauses, park) = crate::compile::retry_topics(fields);
+    crate::compile::tiers(pauses, park) > 0
+}
+
 /// All topics that a table names, dead letter topics included.
-fn named_topics(table: &Table) -> HashSet<String> {
-    let mut named: HashSet<String> = table.topics.keys().cloned().collect();
-    for route in &table.routes {
-        let fields = table.resolved(route);
-        named.insert(crate::compile::dead_letter(&route.name, &fields));
-        named.extend(fields.from.into_iter().flatten());
-        let cases = fields.cases.into_iter().flatten().map(|case| case.to);
-        for to in fields.to.into_iter().chain(cases) {
+fn named_topics<'t>(table: &'t Table, resolved: &'t [RouteFields]) -> HashSet<Cow<'t, str>> {
+    let mut named: HashSet<Cow<'t, str>> = table.topics.keys().map(|name| name.as_str().into()).collect();
+    for (route, fields) in table.routes.iter().zip(resolved) {
+        named.insert(crate::compile::dead_letter(&route.name, fields));
+        named.extend(fields.from.iter().flatten().map(|topic| topic.as_str().into()));
+        let cases = fields.cases.iter().flatten().map(|case| &case.to);
+        for to in fields.to.iter().chain(cases) {
             if let To::Topics(topics) = to {
-                named.extend(topics);
+                named.extend(topics.iter().map(|topic| topic.as_str().into()));
             }
         }
     }

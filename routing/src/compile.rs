@@ -4,7 +4,8 @@
 //! Invariant: a compiled table has no faults, and looking a route up costs nothing for the routes
 //! that do not match.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::borrow::Cow;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +14,9 @@ use crate::expression::{Expression, ExpressionError};
 use crate::fault::Faults;
 use crate::record::{RecordView, ReplyView};
 use crate::schema::{Mismatch, Schema};
-use crate::table::{ConcurrencySpec, Deliver, ForwardSpec, Guarantee, OnExhausted, OnGap, Order, RouteFields, Start, Table, To, TopicSpec};
+use crate::table::{
+    ConcurrencySpec, Deliver, ForwardSpec, Guarantee, OnExhausted, OnGap, Order, RetrySpec, RouteFields, Start, Table, To, TopicSpec,
+};
 
 /// A table, ready to be asked.
 #[derive(Debug)]
@@ -51,7 +54,9 @@ pub struct Topic {
 }
 
 /// A route, ready to run.
-#[derive(Debug)]
+///
+/// Two routes are equal when they behave the same, so that a swap of tables can leave the running one alone.
+#[derive(Debug, PartialEq)]
 pub struct Route {
     /// The name, unique in the table.
     pub name: Arc<str>,
@@ -105,8 +110,6 @@ pub struct Route {
     pub guarantee: Guarantee,
     /// The most hops a record may have made; 0 is no limit.
     pub max_hops: u32,
-    /// The fields that this route was compiled from, defaults of the table folded in.
-    pub spec: RouteFields,
     /// The schemas of its destinations that have one.
     schemas: Vec<(Arc<str>, Schema)>,
 }
@@ -144,14 +147,6 @@ impl Route {
             }
         }
         Ok(())
-    }
-}
-
-/// Two routes are equal when they would behave the same, so that a swap of tables can leave the
-/// running one alone.
-impl PartialEq for Route {
-    fn eq(&self, other: &Self) -> bool {
-        self.name == other.name && self.group == other.group && self.spec == other.spec && self.schemas == other.schemas
     }
 }
 
@@ -391,14 +386,18 @@ impl CompiledTable {
 ///
 /// All its faults, without places; a table that [`parse`](crate::parse) returned has none.
 pub fn compile(table: &Table) -> Result<CompiledTable, Faults> {
-    let Checked { faults, expressions, schemas } = check(table);
-    if !faults.is_empty() {
-        return Err(Faults(faults));
-    }
+    let mut checked = check(table);
+    let faults = std::mem::take(&mut checked.faults);
+    if faults.is_empty() { Ok(compile_checked(table, checked, table.digest())) } else { Err(Faults(faults)) }
+}
+
+/// Compiles a table that has no faults, and whose digest is known.
+pub(crate) fn compile_checked(table: &Table, checked: Checked, digest: String) -> CompiledTable {
+    let Checked { expressions, schemas, fields: resolved, .. } = checked;
     let mut names = Names::default();
     let mut out = CompiledTable {
         mesh: Arc::from(table.mesh.as_str()),
-        digest: Arc::from(table.digest()),
+        digest: Arc::from(digest),
         topics: Vec::new(),
         routes: Vec::with_capacity(table.routes.len()),
         schemas: schemas.into_iter().map(|(name, schema)| (names.get(&name), schema)).collect(),
@@ -406,22 +405,21 @@ pub fn compile(table: &Table) -> Result<CompiledTable, Faults> {
         by_topic: HashMap::new(),
         by_service: HashMap::new(),
     };
-    for (i, spec) in table.routes.iter().enumerate() {
+    for (i, (spec, fields)) in table.routes.iter().zip(resolved).enumerate() {
         // An expression of the route itself, or of the defaults when it has none.
         let place = |own: bool, field: &str| match own {
             true => format!("spec.routes[{i}].{field}"),
             false => format!("spec.defaults.{field}"),
         };
         let own_cases = spec.fields.cases.is_some();
-        let filter = expressions.get(&place(spec.fields.filter.is_some(), "filter"));
-        let fields = table.resolved(spec);
+        let filter = fields.filter.as_ref().and_then(|_| expressions.get(&place(spec.fields.filter.is_some(), "filter")));
         let cases = fields.cases.iter().flatten().enumerate().map(|(c, case)| Case {
             status: case.status,
-            when: expressions.get(&place(own_cases, &format!("cases[{c}].when"))).cloned(),
+            when: case.when.as_ref().and_then(|_| expressions.get(&place(own_cases, &format!("cases[{c}].when"))).cloned()),
             to: names.destinations(&case.to),
         });
         let cases = cases.collect();
-        let mut route = route(&table.mesh, &spec.name, fields, filter.cloned(), cases, &mut names);
+        let mut route = route(&table.mesh, &spec.name, &fields, filter.cloned(), cases, &mut names);
         if !out.schemas.is_empty() {
             let topics: BTreeSet<&Arc<str>> = route.destinations().collect();
             route.schemas =
@@ -437,10 +435,10 @@ pub fn compile(table: &Table) -> Result<CompiledTable, Faults> {
         out.routes.push(route);
     }
     out.topics = topics(table, &out.routes, &mut names);
-    Ok(out)
+    out
 }
 
-fn route(mesh: &str, name: &str, fields: RouteFields, filter: Option<Expression>, cases: Vec<Case>, names: &mut Names) -> Route {
+fn route(mesh: &str, name: &str, fields: &RouteFields, filter: Option<Expression>, cases: Vec<Case>, names: &mut Names) -> Route {
     let breaker = fields.breaker.clone().unwrap_or_default();
     let group = fields.group.clone().unwrap_or_else(|| format!("{mesh}.{name}"));
     let ignored = |set: &BTreeSet<u16>| set.iter().copied().collect();
@@ -463,10 +461,10 @@ fn route(mesh: &str, name: &str, fields: RouteFields, filter: Option<Expression>
         concurrency,
         adaptive,
         timeout: fields.timeout.unwrap_or(Duration::from_secs(10)),
-        retry: retry(&fields),
-        retry_topics: retry_topics(&fields).0,
+        retry: retry(fields),
+        retry_topics: retry_topics(fields).0.to_vec(),
         on_exhausted: fields.on_exhausted.unwrap_or(OnExhausted::DeadLetter),
-        dead_letter: names.get(&dead_letter(name, &fields)),
+        dead_letter: names.get(&dead_letter(name, fields)),
         breaker: Breaker { failures: breaker.failures.unwrap_or(20), open: breaker.open.unwrap_or(Duration::from_secs(10)) },
         forward_headers: match &fields.forward_headers {
             None | Some(ForwardSpec::All) => ForwardHeaders::All,
@@ -480,7 +478,6 @@ fn route(mesh: &str, name: &str, fields: RouteFields, filter: Option<Expression>
         }),
         guarantee: fields.guarantee.unwrap_or(Guarantee::AtLeastOnce),
         max_hops: fields.max_hops.unwrap_or(1000),
-        spec: fields,
         schemas: Vec::new(),
     }
 }
@@ -501,7 +498,8 @@ pub(crate) fn concurrency(spec: Option<ConcurrencySpec>) -> (Option<usize>, usiz
 
 /// The retries of a route, defaults filled in.
 pub(crate) fn retry(fields: &RouteFields) -> Retry {
-    let retry = fields.retry.clone().unwrap_or_default();
+    let none = RetrySpec::default();
+    let retry = fields.retry.as_ref().unwrap_or(&none);
     // A default never contradicts what is written: it gives way.
     let initial = match (retry.initial, retry.max) {
         (Some(initial), _) => initial,
@@ -517,8 +515,8 @@ pub(crate) fn retry(fields: &RouteFields) -> Retry {
 }
 
 /// The pauses of a route's retry topics, and whether what is exhausted is parked.
-pub(crate) fn retry_topics(fields: &RouteFields) -> (Vec<Duration>, bool) {
-    let pauses = fields.retry.as_ref().and_then(|retry| retry.topics.clone()).unwrap_or_default();
+pub(crate) fn retry_topics(fields: &RouteFields) -> (&[Duration], bool) {
+    let pauses = fields.retry.as_ref().and_then(|retry| retry.topics.as_deref()).unwrap_or_default();
     (pauses, fields.on_exhausted == Some(OnExhausted::Park))
 }
 
@@ -535,13 +533,13 @@ pub(crate) fn park_topic(route: &str, source: &str) -> String {
 }
 
 /// The dead letter topic of a route.
-pub fn dead_letter(name: &str, fields: &RouteFields) -> String {
-    fields.dead_letter.clone().unwrap_or_else(|| format!("{name}.dlq"))
+pub fn dead_letter<'f>(name: &str, fields: &'f RouteFields) -> Cow<'f, str> {
+    fields.dead_letter.as_deref().map_or_else(|| Cow::Owned(format!("{name}.dlq")), Cow::Borrowed)
 }
 
 /// One copy of each name.
 #[derive(Default)]
-struct Names(BTreeSet<Arc<str>>);
+struct Names(HashSet<Arc<str>>);
 
 impl Names {
     fn get(&mut self, name: &str) -> Arc<str> {
@@ -562,7 +560,7 @@ impl Names {
 }
 
 fn topics(table: &Table, routes: &[Arc<Route>], names: &mut Names) -> Vec<Topic> {
-    let mut all: BTreeMap<Arc<str>, BTreeSet<Arc<str>>> = BTreeMap::new();
+    let mut all: HashMap<Arc<str>, BTreeSet<Arc<str>>> = HashMap::with_capacity(routes.len());
     for name in table.topics.keys() {
         all.entry(names.get(name)).or_default();
     }

@@ -2,14 +2,14 @@
 //!
 //! Invariant: equal tables have no difference, and every difference names one field.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::node::join;
-use crate::table::{RouteFields, Table};
+use crate::table::{RouteSpec, Table};
 
 /// What happened to a part of a table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -60,8 +60,13 @@ pub fn diff(old: &Table, new: &Table) -> Vec<Change> {
     let topics = |table: &Table| table.topics.iter().map(|(name, t)| (name.clone(), json(t))).collect();
     parts("topics", topics(old), topics(new), &mut out);
     fields("defaults", &json(&old.defaults), &json(&new.defaults), &mut out);
-    let routes = |table: &Table| table.routes.iter().map(|r| (r.name.clone(), json(r))).collect();
-    parts("routes", routes(old), routes(new), &mut out);
+    // Of a large table mostly little differs: what is equal is not looked at field by field.
+    let routes = |table: &Table, other: &Table| {
+        let other: HashMap<&str, &RouteSpec> = other.routes.iter().map(|route| (&*route.name, route)).collect();
+        let differs = |route: &&RouteSpec| other.get(&*route.name).is_none_or(|same| same != route);
+        table.routes.iter().filter(differs).map(|route| (route.name.clone(), json(route))).collect()
+    };
+    parts("routes", routes(old, new), routes(new, old), &mut out);
     let order = |table: &Table| -> Vec<String> { table.routes.iter().map(|r| r.name.clone()).collect() };
     if out.is_empty() && order(old) != order(new) {
         compare("routes", Some(order(old).into()), Some(order(new).into()), &mut out);
@@ -82,18 +87,18 @@ pub struct RouteCounts {
 
 /// Counts the routes that differ from `old` to `new`, by name and by what they do with the defaults folded in.
 pub fn count_routes(old: &Table, new: &Table) -> RouteCounts {
-    let resolved = |table: &Table| -> BTreeMap<String, RouteFields> {
-        table.routes.iter().map(|route| (route.name.clone(), table.resolved(route))).collect()
-    };
-    let (mut old, mut counts) = (resolved(old), RouteCounts::default());
-    for (name, fields) in resolved(new) {
-        match old.remove(&name) {
+    let same_defaults = old.defaults == new.defaults;
+    let mut before: HashMap<&str, &RouteSpec> = old.routes.iter().map(|route| (&*route.name, route)).collect();
+    let mut counts = RouteCounts::default();
+    for route in &new.routes {
+        match before.remove(&*route.name) {
             None => counts.added += 1,
-            Some(before) if before != fields => counts.changed += 1,
+            Some(same) if same_defaults && same == route => {}
+            Some(other) if old.resolved(other) != new.resolved(route) => counts.changed += 1,
             Some(_) => {}
         }
     }
-    counts.removed = old.len() as u64;
+    counts.removed = before.len() as u64;
     counts
 }
 

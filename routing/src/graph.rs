@@ -338,7 +338,7 @@ fn mermaid(edges: &[Edge<'_>], loops: &[Vec<String>], notes: &AllNotes) -> Strin
     for edge in edges {
         let to = edge.to();
         let named = edge.from().iter().cloned().chain(to.iter().map(|(topic, _)| (*topic).to_owned()));
-        for topic in named.chain([dead_letter(edge.name, &edge.fields)]) {
+        for topic in named.chain([dead_letter(edge.name, &edge.fields).into_owned()]) {
             topics.insert(topic, 0);
         }
     }
@@ -358,7 +358,7 @@ fn mermaid(edges: &[Edge<'_>], loops: &[Vec<String>], notes: &AllNotes) -> Strin
         for (topic, why) in edge.to() {
             let _ = writeln!(out, "  r{i} -->{} t{}", labelled(&noted.to(topic, &why)), topics[topic]);
         }
-        let dead = topics[&dead_letter(edge.name, &edge.fields)];
+        let dead = topics[&*dead_letter(edge.name, &edge.fields)];
         let _ = writeln!(out, "  r{i} -.->{} t{dead}", labelled(noted.dead()));
         if turning.contains(edge.name) {
             let _ = writeln!(out, "  style r{i} stroke-width:3px");

@@ -15,7 +15,7 @@
 //! # Ok::<(), mesh_routing::Faults>(())
 //! ```
 //!
-//! Text becomes located nodes (`node`), nodes become a [`Table`] (`read`), a table is checked
+//! [`load`] is both. Text becomes located nodes (`node`), nodes become a [`Table`] (`read`), a table is checked
 //! (`check`) and compiled (`compile`) to what a sidecar runs. All faults of a table are found at
 //! once, each with its place, its field and a hint.
 //!
@@ -37,6 +37,8 @@ mod schema;
 pub mod sign;
 mod table;
 mod value;
+
+use check::Checked;
 
 pub use compile::{
     Batch, Breaker, Case, CompiledTable, Decision, Destinations, Foreseen, ForwardHeaders, Retry, Route, Topic, compile, dead_letter,
@@ -64,7 +66,31 @@ const MAX_FAULTS: usize = 1_000;
 /// All faults of the text: of its syntax, its fields, its types and its meaning, in the order of
 /// the text. Above a thousand, the rest is left out.
 pub fn parse(source_name: &str, text: &str) -> Result<Table, Faults> {
-    read_text(source_name, text).map(|(table, _)| table)
+    read_text(source_name, text).map(|(table, ..)| table)
+}
+
+/// Reads a table, checks it and compiles it: what [`parse`] and [`compile()`] do one after the other, with one check in place of two.
+///
+/// # Errors
+///
+/// As [`parse`].
+pub fn load(source_name: &str, text: &str) -> Result<(Table, CompiledTable), Faults> {
+    let (table, checked, _) = read_text(source_name, text)?;
+    let digest = table.digest();
+    let compiled = compile::compile_checked(&table, checked, digest);
+    Ok((table, compiled))
+}
+
+/// As [`load`], of a text that was stored with its digest: the one that [`Table::digest`] gives if the text is what [`Table::to_json`] gave. Whoever
+/// stored it says so; the caller has checked that the digest is that of the text.
+///
+/// # Errors
+///
+/// As [`parse`].
+pub fn load_stored(source_name: &str, text: &str, digest: &str) -> Result<(Table, CompiledTable), Faults> {
+    let (table, checked, _) = read_text(source_name, text)?;
+    let compiled = compile::compile_checked(&table, checked, digest.to_owned());
+    Ok((table, compiled))
 }
 
 /// As [`parse`], with the [warnings](Table::warnings) of the table, each at its place in the text.
@@ -73,7 +99,7 @@ pub fn parse(source_name: &str, text: &str) -> Result<Table, Faults> {
 ///
 /// As [`parse`].
 pub fn parse_with_warnings(source_name: &str, text: &str) -> Result<(Table, Vec<Fault>), Faults> {
-    let (table, root) = read_text(source_name, text)?;
+    let (table, _, root) = read_text(source_name, text)?;
     let mut warnings = table.warnings();
     for warning in &mut warnings {
         locate(&root, warning);
@@ -81,14 +107,15 @@ pub fn parse_with_warnings(source_name: &str, text: &str) -> Result<(Table, Vec<
     Ok((table, finish(source_name, warnings).0))
 }
 
-fn read_text(source_name: &str, text: &str) -> Result<(Table, node::Node), Faults> {
+fn read_text<'t>(source_name: &str, text: &'t str) -> Result<(Table, Checked, node::Node<'t>), Faults> {
     let mut faults = Vec::new();
     let Some(root) = node::load(text, &mut faults) else {
         return Err(finish(source_name, faults));
     };
     let loaded = faults.len();
     let table = read::read(&root, &mut faults);
-    let found = check::check(&table).faults;
+    let mut checked = check::check(&table);
+    let found = std::mem::take(&mut checked.faults);
     // What could not be read is missing for the checks: one fault is enough.
     let unread = faults.iter().skip(loaded);
     let known: Vec<String> = unread.map(|fault| fault.field.clone()).collect();
@@ -99,10 +126,10 @@ fn read_text(source_name: &str, text: &str) -> Result<(Table, node::Node), Fault
             faults.push(fault);
         }
     }
-    if faults.is_empty() { Ok((table, root)) } else { Err(finish(source_name, faults)) }
+    if faults.is_empty() { Ok((table, checked, root)) } else { Err(finish(source_name, faults)) }
 }
 
-fn locate(root: &node::Node, fault: &mut Fault) {
+fn locate(root: &node::Node<'_>, fault: &mut Fault) {
     let at = root.locate(&fault.field);
     (fault.line, fault.column) = (at.line, at.column);
 }

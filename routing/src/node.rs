@@ -1,8 +1,11 @@
-//! Text to a tree of located nodes. JSON is read as the YAML that it is, so both have positions.
+//! Text to a tree of located nodes. JSON and YAML have positions both; plain JSON, as tables travel, takes a short way (`json`).
 //!
 //! Invariant: the tree is bounded (bytes, nodes, depth) whatever the text, and nothing is expanded:
 //! anchors, aliases, tags and further documents are refused.
 
+mod json;
+
+use std::borrow::Cow;
 use std::collections::HashSet;
 
 use granit_parser::{Event, Marker, Parser, ScalarStyle, Span};
@@ -14,44 +17,46 @@ pub(crate) const MAX_BYTES: usize = 8 << 20;
 const MAX_NODES: usize = 1_000_000;
 /// A JSON Schema within a table is nested; nothing else comes near.
 const MAX_DEPTH: usize = 64;
+/// Up to so many keys of a map are compared one by one.
+const FEW: usize = 24;
 
 /// A value with its place.
-#[derive(Debug)]
-pub(crate) struct Node {
+#[derive(Debug, PartialEq)]
+pub(crate) struct Node<'t> {
     pub(crate) at: Place,
-    pub(crate) value: Value,
+    pub(crate) value: Value<'t>,
 }
 
 /// Line and column, both counted from 1.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Place {
     pub(crate) line: u32,
     pub(crate) column: u32,
 }
 
-#[derive(Debug)]
-pub(crate) enum Value {
+#[derive(Debug, PartialEq)]
+pub(crate) enum Value<'t> {
     /// A scalar; `plain` when it was written without quotes, so that it may be a number, a truth
     /// value or null.
     Scalar {
-        text: String,
+        text: Cow<'t, str>,
         plain: bool,
     },
-    List(Vec<Node>),
+    List(Vec<Node<'t>>),
     /// The entries in their order; no key occurs twice.
-    Map(Vec<Entry>),
+    Map(Vec<Entry<'t>>),
 }
 
-#[derive(Debug)]
-pub(crate) struct Entry {
-    pub(crate) key: String,
+#[derive(Debug, PartialEq)]
+pub(crate) struct Entry<'t> {
+    pub(crate) key: Cow<'t, str>,
     pub(crate) at: Place,
-    pub(crate) node: Node,
+    pub(crate) node: Node<'t>,
 }
 
-impl Node {
+impl<'t> Node<'t> {
     /// The entry of a map.
-    pub(crate) fn entry(&self, key: &str) -> Option<&Entry> {
+    pub(crate) fn entry(&self, key: &str) -> Option<&Entry<'t>> {
         match &self.value {
             Value::Map(entries) => entries.iter().find(|entry| entry.key == key),
             _ => None,
@@ -98,6 +103,33 @@ pub(crate) fn join(base: &str, key: &str) -> String {
     }
 }
 
+/// Where a node is, from the root: put into words only when there is something to say of it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Path<'p> {
+    Root,
+    Key(&'p Path<'p>, &'p str),
+    Item(&'p Path<'p>, usize),
+}
+
+impl Path<'_> {
+    pub(crate) fn key<'p>(&'p self, key: &'p str) -> Path<'p> {
+        Path::Key(self, key)
+    }
+
+    pub(crate) fn item(&self, index: usize) -> Path<'_> {
+        Path::Item(self, index)
+    }
+
+    /// As in [`Fault::field`].
+    pub(crate) fn text(&self) -> String {
+        match self {
+            Self::Root => String::new(),
+            Self::Key(base, key) => join(&base.text(), key),
+            Self::Item(base, index) => format!("{}[{index}]", base.text()),
+        }
+    }
+}
+
 /// The steps of a path that [`join`] made.
 fn steps(path: &str) -> Vec<Step> {
     let mut steps = Vec::new();
@@ -128,14 +160,26 @@ fn steps(path: &str) -> Vec<Step> {
 }
 
 /// A list or map that is still open.
-enum Open {
-    List(Place, Vec<Node>),
-    Map { at: Place, entries: Vec<Entry>, seen: HashSet<String>, key: Option<(String, Place)> },
+enum Open<'t> {
+    List(Place, Vec<Node<'t>>),
+    /// `seen` has all keys once there are more than a [`FEW`].
+    Map {
+        at: Place,
+        entries: Vec<Entry<'t>>,
+        seen: HashSet<Cow<'t, str>>,
+        key: Option<(Cow<'t, str>, Place)>,
+    },
+}
+
+impl Open<'_> {
+    fn map(at: Place) -> Self {
+        Self::Map { at, entries: Vec::new(), seen: HashSet::new(), key: None }
+    }
 }
 
 /// Reads the one document of a text. Duplicate keys are reported and the first is kept, so that
 /// reading goes on; `None` when there is no tree.
-pub(crate) fn load(text: &str, faults: &mut Vec<Fault>) -> Option<Node> {
+pub(crate) fn load<'t>(text: &'t str, faults: &mut Vec<Fault>) -> Option<Node<'t>> {
     if text.len() > MAX_BYTES {
         faults.push(Fault::new(
             code::LIMIT,
@@ -145,12 +189,23 @@ pub(crate) fn load(text: &str, faults: &mut Vec<Fault>) -> Option<Node> {
         ));
         return None;
     }
+    let before = faults.len();
+    let mut loader = Loader::new(faults);
+    match json::read(text, &mut loader) {
+        json::Read::Whole => return loader.root,
+        json::Read::Stopped => return None,
+        json::Read::NotJson => faults.truncate(before),
+    }
+    read_yaml(text, faults)
+}
+
+fn read_yaml<'t>(text: &'t str, faults: &mut Vec<Fault>) -> Option<Node<'t>> {
     let options = granit_parser::options! {
         emit_comments: false,
         flow_nesting_limit: 2 * MAX_DEPTH,
         block_nesting_limit: 2 * MAX_DEPTH,
     };
-    let mut loader = Loader { faults, open: Vec::new(), root: None, nodes: 0, documents: 0 };
+    let mut loader = Loader::new(faults);
     for next in Parser::new_from_str_with_options(text, options) {
         let stop = match next {
             Ok((event, span)) => loader.event(event, &span),
@@ -178,15 +233,19 @@ fn place(marker: Marker) -> Place {
     Place { line: number(marker.line()), column: number(marker.col()).saturating_add(1) }
 }
 
-struct Loader<'f> {
+struct Loader<'f, 't> {
     faults: &'f mut Vec<Fault>,
-    open: Vec<Open>,
-    root: Option<Node>,
+    open: Vec<Open<'t>>,
+    root: Option<Node<'t>>,
     nodes: usize,
     documents: usize,
 }
 
-impl Loader<'_> {
+impl<'f, 't> Loader<'f, 't> {
+    fn new(faults: &'f mut Vec<Fault>) -> Self {
+        Self { faults, open: Vec::new(), root: None, nodes: 0, documents: 0 }
+    }
+
     fn fault(&mut self, code: &'static str, at: Place, message: impl Into<String>, hint: &str) {
         let mut fault = Fault::new(code, self.path(), message, hint);
         (fault.line, fault.column) = (at.line, at.column);
@@ -195,7 +254,7 @@ impl Loader<'_> {
 
     /// The path of the node that is being read.
     fn path(&self) -> String {
-        let step = |path: String, open: &Open| match open {
+        let step = |path: String, open: &Open<'_>| match open {
             Open::List(_, items) => format!("{path}[{}]", items.len()),
             Open::Map { key: None, .. } => path,
             Open::Map { key: Some((key, _)), .. } => join(&path, key),
@@ -204,7 +263,7 @@ impl Loader<'_> {
     }
 
     /// Takes one event; false when reading cannot go on.
-    fn event(&mut self, event: Event<'_>, span: &Span) -> bool {
+    fn event(&mut self, event: Event<'t>, span: &Span) -> bool {
         let at = place(span.start);
         match event {
             Event::DocumentStart(..) => {
@@ -219,20 +278,21 @@ impl Loader<'_> {
             Event::Alias(_) | Event::UnresolvedAlias(_) | Event::Anchor(..) => self.no_anchors(at),
             Event::Scalar(text, style, anchor, tag) => {
                 let plain = style == ScalarStyle::Plain;
-                let text = text.into_owned();
                 self.plainly(at, anchor, tag.is_some()) && self.scalar(at, text, plain)
             }
             Event::SequenceStart(_, anchor, tag) => self.plainly(at, anchor, tag.is_some()) && self.push(at, Open::List(at, Vec::new())),
-            Event::MappingStart(_, anchor, tag) => {
-                let map = Open::Map { at, entries: Vec::new(), seen: HashSet::new(), key: None };
-                self.plainly(at, anchor, tag.is_some()) && self.push(at, map)
-            }
-            Event::SequenceEnd | Event::MappingEnd => match self.open.pop() {
-                Some(Open::List(at, items)) => self.add(Node { at, value: Value::List(items) }),
-                Some(Open::Map { at, entries, .. }) => self.add(Node { at, value: Value::Map(entries) }),
-                None => true,
-            },
+            Event::MappingStart(_, anchor, tag) => self.plainly(at, anchor, tag.is_some()) && self.push(at, Open::map(at)),
+            Event::SequenceEnd | Event::MappingEnd => self.pop(),
             _ => true,
+        }
+    }
+
+    /// Ends the list or map that was opened last.
+    fn pop(&mut self) -> bool {
+        match self.open.pop() {
+            Some(Open::List(at, items)) => self.add(Node { at, value: Value::List(items) }),
+            Some(Open::Map { at, entries, .. }) => self.add(Node { at, value: Value::Map(entries) }),
+            None => true,
         }
     }
 
@@ -254,7 +314,7 @@ impl Loader<'_> {
         !tagged
     }
 
-    fn push(&mut self, at: Place, open: Open) -> bool {
+    fn push(&mut self, at: Place, open: Open<'t>) -> bool {
         if let Some(Open::Map { key: None, .. }) = self.open.last() {
             self.fault(code::SYNTAX, at, "a key must be a word", "write `key: value`");
             return false;
@@ -268,7 +328,7 @@ impl Loader<'_> {
         true
     }
 
-    fn scalar(&mut self, at: Place, text: String, plain: bool) -> bool {
+    fn scalar(&mut self, at: Place, text: Cow<'t, str>, plain: bool) -> bool {
         if let Some(Open::Map { key, .. }) = self.open.last_mut()
             && key.is_none()
         {
@@ -279,7 +339,7 @@ impl Loader<'_> {
         self.add(Node { at, value })
     }
 
-    fn add(&mut self, node: Node) -> bool {
+    fn add(&mut self, node: Node<'t>) -> bool {
         self.nodes += 1;
         if self.nodes > MAX_NODES {
             let message = format!("the table has more than {MAX_NODES} values");
@@ -292,7 +352,14 @@ impl Loader<'_> {
             Some(Open::List(_, items)) => items.push(node),
             Some(Open::Map { entries, seen, key, .. }) => {
                 if let Some((key, at)) = key.take() {
-                    if seen.insert(key.clone()) {
+                    if entries.len() == FEW {
+                        seen.extend(entries.iter().map(|entry| entry.key.clone()));
+                    }
+                    let new = match entries.len() < FEW {
+                        true => entries.iter().all(|entry| entry.key != key),
+                        false => seen.insert(key.clone()),
+                    };
+                    if new {
                         entries.push(Entry { key, at, node });
                     } else {
                         twice = Some((key, at));
@@ -348,6 +415,16 @@ mod tests {
         assert_eq!(codes(&"[".repeat(100_000)).len(), 1);
         assert_eq!(codes(&"- ".repeat(100_000)).len(), 1);
         assert_eq!(codes(&" ".repeat(MAX_BYTES + 1)), ["limit"]);
+        let many = |keys: usize, more: &str| {
+            let keys: Vec<String> = (0..keys).map(|key| format!("\"{key}\":1")).collect();
+            codes(&format!("{{{}{more}}}", keys.join(",")))
+        };
+        for keys in [FEW - 1, FEW, FEW + 1, 3 * FEW] {
+            assert!(many(keys, "").is_empty(), "{keys}");
+            for more in [",\"0\":2", ",\"1\":2", ",\"7\":2"] {
+                assert_eq!(many(keys, more), ["duplicate"], "{keys} {more}");
+            }
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use crate::fault::{Fault, code};
-use crate::node::{Entry, Node, Value, join};
+use crate::node::{Entry, Node, Path, Value};
 use crate::table::{
     API_VERSION, BatchSpec, BreakerSpec, CaseSpec, ConcurrencySpec, Deliver, ForwardSpec, Guarantee, KIND, OnExhausted, OnGap, Order,
     RetrySpec, RouteFields, RouteSpec, SchemaSpec, Start, Table, To, TopicSpec,
@@ -41,8 +41,18 @@ pub(crate) const ROUTE_FIELDS: [&str; 23] = [
     "max_hops",
 ];
 
+/// The same, with the name.
+const NAMED_FIELDS: [&str; 24] = {
+    let (mut all, mut at) = (["name"; 24], 0);
+    while at < ROUTE_FIELDS.len() {
+        all[at + 1] = ROUTE_FIELDS[at];
+        at += 1;
+    }
+    all
+};
+
 /// Reads a table from the root node.
-pub(crate) fn read(root: &Node, faults: &mut Vec<Fault>) -> Table {
+pub(crate) fn read(root: &Node<'_>, faults: &mut Vec<Fault>) -> Table {
     Reader { faults }.table(root)
 }
 
@@ -52,35 +62,35 @@ struct Reader<'f> {
 
 /// The entries of a map, with their path.
 struct Fields<'n> {
-    path: String,
-    entries: &'n [Entry],
+    path: Path<'n>,
+    entries: &'n [Entry<'n>],
 }
 
 impl<'n> Fields<'n> {
-    fn get(&self, key: &str) -> Option<(&'n Node, String)> {
+    fn get(&self, key: &'static str) -> Option<(&Node<'n>, Path<'_>)> {
         let entry = self.entries.iter().find(|entry| entry.key == key)?;
-        Some((&entry.node, join(&self.path, key)))
+        Some((&entry.node, self.path.key(key)))
     }
 }
 
 impl Reader<'_> {
-    fn fault(&mut self, code: &'static str, node: &Node, path: &str, message: String, hint: &str) {
-        let mut fault = Fault::new(code, path, message, hint);
+    fn fault(&mut self, code: &'static str, node: &Node<'_>, path: &Path<'_>, message: String, hint: &str) {
+        let mut fault = Fault::new(code, path.text(), message, hint);
         (fault.line, fault.column) = (node.at.line, node.at.column);
         self.faults.push(fault);
     }
 
-    fn wrong_type(&mut self, node: &Node, path: &str, wanted: &str, hint: &str) {
+    fn wrong_type(&mut self, node: &Node<'_>, path: &Path<'_>, wanted: &str, hint: &str) {
         let message = format!("expected {wanted}, found {}", found(node));
         self.fault(code::TYPE, node, path, message, hint);
     }
 
     // Shapes.
 
-    fn map<'n>(&mut self, node: &'n Node, path: &str, known: &[&str]) -> Option<Fields<'n>> {
+    fn map<'n>(&mut self, node: &'n Node<'_>, path: &'n Path<'_>, known: &[&str]) -> Option<Fields<'n>> {
         let fields = self.any_map(node, path)?;
         for entry in fields.entries {
-            if known.contains(&entry.key.as_str()) {
+            if known.contains(&&*entry.key) {
                 continue;
             }
             // Beyond what is reported, no time is spent on hints.
@@ -92,17 +102,16 @@ impl Reader<'_> {
                 None => format!("known here: {}", known.join(", ")),
             };
             let message = format!("unknown field `{}`", entry.key);
-            let mut fault = Fault::new(code::UNKNOWN_FIELD, join(path, &entry.key), message, hint);
+            let mut fault = Fault::new(code::UNKNOWN_FIELD, path.key(&entry.key).text(), message, hint);
             (fault.line, fault.column) = (entry.at.line, entry.at.column);
             self.faults.push(fault);
         }
         Some(fields)
     }
 
-    fn any_map<'n>(&mut self, node: &'n Node, path: &str) -> Option<Fields<'n>> {
+    fn any_map<'n>(&mut self, node: &'n Node<'_>, path: &'n Path<'_>) -> Option<Fields<'n>> {
         if let Value::Map(entries) = &node.value {
-            let path = path.to_owned();
-            return Some(Fields { path, entries });
+            return Some(Fields { path: *path, entries });
         }
         self.wrong_type(node, path, "a map", "write `key: value` pairs");
         None
@@ -110,10 +119,10 @@ impl Reader<'_> {
 
     fn list<T>(
         &mut self,
-        node: &Node,
-        path: &str,
+        node: &Node<'_>,
+        path: &Path<'_>,
         hint: &str,
-        mut item: impl FnMut(&mut Self, &Node, &str) -> Option<T>,
+        mut item: impl FnMut(&mut Self, &Node<'_>, &Path<'_>) -> Option<T>,
     ) -> Option<Vec<T>> {
         let Value::List(nodes) = &node.value else {
             self.wrong_type(node, path, "a list", hint);
@@ -121,16 +130,16 @@ impl Reader<'_> {
         };
         let mut out = Vec::with_capacity(nodes.len());
         for (i, node) in nodes.iter().enumerate() {
-            out.extend(item(self, node, &format!("{path}[{i}]")));
+            out.extend(item(self, node, &path.item(i)));
         }
         Some(out)
     }
 
     // Scalars.
 
-    fn string(&mut self, node: &Node, path: &str) -> Option<String> {
+    fn string(&mut self, node: &Node<'_>, path: &Path<'_>) -> Option<String> {
         match &node.value {
-            Value::Scalar { text, plain } if !*plain || is_string(text) => Some(text.clone()),
+            Value::Scalar { text, plain } if !*plain || is_string(text) => Some(text.clone().into_owned()),
             Value::Scalar { plain: true, text } if !is_null(text) => {
                 self.wrong_type(node, path, "a string", &format!("write \"{text}\" in quotes"));
                 None
@@ -142,7 +151,7 @@ impl Reader<'_> {
         }
     }
 
-    fn number<T: FromStr>(&mut self, node: &Node, path: &str, wanted: &str) -> Option<T> {
+    fn number<T: FromStr>(&mut self, node: &Node<'_>, path: &Path<'_>, wanted: &str) -> Option<T> {
         if let Value::Scalar { text, plain: true } = &node.value
             && text.starts_with(|c: char| c.is_ascii_digit() || c == '-')
             && let Ok(number) = text.parse()
@@ -153,15 +162,15 @@ impl Reader<'_> {
         None
     }
 
-    fn whole<T: FromStr>(&mut self, node: &Node, path: &str) -> Option<T> {
+    fn whole<T: FromStr>(&mut self, node: &Node<'_>, path: &Path<'_>) -> Option<T> {
         self.number(node, path, "a whole number")
     }
 
-    fn status(&mut self, node: &Node, path: &str) -> Option<u16> {
+    fn status(&mut self, node: &Node<'_>, path: &Path<'_>) -> Option<u16> {
         self.number(node, path, "a status from 100 to 599")
     }
 
-    fn duration(&mut self, node: &Node, path: &str) -> Option<Duration> {
+    fn duration(&mut self, node: &Node<'_>, path: &Path<'_>) -> Option<Duration> {
         let hint = "write a number with a unit: 100ms, 5s, 1h30m, 7d";
         if let Value::Scalar { text, .. } = &node.value
             && !is_null(text)
@@ -177,7 +186,7 @@ impl Reader<'_> {
     }
 
     /// One of a few words; `None` (with a fault) when it is none of them.
-    fn word<T: Copy>(&mut self, node: &Node, path: &str, words: &[(&str, T)]) -> Option<T> {
+    fn word<T: Copy>(&mut self, node: &Node<'_>, path: &Path<'_>, words: &[(&str, T)]) -> Option<T> {
         let text = self.string(node, path)?;
         let found = words.iter().find(|(word, _)| *word == text);
         if found.is_none() {
@@ -194,9 +203,9 @@ impl Reader<'_> {
 
     // The table.
 
-    fn table(&mut self, root: &Node) -> Table {
+    fn table(&mut self, root: &Node<'_>) -> Table {
         let mut table = Table { mesh: String::new(), topics: BTreeMap::new(), defaults: RouteFields::default(), routes: Vec::new() };
-        let Some(fields) = self.map(root, "", &["apiVersion", "kind", "metadata", "spec"]) else {
+        let Some(fields) = self.map(root, &Path::Root, &["apiVersion", "kind", "metadata", "spec"]) else {
             return table;
         };
         self.constant(root, &fields, "apiVersion", API_VERSION);
@@ -217,8 +226,8 @@ impl Reader<'_> {
             && let Some(topics) = self.any_map(node, &path)
         {
             for entry in topics.entries {
-                let topic = self.topic(&entry.node, &join(&path, &entry.key));
-                table.topics.insert(entry.key.clone(), topic);
+                let topic = self.topic(&entry.node, &path.key(&entry.key));
+                table.topics.insert(entry.key.clone().into_owned(), topic);
             }
         }
         if let Some((node, path)) = spec.get("defaults")
@@ -234,16 +243,15 @@ impl Reader<'_> {
         table
     }
 
-    fn required<'n>(&mut self, parent: &Node, fields: &Fields<'n>, key: &str) -> Option<(&'n Node, String)> {
+    fn required<'f>(&mut self, parent: &Node<'_>, fields: &'f Fields<'_>, key: &'static str) -> Option<(&'f Node<'f>, Path<'f>)> {
         let found = fields.get(key);
         if found.is_none() {
-            let path = join(&fields.path, key);
-            self.fault(code::MISSING, parent, &path, format!("`{key}` is missing"), "");
+            self.fault(code::MISSING, parent, &fields.path.key(key), format!("`{key}` is missing"), "");
         }
         found
     }
 
-    fn constant(&mut self, root: &Node, fields: &Fields<'_>, key: &str, wanted: &str) {
+    fn constant(&mut self, root: &Node<'_>, fields: &Fields<'_>, key: &'static str, wanted: &str) {
         if let Some((node, path)) = self.required(root, fields, key)
             && let Some(text) = self.string(node, &path)
             && text != wanted
@@ -253,7 +261,7 @@ impl Reader<'_> {
         }
     }
 
-    fn topic(&mut self, node: &Node, path: &str) -> TopicSpec {
+    fn topic(&mut self, node: &Node<'_>, path: &Path<'_>) -> TopicSpec {
         let mut topic = TopicSpec::default();
         if let Some(fields) = self.map(node, path, &["partitions", "replication", "retention", "schema"]) {
             let get = |key| fields.get(key);
@@ -265,7 +273,7 @@ impl Reader<'_> {
         topic
     }
 
-    fn schema(&mut self, node: &Node, path: &str) -> Option<SchemaSpec> {
+    fn schema(&mut self, node: &Node<'_>, path: &Path<'_>) -> Option<SchemaSpec> {
         const HINT: &str = "write `json: { … }` with a JSON Schema, or `protobuf: { descriptor: <base64>, message: shop.Order }`";
         let fields = self.map(node, path, &["json", "protobuf"])?;
         match (fields.get("json"), fields.get("protobuf")) {
@@ -286,7 +294,7 @@ impl Reader<'_> {
     }
 
     /// A JSON value, written out, or as the text of a JSON document.
-    fn json(&mut self, node: &Node, path: &str) -> Option<serde_json::Value> {
+    fn json(&mut self, node: &Node<'_>, path: &Path<'_>) -> Option<serde_json::Value> {
         if let Value::Scalar { text, plain: false } = &node.value {
             return match serde_json::from_str(text) {
                 Ok(value) => Some(value),
@@ -300,10 +308,8 @@ impl Reader<'_> {
         Some(json_value(node))
     }
 
-    fn route(&mut self, node: &Node, path: &str) -> Option<RouteSpec> {
-        let mut known = vec!["name"];
-        known.extend(ROUTE_FIELDS);
-        let Some(fields) = self.map(node, path, &known) else {
+    fn route(&mut self, node: &Node<'_>, path: &Path<'_>) -> Option<RouteSpec> {
+        let Some(fields) = self.map(node, path, &NAMED_FIELDS) else {
             // Kept as an empty route, so that the numbers of the others stay right.
             return Some(RouteSpec { name: String::new(), fields: RouteFields::default() });
         };
@@ -365,17 +371,17 @@ impl Reader<'_> {
         out
     }
 
-    fn strings(&mut self, node: &Node, path: &str, hint: &str) -> Option<Vec<String>> {
+    fn strings(&mut self, node: &Node<'_>, path: &Path<'_>, hint: &str) -> Option<Vec<String>> {
         self.list(node, path, hint, |r, node, path| r.string(node, path))
     }
 
-    fn statuses(&mut self, node: &Node, path: &str) -> Option<BTreeSet<u16>> {
+    fn statuses(&mut self, node: &Node<'_>, path: &Path<'_>) -> Option<BTreeSet<u16>> {
         let hint = "write [204, 205, 304]";
         let list = self.list(node, path, hint, |r, node, path| r.status(node, path));
         list.map(|list| list.into_iter().collect())
     }
 
-    fn to(&mut self, node: &Node, path: &str) -> Option<To> {
+    fn to(&mut self, node: &Node<'_>, path: &Path<'_>) -> Option<To> {
         if let Value::Scalar { text, .. } = &node.value {
             if text == "void" {
                 return Some(To::Void);
@@ -388,7 +394,7 @@ impl Reader<'_> {
         self.strings(node, path, hint).map(To::Topics)
     }
 
-    fn case(&mut self, node: &Node, path: &str) -> Option<CaseSpec> {
+    fn case(&mut self, node: &Node<'_>, path: &Path<'_>) -> Option<CaseSpec> {
         let fields = self.map(node, path, &["status", "when", "to"]);
         let empty = CaseSpec { status: None, when: None, to: To::Void };
         // A broken case is kept too, so that the numbers of the others stay right.
@@ -403,7 +409,7 @@ impl Reader<'_> {
         })
     }
 
-    fn retry(&mut self, node: &Node, path: &str) -> Option<RetrySpec> {
+    fn retry(&mut self, node: &Node<'_>, path: &Path<'_>) -> Option<RetrySpec> {
         let known = ["attempts", "initial", "max", "multiplier", "topics"];
         let fields = self.map(node, path, &known)?;
         let get = |key| fields.get(key);
@@ -419,7 +425,7 @@ impl Reader<'_> {
         })
     }
 
-    fn concurrency(&mut self, node: &Node, path: &str) -> Option<ConcurrencySpec> {
+    fn concurrency(&mut self, node: &Node<'_>, path: &Path<'_>) -> Option<ConcurrencySpec> {
         if let Value::Map(_) = &node.value {
             let fields = self.map(node, path, &["adaptive"])?;
             let (node, path) = self.required(node, &fields, "adaptive")?;
@@ -436,7 +442,7 @@ impl Reader<'_> {
         self.number(node, path, wanted).map(ConcurrencySpec::Fixed)
     }
 
-    fn start(&mut self, node: &Node, path: &str) -> Option<Start> {
+    fn start(&mut self, node: &Node<'_>, path: &Path<'_>) -> Option<Start> {
         let text = self.string(node, path)?;
         match text.as_str() {
             "earliest" => return Some(Start::Earliest),
@@ -456,11 +462,11 @@ impl Reader<'_> {
         None
     }
 
-    fn guarantee(&mut self, node: &Node, path: &str) -> Option<Guarantee> {
+    fn guarantee(&mut self, node: &Node<'_>, path: &Path<'_>) -> Option<Guarantee> {
         self.word(node, path, &[("at_least_once", Guarantee::AtLeastOnce), ("exactly_once", Guarantee::ExactlyOnce)])
     }
 
-    fn forward(&mut self, node: &Node, path: &str) -> Option<ForwardSpec> {
+    fn forward(&mut self, node: &Node<'_>, path: &Path<'_>) -> Option<ForwardSpec> {
         match &node.value {
             Value::List(_) => self.strings(node, path, "").map(ForwardSpec::Only),
             Value::Scalar { text, .. } if text == "all" => Some(ForwardSpec::All),
@@ -474,7 +480,7 @@ impl Reader<'_> {
     }
 }
 
-fn found(node: &Node) -> String {
+fn found(node: &Node<'_>) -> String {
     match &node.value {
         Value::List(_) => "a list".into(),
         Value::Map(_) => "a map".into(),
@@ -488,13 +494,15 @@ fn found(node: &Node) -> String {
 }
 
 /// A node as JSON, by YAML's core schema.
-fn json_value(node: &Node) -> serde_json::Value {
+fn json_value(node: &Node<'_>) -> serde_json::Value {
     use serde_json::Value as Json;
     match &node.value {
         Value::List(nodes) => Json::Array(nodes.iter().map(json_value).collect()),
-        Value::Map(entries) => Json::Object(entries.iter().map(|entry| (entry.key.clone(), json_value(&entry.node))).collect()),
-        Value::Scalar { text, plain: false } => Json::String(text.clone()),
-        Value::Scalar { text, plain: true } => match text.as_str() {
+        Value::Map(entries) => {
+            Json::Object(entries.iter().map(|entry| (entry.key.clone().into_owned(), json_value(&entry.node))).collect())
+        }
+        Value::Scalar { text, plain: false } => Json::String(text.clone().into_owned()),
+        Value::Scalar { text, plain: true } => match &**text {
             text if is_null(text) => Json::Null,
             "true" | "True" | "TRUE" => Json::Bool(true),
             "false" | "False" | "FALSE" => Json::Bool(false),

@@ -132,7 +132,7 @@ type Known = HashMap<(String, Roots), Expression>;
 
 /// The expressions of the last table that was compiled. A table is compiled when it is read and
 /// again when it is put to use, and the next table mostly has the same ones.
-static LAST: Mutex<Option<Known>> = Mutex::new(None);
+static LAST: Mutex<Option<Arc<Known>>> = Mutex::new(None);
 
 /// Compiles expressions, on one thread with a large stack. Equal sources are compiled once.
 pub(crate) fn compile_all(sources: Vec<Source>) -> Vec<(String, Result<Expression, Refusal>)> {
@@ -149,7 +149,8 @@ pub(crate) fn compile_all(sources: Vec<Source>) -> Vec<(String, Result<Expressio
 }
 
 fn compile_here(sources: Vec<Source>) -> Vec<(String, Result<Expression, Refusal>)> {
-    let before = LAST.lock().ok().and_then(|mut last| last.take()).unwrap_or_default();
+    // Shared, since two tables may be compiled at once.
+    let before = LAST.lock().ok().and_then(|last| last.clone()).unwrap_or_default();
     let mut known = Known::new();
     let mut bytes = 0;
     let mut out = Vec::with_capacity(sources.len());
@@ -174,7 +175,7 @@ fn compile_here(sources: Vec<Source>) -> Vec<(String, Result<Expression, Refusal
         out.push((source.path, result));
     }
     if let Ok(mut last) = LAST.lock() {
-        *last = Some(known);
+        *last = Some(Arc::new(known));
     }
     out
 }
