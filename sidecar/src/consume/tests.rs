@@ -389,6 +389,33 @@ async fn a_table_is_swapped_under_load() {
     assert_eq!((read(&broker, "old").await.len(), read(&broker, "new").await.len()), (out_before, COUNT - out_before));
 }
 
+/// Whatever else a table changes, a route that is the same goes on with the consumer that it has: there is no rebalance.
+#[tokio::test(start_paused = true)]
+async fn a_route_that_did_not_change_keeps_its_consumer() {
+    let with = |others: &str| format!("  - {{ name: work, service: worker, deliver: stream, from: [in], to: [out] }}\n{others}");
+    let mesh = Mesh::on(broker(), &with(""));
+    mesh.publish("in", numbered(10)).await;
+    let desk = mesh.desk("work").await;
+    assert_eq!(desk.take(10, Duration::from_secs(1)).await.map(|taken| taken.len()), Some(10));
+    let rebalances = mesh.metrics.route(&"work".into(), &"worker".into()).rebalances.clone();
+    let before = rebalances.get();
+    assert!(before > 0, "its partitions were assigned once");
+    for others in [
+        "  - { name: other, service: worker, deliver: stream, from: [in], to: void }",
+        "  - { name: other, service: worker, deliver: stream, from: [in], to: void, timeout: 7s }",
+        "  - { name: theirs, service: elsewhere, deliver: stream, from: [in], to: void }",
+        // Said as it is by default.
+        "  - { name: other, service: worker, deliver: stream, from: [other], to: void, timeout: 10s }",
+        "",
+    ] {
+        mesh.table.send_replace(active(&with(others)));
+        tokio::time::sleep(Duration::from_secs(20)).await;
+        assert!(Arc::ptr_eq(&desk, &mesh.desk("work").await), "the loop goes on: {others}");
+        assert_eq!(rebalances.get(), before, "{others}");
+    }
+    mesh.end().await;
+}
+
 /// A service that is away costs no attempt, however long; status names it.
 #[tokio::test(start_paused = true)]
 async fn a_service_that_is_away_costs_no_attempt() {

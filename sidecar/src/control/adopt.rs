@@ -38,10 +38,8 @@ impl Pinned {
         let (path, mesh) = (path.to_owned(), mesh.to_owned());
         spawn_blocking(move || {
             let text = std::fs::read_to_string(&path).map_err(|error| StartError::Read { path: path.clone(), error })?;
-            let checked = mesh_routing::parse(&path.display().to_string(), &text)
-                .and_then(|table| Ok((mesh_routing::compile(&table)?, table)))
-                .map_err(|faults| StartError::Faults { path: path.clone(), faults });
-            let (compiled, table) = checked?;
+            let loaded = mesh_routing::load(&path.display().to_string(), &text);
+            let (table, compiled) = loaded.map_err(|faults| StartError::Faults { path: path.clone(), faults })?;
             if table.mesh != mesh {
                 return Err(StartError::Mesh { path, found: table.mesh, expected: mesh });
             }
@@ -90,7 +88,7 @@ pub(super) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
             }
         }
     }
-    let mut first = true;
+    let (mut first, mut stored) = (true, None);
     loop {
         let (judged, over) = {
             let local = shared.local.borrow();
@@ -112,7 +110,7 @@ pub(super) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
         shared.ready.send_replace(true);
         // Not cancelled: a stop waits for the milliseconds that the disk takes.
         if let Some(snapshot) = taken {
-            store_copy(&shared, snapshot).await;
+            stored = store_copy(&shared, snapshot, stored).await;
         }
     }
 }
@@ -286,11 +284,11 @@ async fn prepare(shared: &Shared, generation: u64) -> Result<(Snapshot, Compiled
 
 fn compile(mesh: &str, snapshot: &Snapshot) -> Result<CompiledTable, String> {
     let name = format!("generation {}", snapshot.generation);
-    let table = mesh_routing::parse(&name, &snapshot.table).map_err(|faults| faults.to_string())?;
+    let (table, compiled) = mesh_routing::load_stored(&name, &snapshot.table, &snapshot.digest).map_err(|faults| faults.to_string())?;
     if table.mesh != mesh {
         return Err(format!("the table is of mesh {:?}, and this sidecar belongs to mesh {mesh:?}", table.mesh));
     }
-    mesh_routing::compile(&table).map_err(|faults| faults.to_string())
+    Ok(compiled)
 }
 
 /// Creates the topics that are missing. Waits for a broker that is away; `false` if a newer generation came meanwhile.
@@ -341,13 +339,16 @@ fn put(shared: &Shared, response: v1::GetTableResponse, origin: TableOrigin, com
     });
 }
 
-async fn store_copy(shared: &Shared, snapshot: Box<Snapshot>) {
+/// `last` is the copy that was stored before; gives the one that is stored now.
+async fn store_copy(shared: &Shared, snapshot: Box<Snapshot>, last: Option<cache::Stored>) -> Option<cache::Stored> {
     let config = shared.config.clone();
-    let failed = match spawn_blocking(move || cache::store(&config.state, &snapshot, &config.control.trusted_keys)).await {
-        Ok(Ok(())) => None,
-        Ok(Err(error)) => Some(error.to_string()),
-        Err(error) => Some(error.to_string()),
+    let store = move || cache::store(&config.state, &snapshot, &config.control.trusted_keys, last.as_ref());
+    let (stored, failed) = match spawn_blocking(store).await {
+        Ok(Ok(stored)) => (stored, None),
+        Ok(Err(error)) => (None, Some(error.to_string())),
+        Err(error) => (None, Some(error.to_string())),
     };
     let reason = failed.map(|error| format!("the copy of the routing table cannot be written, so no start without the broker: {error}"));
     shared.wait_for(COPY, reason);
+    stored
 }

@@ -336,7 +336,7 @@ impl Control {
     pub(super) async fn check(&self, file: &str, text: &str) -> Result<Candidate, ApplyError> {
         let (file, text, mesh) = (file.to_owned(), text.to_owned(), self.0.config.mesh.clone());
         spawn_blocking(move || {
-            let table = mesh_routing::parse(&file, &text)?;
+            let (table, compiled) = mesh_routing::load(&file, &text)?;
             if table.mesh != *mesh {
                 return Err(Faults(vec![Fault {
                     message: format!("the table is of mesh {:?}, and this sidecar belongs to mesh {mesh:?}", table.mesh),
@@ -345,7 +345,6 @@ impl Control {
                 }])
                 .into());
             }
-            let compiled = mesh_routing::compile(&table)?;
             let mut warnings = table.warnings();
             for warning in &mut warnings {
                 warning.file.clone_from(&file);
@@ -426,11 +425,7 @@ impl Control {
             let snapshot = snapshot.filter(|snapshot| snapshot.verify(&config.control.trusted_keys).is_ok());
             let digest = snapshot.as_ref().map(|snapshot| snapshot.digest.clone());
             let signed_by = snapshot.as_ref().and_then(|snapshot| Some(snapshot.signature.as_ref()?.key.clone()));
-            let read = |json: &str| {
-                let table = mesh_routing::parse("the table in force", json).ok()?;
-                let compiled = mesh_routing::compile(&table).ok()?;
-                Some((table, compiled))
-            };
+            let read = |json: &str| mesh_routing::load("the table in force", json).ok();
             let found = snapshot.and_then(|snapshot| read(&snapshot.table)).or_else(|| read(&local?.json));
             let (table, compiled) = found.unzip();
             InForce { generation, stable, canary, aborted, digest, signed_by, table, compiled }

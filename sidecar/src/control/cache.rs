@@ -10,6 +10,7 @@ use std::{
     fs::{self, File},
     io::{self, Write as _},
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 use mesh_routing::sign::PublicKey;
@@ -46,10 +47,30 @@ pub(crate) enum CacheError {
 /// The file of the pauses, beside it.
 pub(crate) const PAUSES: &str = "pauses.json";
 
-/// Writes the newest copy. The one that was there is kept as the copy before it, if it is good.
-pub(crate) fn store(state: &Path, snapshot: &Snapshot, trusted: &[PublicKey]) -> Result<(), CacheError> {
-    let kept = load(state, FILE, &snapshot.mesh, trusted).is_ok_and(|old| old.is_some_and(|old| old.generation < snapshot.generation));
-    write(state, FILE, snapshot, kept.then_some(PREVIOUS))
+/// A copy that this process wrote: how to tell that nobody changed it since.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Stored {
+    generation: u64,
+    length: u64,
+    modified: SystemTime,
+}
+
+impl Stored {
+    /// `None` where the system cannot tell.
+    fn of(state: &Path, generation: u64) -> Option<Self> {
+        let found = fs::metadata(state.join(FILE)).ok()?;
+        Some(Self { generation, length: found.len(), modified: found.modified().ok()? })
+    }
+}
+
+/// Writes the newest copy. The one that was there is kept as the copy before it, if it is good: it is read for that, unless it is the one that this
+/// process wrote `last`.
+pub(crate) fn store(state: &Path, snapshot: &Snapshot, trusted: &[PublicKey], last: Option<&Stored>) -> Result<Option<Stored>, CacheError> {
+    let untouched = last.filter(|last| Stored::of(state, last.generation).as_ref() == Some(*last)).map(|last| last.generation);
+    let read = || load(state, FILE, &snapshot.mesh, trusted).ok().flatten().map(|old| old.generation);
+    let kept = untouched.or_else(read).is_some_and(|old| old < snapshot.generation);
+    write(state, FILE, snapshot, kept.then_some(PREVIOUS))?;
+    Ok(Stored::of(state, snapshot.generation))
 }
 
 /// Writes the pauses.
@@ -119,11 +140,11 @@ mod tests {
         let load = |name: &str, mesh: &str| load(&state, name, mesh, &[]);
         assert!(load(FILE, "shop").unwrap().is_none() && load(PREVIOUS, "shop").unwrap().is_none());
         let first = Snapshot::new("shop", 1, 5, "w", "{}".into());
-        store(&state, &first, &[]).unwrap();
+        store(&state, &first, &[], None).unwrap();
         assert_eq!(load(FILE, "shop").unwrap(), Some(first.clone()));
         let second = Snapshot::new("shop", 2, 6, "w", "{\"a\":1}".into());
-        store(&state, &second, &[]).unwrap();
-        store(&state, &second, &[]).unwrap();
+        store(&state, &second, &[], None).unwrap();
+        store(&state, &second, &[], None).unwrap();
         assert_eq!(load(FILE, "shop").unwrap(), Some(second.clone()));
         assert_eq!(load(PREVIOUS, "shop").unwrap(), Some(first.clone()), "the same again does not push it out");
         assert_eq!(fs::read_dir(&state).unwrap().count(), 2, "no temporary file is left");
@@ -139,7 +160,18 @@ mod tests {
 
         // What is not good is replaced, and the good copy before it stays.
         let third = Snapshot::new("shop", 3, 7, "w", "{}".into());
-        store(&state, &third, &[]).unwrap();
-        assert_eq!((load(FILE, "shop").unwrap(), load(PREVIOUS, "shop").unwrap()), (Some(third), Some(first)));
+        store(&state, &third, &[], None).unwrap();
+        assert_eq!((load(FILE, "shop").unwrap(), load(PREVIOUS, "shop").unwrap()), (Some(third), Some(first.clone())));
+
+        // What this process wrote itself is not read again, unless somebody changed it.
+        let fourth = Snapshot::new("shop", 4, 8, "w", "{}".into());
+        let stored = store(&state, &fourth, &[], None).unwrap();
+        let fifth = Snapshot::new("shop", 5, 9, "w", "{}".into());
+        let stored = store(&state, &fifth, &[], stored.as_ref()).unwrap();
+        assert_eq!(load(PREVIOUS, "shop").unwrap(), Some(fourth.clone()));
+        fs::write(&path, "cut").unwrap();
+        let sixth = Snapshot::new("shop", 6, 10, "w", "{}".into());
+        store(&state, &sixth, &[], stored.as_ref()).unwrap();
+        assert_eq!((load(FILE, "shop").unwrap(), load(PREVIOUS, "shop").unwrap()), (Some(sixth), Some(fourth)));
     }
 }

@@ -1,17 +1,20 @@
 //! What instances say of themselves in `__mesh.status`, and what follows from it.
 //!
-//! A record's key is `<mesh>/<instance>`, its value the zstd-compressed protobuf of `InstanceStatus`; a tombstone is a clean exit.
+//! A record's key is `<mesh>/<instance>`, its value the zstd-compressed protobuf of `InstanceStatus`, and a header says when it was made; a tombstone is
+//! a clean exit.
 //!
 //! Invariant: the answering instance's own status is made on the spot, never read from the topic.
 //! Invariant: what is known of others is bounded in number and in age.
+//! Invariant: a report is kept as it came, and read when somebody asks: in a mesh of a thousand sidecars each hears a thousand reports of every
+//! apply, and mostly nobody asks.
 
 use std::{
     collections::BTreeMap,
-    io::Read as _,
     sync::{Arc, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
+use bytes::Bytes;
 use mesh_proto::v1;
 use mesh_routing::channel::{Member, Selector};
 use prost::Message as _;
@@ -20,12 +23,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     rollout,
+    snapshot::unzip,
     state::{Backoff, Shared, now_ms},
     topics::STATUS_TOPIC,
 };
 use crate::{
     broker::{BrokerError, Consumer, ConsumerConfig, Event, Outgoing, StartOffset},
-    record::{Record, TopicPartition},
+    record::{Header, Record, TopicPartition},
     status::{RouteState, RouteStatus},
 };
 
@@ -49,6 +53,8 @@ const MAX_PEERS: usize = 20_000;
 const GOODBYE: Duration = Duration::from_secs(2);
 /// How long a report may take to be acknowledged.
 const REPORT: Duration = Duration::from_secs(10);
+/// The header of a report that says when it was made, and by a process of which age.
+const STAMP: &str = "mesh-report";
 /// The largest report that is unpacked, in bytes.
 const MAX_REPORT: u64 = 16 << 20;
 
@@ -61,9 +67,11 @@ type Ends = BTreeMap<TopicPartition, i64>;
 /// An instance's last report.
 #[derive(Clone, Debug)]
 pub(super) struct Peer {
-    status: v1::InstanceStatus,
+    content: Content,
     /// When it was heard, by this process's clock, which knows nothing of the other's.
     heard_ms: i64,
+    /// When the process began that reports, by its clock.
+    started_ms: i64,
     /// How much older the last two reports were when they came, by the two clocks, in milliseconds; only of those that were heard as they came.
     behind_ms: [Option<i64>; 2],
     /// When an older process reported again under the name, the last two times; 0: never.
@@ -71,13 +79,26 @@ pub(super) struct Peer {
 }
 
 impl Peer {
+    fn new(content: Content, stamp: Stamp, live: bool, now: i64) -> Self {
+        let heard_ms = if live { now } else { stamp.reported_ms.min(now) };
+        // One that comes from a time that is not yet tells of a clock, however old it is.
+        let behind = now.saturating_sub(stamp.reported_ms);
+        Self {
+            content,
+            heard_ms,
+            started_ms: stamp.started_ms,
+            behind_ms: [(live || behind < 0).then_some(behind), None],
+            relapses_ms: [0; 2],
+        }
+    }
+
     /// The same, knowing what was reported before under its name.
     fn after(mut self, before: Option<&Self>) -> Self {
         if let Some(before) = before {
             self.behind_ms[1] = before.behind_ms[0];
             self.relapses_ms = before.relapses_ms;
             // A process that ends takes its report back; one that was killed says nothing any more.
-            if self.status.started_ms > 0 && self.status.started_ms < before.status.started_ms {
+            if self.started_ms > 0 && self.started_ms < before.started_ms {
                 self.relapses_ms = [self.heard_ms, before.relapses_ms[0]];
             }
         }
@@ -85,19 +106,51 @@ impl Peer {
     }
 }
 
+/// A report.
+#[derive(Clone, Debug)]
+enum Content {
+    /// As it came, and not yet read.
+    Packed(Bytes),
+    /// Read.
+    Read(Arc<v1::InstanceStatus>),
+}
+
+/// A report that was read, and when it was heard.
+type Heard = (Arc<v1::InstanceStatus>, i64);
+
+/// What is needed of every report when it comes: it is a header of its record, too, in which both stand as big-endian numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    /// When it was made, in milliseconds since 1970-01-01 UTC, by the clock of whoever reports.
+    reported_ms: i64,
+    /// When the process began, in the same way; 0 if that is not known.
+    started_ms: i64,
+}
+
+impl Stamp {
+    fn of(status: &v1::InstanceStatus) -> Self {
+        Self { reported_ms: status.reported_ms, started_ms: status.started_ms }
+    }
+
+    /// `None` where there is none: older versions wrote none.
+    fn read(record: &Record) -> Option<Self> {
+        let (reported, started) = record.header(STAMP)?.split_first_chunk::<8>()?;
+        Some(Self { reported_ms: i64::from_be_bytes(*reported), started_ms: i64::from_be_bytes(started.try_into().ok()?) })
+    }
+
+    fn header(self) -> Header {
+        Header::new(STAMP, [self.reported_ms.to_be_bytes(), self.started_ms.to_be_bytes()].concat())
+    }
+}
+
 /// The state of the mesh.
 pub(super) fn mesh(shared: &Shared) -> v1::GetStatusResponse {
     let now = now_ms();
     let head = shared.progress.borrow().head;
-    let mut peers = {
-        let mut peers = shared.peers.lock().unwrap_or_else(PoisonError::into_inner);
-        peers.retain(|_, peer| now.saturating_sub(peer.heard_ms) < FORGOTTEN_AFTER_MS);
-        peers.clone()
-    };
-    peers.remove(&shared.instance);
-    let mut instances: Vec<_> = peers
-        .into_values()
-        .map(|Peer { mut status, heard_ms, .. }| {
+    let mut instances: Vec<_> = others(shared)
+        .into_iter()
+        .map(|(status, heard_ms)| {
+            let mut status = Arc::unwrap_or_clone(status);
             judge(shared, &mut status, now.saturating_sub(heard_ms));
             // Its age, by one clock.
             status.reported_ms = heard_ms;
@@ -138,14 +191,10 @@ fn judge(shared: &Shared, status: &mut v1::InstanceStatus, age_ms: i64) {
 /// The live instances that report a route, this one among them: those that may own its partitions.
 pub(super) fn instances_of(shared: &Shared, route: &str) -> Vec<String> {
     let now = now_ms();
-    let peers = shared.peers.lock().unwrap_or_else(PoisonError::into_inner);
-    let others = peers.iter().filter(|(instance, peer)| {
-        **instance != shared.instance
-            && now.saturating_sub(peer.heard_ms) <= LOST_AFTER_MS
-            && peer.status.routes.iter().any(|status| status.route == route)
+    let others = others(shared).into_iter().filter(|(status, heard_ms)| {
+        now.saturating_sub(*heard_ms) <= LOST_AFTER_MS && status.routes.iter().any(|status| status.route == route)
     });
-    let mut instances: Vec<String> = others.map(|(instance, _)| instance.clone()).collect();
-    drop(peers);
+    let mut instances: Vec<String> = others.map(|(status, _)| status.instance.clone()).collect();
     if shared.board.routes().iter().any(|status| *status.route == *route) {
         instances.push(shared.instance.clone());
     }
@@ -181,6 +230,61 @@ pub(super) fn liveness(shared: &Shared, instance: &str) -> Option<Result<(), Dur
         return None;
     }
     Some(if silent_ms <= LOST_AFTER_MS { Ok(()) } else { Err(Duration::from_millis(silent_ms.unsigned_abs())) })
+}
+
+/// What other instances said last, in the order of their names. Reads what was not read yet, outside of the lock, since that can be a thousand
+/// reports.
+fn others(shared: &Shared) -> Vec<Heard> {
+    let now = now_ms();
+    let lock = || shared.peers.lock().unwrap_or_else(PoisonError::into_inner);
+    let known: Vec<(String, Content, i64)> = {
+        let mut peers = lock();
+        peers.retain(|_, peer| now.saturating_sub(peer.heard_ms) < FORGOTTEN_AFTER_MS);
+        let others = peers.iter().filter(|(instance, _)| **instance != shared.instance);
+        others.map(|(instance, peer)| (instance.clone(), peer.content.clone(), peer.heard_ms)).collect()
+    };
+    let (mut heard, mut read) = (Vec::with_capacity(known.len()), Vec::new());
+    for (instance, content, heard_ms) in known {
+        match content {
+            Content::Read(status) => heard.push((status, heard_ms)),
+            Content::Packed(value) => {
+                let status = unpack(&value, &instance).map(Arc::new);
+                heard.extend(status.clone().map(|status| (status, heard_ms)));
+                read.push((instance, value, status));
+            }
+        }
+    }
+    if !read.is_empty() {
+        let mut peers = lock();
+        for (instance, value, status) in read {
+            let Some(peer) = peers.get_mut(&instance) else { continue };
+            // A newer report may have come meanwhile.
+            if !matches!(&peer.content, Content::Packed(known) if known.as_ptr() == value.as_ptr()) {
+                continue;
+            }
+            match status {
+                Some(status) => peer.content = Content::Read(status),
+                None => drop(peers.remove(&instance)),
+            }
+        }
+    }
+    heard
+}
+
+/// Reads a report; `None` if it is none, or not that of its key.
+fn unpack(value: &[u8], instance: &str) -> Option<v1::InstanceStatus> {
+    let unzipped = unzip(value, MAX_REPORT).map_err(|error| error.to_string());
+    match unzipped.and_then(|bytes| v1::InstanceStatus::decode(bytes.as_slice()).map_err(|error| error.to_string())) {
+        Ok(status) if status.instance == instance => Some(status),
+        Ok(_) => {
+            tracing::debug!(instance, "a status report names another instance than its key");
+            None
+        }
+        Err(error) => {
+            tracing::debug!(instance, error, "a status report cannot be read");
+            None
+        }
+    }
 }
 
 /// This instance, now.
@@ -364,7 +468,8 @@ async fn send(shared: &Shared, status: Option<&v1::InstanceStatus>) -> Result<()
         producer.learn_topic(STATUS_TOPIC, REPORT).await.map_err(|error| error.to_string())?;
     }
     let key = format!("{}/{}", shared.config.mesh, shared.instance);
-    let record = Record { key: Some(key.into()), value, headers: Vec::new(), timestamp_ms: None };
+    let headers = status.map(|status| Stamp::of(status).header()).into_iter().collect();
+    let record = Record { key: Some(key.into()), value, headers, timestamp_ms: None };
     let acks = producer.send(vec![Outgoing { topic: STATUS_TOPIC.into(), partition: None, record }]).await;
     acks.into_iter().try_for_each(|ack| ack.map(drop)).map_err(|error| error.to_string())
 }
@@ -429,31 +534,33 @@ fn hear(shared: &Shared, record: &Record, live: bool) {
     else {
         return;
     };
-    let peer = record.value.as_ref().map(|value| {
-        let mut bytes = Vec::new();
-        let unpacked = zstd::Decoder::with_buffer(&**value).and_then(|decoder| decoder.take(MAX_REPORT).read_to_end(&mut bytes));
-        let status = unpacked
-            .map_err(|error| error.to_string())
-            .and_then(|_| v1::InstanceStatus::decode(bytes.as_slice()).map_err(|error| error.to_string()));
-        status.map(|status| {
-            let now = now_ms();
-            let heard_ms = if live { now } else { status.reported_ms.min(now) };
-            // One that comes from a time that is not yet tells of a clock, however old it is.
-            let behind = now.saturating_sub(status.reported_ms);
-            Peer { heard_ms, behind_ms: [(live || behind < 0).then_some(behind), None], relapses_ms: [0; 2], status }
-        })
-    });
+    let unpacked = match &record.value {
+        None => None,
+        Some(value) => match Stamp::read(record) {
+            // A copy: the record is a piece of a whole batch, which is not to be kept for it.
+            Some(stamp) => Some((stamp, Content::Packed(Bytes::copy_from_slice(value)))),
+            None => match unpack(value, instance) {
+                Some(status) => Some((Stamp::of(&status), Content::Read(Arc::new(status)))),
+                None => return,
+            },
+        },
+    };
+    let now = now_ms();
     let mut peers = shared.peers.lock().unwrap_or_else(PoisonError::into_inner);
-    match peer {
-        None => drop(peers.remove(instance)),
-        Some(Ok(peer)) if peer.status.instance == instance => {
-            if peers.len() < MAX_PEERS || peers.contains_key(instance) {
-                let peer = peer.after(peers.get(instance));
-                peers.insert(instance.to_owned(), peer);
-            }
-        }
-        Some(Ok(_)) => tracing::debug!(instance, "a status report names another instance than its key"),
-        Some(Err(error)) => tracing::debug!(instance, error, "a status report cannot be read"),
+    let Some((stamp, content)) = unpacked else {
+        peers.remove(instance);
+        return;
+    };
+    let peer = Peer::new(content, stamp, live, now).after(peers.get(instance));
+    if let Some(known) = peers.get_mut(instance) {
+        *known = peer;
+        return;
+    }
+    if peers.len() >= MAX_PEERS {
+        peers.retain(|_, known| now.saturating_sub(known.heard_ms) < FORGOTTEN_AFTER_MS);
+    }
+    if peers.len() < MAX_PEERS {
+        peers.insert(instance.to_owned(), peer);
     }
 }
 
@@ -502,6 +609,17 @@ mod tests {
         assert_eq!(significant(&one), before);
         one.routes[0].reason = "service s is away".into();
         assert_ne!(significant(&one), before);
+    }
+
+    #[test]
+    fn a_stamp_is_read_back() {
+        let stamp = Stamp { reported_ms: 1_700_000_000_123, started_ms: -1 };
+        let record = |headers| Record { headers, ..Record::default() };
+        assert_eq!(Stamp::read(&record(vec![stamp.header()])), Some(stamp));
+        assert_eq!(Stamp::read(&record(Vec::new())), None);
+        for length in [0, 7, 8, 15, 17] {
+            assert_eq!(Stamp::read(&record(vec![Header::new(STAMP, vec![1; length])])), None, "{length}");
+        }
     }
 
     #[test]

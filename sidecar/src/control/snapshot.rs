@@ -141,8 +141,7 @@ impl Snapshot {
 
     /// Reads a record's value. CPU-heavy for large tables.
     pub(crate) fn unpack(value: &[u8]) -> Result<Self, SnapshotError> {
-        let mut json = Vec::new();
-        zstd::Decoder::with_buffer(value)?.take(MAX_BYTES + 1).read_to_end(&mut json)?;
+        let json = unzip(value, MAX_BYTES)?;
         if json.len() as u64 > MAX_BYTES {
             return Err(SnapshotError::TooLarge);
         }
@@ -151,16 +150,18 @@ impl Snapshot {
 
     /// Reads the envelope's JSON, and checks its schema and digest.
     pub(crate) fn from_json(json: &[u8]) -> Result<Self, SnapshotError> {
-        // The schema first: the rest may look different in another one.
+        // In another schema the rest may look different, and that is what has to be said then.
         #[derive(Deserialize)]
         struct Probe {
             schema: u32,
         }
-        match serde_json::from_slice::<Probe>(json)?.schema {
-            SCHEMA => {}
-            other => return Err(SnapshotError::Schema(other)),
+        let snapshot: Self = serde_json::from_slice(json).map_err(|error| match serde_json::from_slice::<Probe>(json) {
+            Ok(Probe { schema }) if schema != SCHEMA => SnapshotError::Schema(schema),
+            Ok(_) | Err(_) => error.into(),
+        })?;
+        if snapshot.schema != SCHEMA {
+            return Err(SnapshotError::Schema(snapshot.schema));
         }
-        let snapshot: Self = serde_json::from_slice(json)?;
         if snapshot.channel.parse::<Channel>().is_err() {
             return Err(SnapshotError::Channel(snapshot.channel));
         }
@@ -198,6 +199,19 @@ impl Snapshot {
             return Ok(());
         }
         Err(SnapshotError::Mismatch { field, found: found.to_owned(), expected: expected.to_owned() })
+    }
+}
+
+/// Decompresses at most `limit` bytes and one more, which tells that there are more.
+pub(super) fn unzip(value: &[u8], limit: u64) -> std::io::Result<Vec<u8>> {
+    match zstd::zstd_safe::get_frame_content_size(value) {
+        // What says how long it is needs neither a window of its own nor a buffer that grows.
+        Ok(Some(length)) if length <= limit => zstd::bulk::decompress(value, usize::try_from(length).unwrap_or(usize::MAX)),
+        Ok(_) | Err(_) => {
+            let mut bytes = Vec::new();
+            zstd::Decoder::with_buffer(value)?.take(limit + 1).read_to_end(&mut bytes)?;
+            Ok(bytes)
+        }
     }
 }
 

@@ -85,7 +85,8 @@ pub(crate) fn plan(table: &CompiledTable, existing: &BTreeMap<String, i32>) -> P
             Some(source) => counts.get(&**source).copied(),
             None => topic.spec.partitions.and_then(|count| i32::try_from(count).ok()),
         };
-        if let Some(actual) = existing.get(&*topic.name).copied() {
+        // Names are unique: one that is created now is not looked at again.
+        if let Some(actual) = counts.get(&*topic.name).copied() {
             if let Some(declared) = declared.filter(|declared| *declared != actual) {
                 plan.differs.push(Differs { topic: topic.name.to_string(), declared, actual });
             }

@@ -115,8 +115,7 @@ impl EmbeddedAdmin {
 
 impl Admin for EmbeddedAdmin {
     fn topics(&self) -> BoxFuture<'_, Result<Arc<BTreeMap<String, i32>>, BrokerError>> {
-        let topics = self.0.catalog.all().into_iter().map(|topic| (topic.name.to_string(), topic.count())).collect();
-        Box::pin(std::future::ready(Ok(Arc::new(topics))))
+        Box::pin(std::future::ready(Ok(self.0.catalog.counts())))
     }
 
     fn create_topics(&self, topics: Vec<NewTopic>) -> BoxFuture<'_, Result<(), BrokerError>> {

@@ -55,11 +55,29 @@ impl Topic {
 
 /// All topics.
 #[derive(Debug, Default)]
-pub(super) struct Catalog(RwLock<HashMap<Arc<str>, Arc<Topic>>>);
+pub(super) struct Catalog(RwLock<Topics>);
+
+#[derive(Debug, Default)]
+struct Topics {
+    by_name: HashMap<Arc<str>, Arc<Topic>>,
+    /// Their partition counts, once somebody asked; gone with the next change.
+    counts: Option<Arc<BTreeMap<String, i32>>>,
+}
 
 impl Catalog {
     pub(super) fn get(&self, topic: &str) -> Option<Arc<Topic>> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).get(topic).cloned()
+        self.0.read().unwrap_or_else(PoisonError::into_inner).by_name.get(topic).cloned()
+    }
+
+    /// The partition counts of all topics.
+    pub(super) fn counts(&self) -> Arc<BTreeMap<String, i32>> {
+        if let Some(counts) = &self.0.read().unwrap_or_else(PoisonError::into_inner).counts {
+            return counts.clone();
+        }
+        let mut topics = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let Topics { by_name, counts } = &mut *topics;
+        let count = || Arc::new(by_name.values().map(|topic| (topic.name.to_string(), topic.count())).collect());
+        counts.get_or_insert_with(count).clone()
     }
 
     pub(super) fn partition(&self, partition: &TopicPartition) -> Option<Arc<Partition>> {
@@ -67,15 +85,19 @@ impl Catalog {
     }
 
     pub(super) fn all(&self) -> Vec<Arc<Topic>> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+        self.0.read().unwrap_or_else(PoisonError::into_inner).by_name.values().cloned().collect()
     }
 
     pub(super) fn insert(&self, topic: Arc<Topic>) {
-        self.0.write().unwrap_or_else(PoisonError::into_inner).insert(topic.name.clone(), topic);
+        let mut topics = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        topics.counts = None;
+        topics.by_name.insert(topic.name.clone(), topic);
     }
 
     pub(super) fn remove(&self, topic: &str) {
-        self.0.write().unwrap_or_else(PoisonError::into_inner).remove(topic);
+        let mut topics = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        topics.counts = None;
+        topics.by_name.remove(topic);
     }
 }
 

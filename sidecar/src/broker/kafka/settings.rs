@@ -171,6 +171,11 @@ impl Settings {
             .set("fetch.max.bytes", ahead.max(self.options.record_bytes + 64 * 1024).to_string())
             .set("socket.timeout.ms", "15000")
             .set("topic.metadata.refresh.interval.ms", "30000");
+        if is_of_the_mesh(consumer) {
+            // Nothing of these is ever paused, so nobody waits for a fetch to come back empty, and the broker answers at once when there is something.
+            // Every sidecar has three of them, idle nearly always: asked as often as for records, a thousand sidecars would ask 60,000 times a second.
+            config.set("fetch.wait.max.ms", "500");
+        }
         // With `group.protocol: consumer` the broker decides on both, and librdkafka refuses them.
         let classic = self.classic();
         if classic {
@@ -209,6 +214,11 @@ impl Settings {
         }
         config
     }
+}
+
+/// Whether it reads the mesh's own topics, by itself.
+fn is_of_the_mesh(consumer: &ConsumerConfig) -> bool {
+    consumer.group.is_none() && !consumer.topics.is_empty() && consumer.topics.iter().all(|topic| topic.starts_with("__mesh."))
 }
 
 #[cfg(test)]
@@ -268,6 +278,23 @@ mod tests {
         assert_eq!(beat(&[("session.timeout.ms", "1500")]).as_deref(), Some("150"));
         assert_eq!(beat(&[("heartbeat.interval.ms", "2000")]).as_deref(), Some("2000"));
         assert_eq!(beat(&[("group.protocol", "consumer")]), None);
+    }
+
+    #[test]
+    fn who_reads_the_meshs_own_topics_asks_seldom() {
+        let wait = |group: Option<&str>, topics: &[&str], pairs: &[(&str, &str)]| {
+            let topics = topics.iter().map(|topic| (*topic).into()).collect();
+            let reader = ConsumerConfig::reader(topics, crate::broker::StartOffset::Earliest, 1 << 20);
+            let consumer = ConsumerConfig { group: group.map(str::to_owned), ..reader };
+            let keys = keys(&[&[("bootstrap.servers", "a:1")], pairs].concat());
+            Settings::new(keys, KafkaOptions::default()).unwrap().consumer(&consumer).get("fetch.wait.max.ms").map(str::to_owned)
+        };
+        assert_eq!(wait(None, &["__mesh.status"], &[]).as_deref(), Some("500"));
+        assert_eq!(wait(None, &["__mesh.status"], &[("fetch.wait.max.ms", "70")]).as_deref(), Some("70"));
+        assert_eq!(wait(None, &["orders"], &[]).as_deref(), Some("50"));
+        assert_eq!(wait(None, &["__mesh.status", "orders"], &[]).as_deref(), Some("50"));
+        assert_eq!(wait(None, &[], &[]).as_deref(), Some("50"));
+        assert_eq!(wait(Some("g"), &["orders"], &[]).as_deref(), Some("50"));
     }
 
     #[test]
