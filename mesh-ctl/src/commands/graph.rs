@@ -171,7 +171,7 @@ fn edges(table: &Table, name: &str) -> Edges {
             to.push(topic.clone());
         }
     }
-    let dead_letter = dead_letter(&route.name, &fields);
+    let dead_letter = dead_letter(&route.name, &fields).into_owned();
     Edges { from: fields.from.unwrap_or_default(), filter: fields.filter, to, cases, otherwise, dead_letter }
 }
 

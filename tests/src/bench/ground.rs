@@ -94,6 +94,7 @@ impl Bench {
             Kind::Memory => self.memory(&mut row).await,
             Kind::Start => self.start(&mut row).await,
             Kind::Swap => self.swap(&mut row).await,
+            Kind::MeshScale => self.mesh_scale(&mut row).await,
             Kind::Kill => self.kill(&mut row).await,
             Kind::TlsHttp | Kind::TlsStream => self.tls(&mut row).await,
             Kind::TraceHttp => self.traced(&mut row).await,

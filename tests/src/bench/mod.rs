@@ -19,5 +19,6 @@ pub mod plot;
 pub mod report;
 pub mod role;
 pub mod rows;
+pub mod scale;
 pub mod service;
 mod throughput;

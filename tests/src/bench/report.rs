@@ -152,6 +152,7 @@ fn title(kind: Kind) -> &'static str {
         Kind::Memory => "memory",
         Kind::Start => "start of the process to ready",
         Kind::Swap => "swap of a table of 1,000 routes",
+        Kind::MeshScale => "a table for a simulated mesh",
         Kind::Kill => "three `kill -9` in 20,000 records",
         Kind::TlsHttp => "publish over HTTP with TLS",
         Kind::TlsStream => "publish on a gRPC stream with TLS",
@@ -173,6 +174,7 @@ fn goal(kind: Kind) -> &'static str {
         Kind::Memory => "≤ 25 MB with one idle route, ≤ 1 MB each further one, ≤ 60 MB under a push",
         Kind::Start => "≤ 150 ms on Kafka, ≤ 100 ms embedded",
         Kind::Swap => "in force ≤ 50 ms, no pause above 1 ms",
+        Kind::MeshScale => "SYNCED ≤ 1 s, ≤ 50 ms of processor a sidecar",
         Kind::Kill => "0 missing, ≤ about 300 duplicates a kill",
     }
 }

@@ -9,12 +9,13 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use clap::{Args, Subcommand};
+use serde::de::DeserializeOwned;
 
 use super::{
     guard::work::Work,
     kafka, load,
     measure::{Measured, Watch},
-    open_loop,
+    open_loop, scale,
     service::{self, Answer},
 };
 use crate::process::{Process, run};
@@ -131,6 +132,18 @@ pub enum Role {
         #[command(flatten)]
         span: SpanArgs,
     },
+    /// Simulates a mesh, and measures how a table spreads in it.
+    MeshScale {
+        /// Sidecars; 0: what reading a table takes.
+        sidecars: usize,
+        /// Services of the table.
+        services: usize,
+        /// Routes.
+        routes: usize,
+        /// Kafka; without it an embedded broker.
+        #[arg(long)]
+        kafka: Option<String>,
+    },
     /// Does a fixed piece of work, and measures nothing.
     Work {
         /// Which.
@@ -224,6 +237,7 @@ impl Role {
             Self::Subscriber { url, route, credits } => return runtime(1)?.block_on(service::subscriber(url, route, credits)),
             Self::Work { work, records } => return runtime(1)?.block_on(work.run(records)),
             Self::Pipe { bootstrap, from, to } => return kafka::pipe(&bootstrap, &from, &to),
+            Self::MeshScale { sidecars, services, routes, kafka } => return scale::play(sidecars, services, routes, kafka.as_deref()),
             Self::Collector => return runtime(1)?.block_on(service::collector()),
             Self::LoadHttp { address, path, connections, ca, span } => {
                 runtime(1)?.block_on(load::http(address, path, connections, ca, span.span()?))
@@ -292,7 +306,20 @@ pub async fn measure(arguments: &[&str], warmup: f64, time: f64, watch: &Watch) 
     let mut arguments: Vec<String> = arguments.iter().map(|argument| (*argument).to_owned()).collect();
     arguments.extend([format!("--warmup={warmup}"), format!("--time={time}")]);
     arguments.extend(watch.arguments());
-    let output = run(command(&arguments)?, Vec::new(), Duration::from_secs_f64(warmup + time + 120.0)).await?.success()?;
+    result(&arguments, Duration::from_secs_f64(warmup + time + 120.0)).await
+}
+
+/// Runs a role that prints its result as JSON, in its last line.
+///
+/// # Errors
+/// If it fails, or takes longer.
+pub async fn answer<T: DeserializeOwned>(arguments: &[&str], deadline: Duration) -> Result<T> {
+    let arguments: Vec<String> = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+    result(&arguments, deadline).await
+}
+
+async fn result<T: DeserializeOwned>(arguments: &[String], deadline: Duration) -> Result<T> {
+    let output = run(command(arguments)?, Vec::new(), deadline).await?.success()?;
     let line = output.lines().last().context("no result")?;
     serde_json::from_str(line).with_context(|| format!("a result: {line}"))
 }

@@ -42,6 +42,8 @@ pub enum Kind {
     Start,
     /// A table of 1,000 routes is swapped under load.
     Swap,
+    /// A large table is applied to a simulated mesh of many sidecars.
+    MeshScale,
     /// Duplicates after three `kill -9`.
     Kill,
     /// Publishing over HTTP with TLS; its floor is the same in clear.
@@ -70,6 +72,10 @@ pub struct Effort {
     pub seconds: f64,
     /// Seconds before a load is measured.
     pub warmup: f64,
+    /// Sidecars of the simulated mesh.
+    pub sidecars: usize,
+    /// Routes of the table that is applied to it.
+    pub routes: usize,
     /// Settings of librdkafka in the sidecar, in place of its own.
     pub kafka: Vec<(String, String)>,
     /// Variables of the sidecar's environment: `MESH_…` is its configuration.

@@ -50,6 +50,13 @@ struct Args {
     /// Seconds that a load, or at most a point of a curve, is measured.
     #[arg(long, global = true)]
     seconds: Option<f64>,
+    /// Sidecars of the simulated mesh (`mesh-scale`). All are in one process: a thousand with a table of 10,000 routes need some GiB of memory, and as
+    /// much of the disk.
+    #[arg(long)]
+    sidecars: Option<usize>,
+    /// Routes of the table that is applied to it.
+    #[arg(long)]
+    routes: Option<usize>,
     /// `key=value` of librdkafka in the sidecar, in place of its own setting; several are allowed.
     #[arg(long, value_parser = setting, global = true)]
     kafka: Vec<(String, String)>,
@@ -127,6 +134,8 @@ fn effort(args: &Args) -> Effort {
         records: args.records.unwrap_or(if args.quick { 60_000 } else { 200_000 }).max(1),
         seconds: args.seconds.unwrap_or(if args.quick { 3.0 } else { 8.0 }).max(0.1),
         warmup: if args.quick { 1.0 } else { 2.0 },
+        sidecars: args.sidecars.unwrap_or(if args.quick { 20 } else { 50 }).max(2),
+        routes: args.routes.unwrap_or(1_000).max(1),
         kafka: args.kafka.clone(),
         env: args.env.clone(),
     }

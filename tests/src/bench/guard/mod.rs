@@ -32,7 +32,7 @@ const ROWS: [Kind; 4] = [Kind::PushHttp, Kind::PushStream, Kind::PublishHttp, Ki
 
 /// How much the guard measures of a row.
 pub fn effort() -> Effort {
-    Effort { rounds: 3, records: 30_000, seconds: 1.5, warmup: 0.5, kafka: Vec::new(), env: Vec::new() }
+    Effort { rounds: 3, records: 30_000, seconds: 1.5, warmup: 0.5, sidecars: 2, routes: 10, kafka: Vec::new(), env: Vec::new() }
 }
 
 /// The committed figures.
