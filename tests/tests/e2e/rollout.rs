@@ -70,7 +70,7 @@ async fn followed(stage: Stage) -> Result<()> {
     ensure!(sidecar.status().await?.instances[0].generation == 1);
     let refused = sidecar.ctl(&["apply", "-f", &two]).await?.ends(1)?;
     ensure!(refused.stderr.contains("generation 2 is being rolled out to canary label.zone=east"), "{refused:?}");
-    sidecar.ctl(&["rollout", "abort", "--generation", "7"]).await?.ends(1)?;
+    sidecar.ctl(&["rollout", "abort", "--generation", "7"]).await?.ends(3)?;
     sidecar.ctl(&["rollout", "abort", "--reason", "nobody is there", "--wait"]).await?.ends(0)?;
     let shown = sidecar.ctl(&["rollout", "status"]).await?.ends(0)?;
     ensure!(shown.stdout.contains("ABORTED; all run generation 1") && shown.stdout.contains("nobody is there"), "{shown:?}");
