@@ -39,8 +39,21 @@ struct Key {
 #[derive(Clone, Copy, Debug)]
 struct Retrying {
     attempts: u32,
-    /// It was read from its retry topic.
-    seen: bool,
+    /// Which retry topic it is in, or on its way to.
+    tier: usize,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// On its way to its retry topic.
+    Coming,
+    /// There.
+    Stored,
+    /// Records were deleted from there: perhaps it, too.
+    Suspect,
+    /// It was read from there.
+    Seen,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -207,11 +220,20 @@ impl Parking {
     }
 
     /// A record is on its way to a retry topic, after so many attempts.
-    pub fn hand_over(&mut self, key: u64, origin: i64, attempts: u32) {
+    pub fn hand_over(&mut self, key: u64, origin: i64, attempts: u32, tier: usize) {
         self.edit(key, |key| {
             key.loaded.remove(&origin);
-            key.retrying.insert(origin, Retrying { attempts, seen: false });
+            key.retrying.insert(origin, Retrying { attempts, tier, state: State::Coming });
         });
+    }
+
+    /// What was on its way to a retry topic is there.
+    pub fn stored(&mut self, key: u64, origin: i64) {
+        if let Some(retrying) = self.keys.get_mut(&key).and_then(|key| key.retrying.get_mut(&origin))
+            && retrying.state == State::Coming
+        {
+            retrying.state = State::Stored;
+        }
     }
 
     /// A record is on its way to the park topic.
@@ -246,33 +268,59 @@ impl Parking {
 
     /// A record is read from a retry topic for the first time of two, before anything runs. Gives the offset of a copy in the park topic that
     /// is complete by that.
-    pub fn index_retry(&mut self, key: u64, origin: i64, attempts: u32) -> Option<i64> {
+    pub fn index_retry(&mut self, key: u64, origin: i64, attempts: u32, tier: usize) -> Option<i64> {
         self.edit(key, |key| {
             match key.parked.get(&origin) {
                 Some(parked) if parked.attempts > attempts => return None,
                 _ => {}
             }
-            let known = key.retrying.entry(origin).or_insert(Retrying { attempts, seen: false });
-            known.attempts = known.attempts.max(attempts);
+            let found = Retrying { attempts, tier, state: State::Stored };
+            let known = key.retrying.entry(origin).or_insert(found);
+            if known.attempts < attempts {
+                *known = found;
+            }
             key.parked.remove(&origin).map(|parked| parked.offset)
         })
     }
 
     /// A record is read from a retry topic.
-    pub fn found_retry(&mut self, key: u64, origin: i64, attempts: u32) -> FoundRetry {
+    pub fn found_retry(&mut self, key: u64, origin: i64, attempts: u32, tier: usize) -> FoundRetry {
         self.edit(key, |key| {
             let elsewhere = key.coming.contains(&origin) || key.loaded.contains(&origin) || key.parked.contains_key(&origin);
             let found = match key.retrying.get(&origin) {
                 // It went on from there to the park topic.
                 None if elsewhere => return FoundRetry::Duplicate,
                 None => FoundRetry::Take,
-                Some(known) if known.attempts > attempts || (known.attempts == attempts && known.seen) => return FoundRetry::Duplicate,
-                Some(known) if known.attempts < attempts && known.seen => FoundRetry::Replace,
-                Some(_) => FoundRetry::Take,
+                Some(known) if known.attempts > attempts => return FoundRetry::Duplicate,
+                Some(known) if known.state != State::Seen => FoundRetry::Take,
+                Some(known) if known.attempts == attempts => return FoundRetry::Duplicate,
+                Some(_) => FoundRetry::Replace,
             };
-            key.retrying.insert(origin, Retrying { attempts, seen: true });
+            key.retrying.insert(origin, Retrying { attempts, tier, state: State::Seen });
             found
         })
+    }
+
+    /// Records were deleted from a retry topic unread. Says whether some of those that are waited for may be among them: [`Parking::sweep`] ends
+    /// that once the topic was read up to where it ended after this. O(n).
+    pub fn suspect(&mut self, tier: usize) -> bool {
+        let mut some = false;
+        for retrying in self.keys.values_mut().flat_map(|key| key.retrying.values_mut()).filter(|retrying| retrying.tier == tier) {
+            if matches!(retrying.state, State::Stored | State::Suspect) {
+                retrying.state = State::Suspect;
+                some = true;
+            }
+        }
+        some
+    }
+
+    /// What was suspected and was not read since is gone: nothing waits for it any more. O(n).
+    pub fn sweep(&mut self, tier: usize) {
+        let gone = |retrying: &Retrying| retrying.tier == tier && retrying.state == State::Suspect;
+        let keys: Vec<u64> = self.keys.iter().filter(|(_, key)| key.retrying.values().any(gone)).map(|(name, _)| *name).collect();
+        for key in keys {
+            self.edit(key, |key| key.retrying.retain(|_, retrying| !gone(retrying)));
+        }
     }
 
     /// An offset of the park topic was read that is complete.
@@ -400,12 +448,12 @@ mod tests {
     fn what_comes_behind_a_record_in_a_retry_topic_waits_for_it() {
         let mut parking = ready();
         assert_eq!(parking.meets(1, 10), Meeting::Free);
-        parking.hand_over(1, 10, 3);
+        parking.hand_over(1, 10, 3, 1);
         assert_eq!((parking.meets(1, 11), parking.meets(2, 12), parking.meets(1, 10)), (Meeting::Behind, Meeting::Free, Meeting::Known));
         parking.park(1, 11);
         parking.park(1, 13);
         assert_eq!(parking.found(1, 11, 0, 0, false, true), Found::Stays);
-        assert_eq!(parking.found_retry(1, 10, 3), FoundRetry::Take);
+        assert_eq!(parking.found_retry(1, 10, 3, 1), FoundRetry::Take);
         parking.finished(1, 10);
         assert_eq!(parking.wanted(), Some(0), "11 is in the park topic, 13 is on its way");
         assert_eq!(parking.found(1, 11, 0, 0, false, false), Found::Stays, "no room");
@@ -414,7 +462,7 @@ mod tests {
         assert_eq!(parking.found(1, 13, 1, 0, false, true), Found::Load);
         assert_eq!(parking.meets(1, 14), Meeting::Free, "the lane keeps the order from here on");
         // 11 fails: 13 leaves the lane, and 14 is parked.
-        parking.hand_over(1, 11, 3);
+        parking.hand_over(1, 11, 3, 1);
         parking.unload(1, 13, 1, 0);
         parking.park(1, 14);
         assert_eq!(parking.wanted(), None);
@@ -431,7 +479,7 @@ mod tests {
     #[test]
     fn a_record_that_was_stored_behind_a_later_one_runs_before_it() {
         let mut parking = ready();
-        parking.hand_over(1, 10, 1);
+        parking.hand_over(1, 10, 1, 1);
         parking.park(1, 11);
         parking.park(1, 12);
         parking.finished(1, 10);
@@ -445,25 +493,48 @@ mod tests {
     }
 
     #[test]
+    fn what_was_deleted_from_a_retry_topic_is_waited_for_no_longer() {
+        let mut parking = ready();
+        for (key, origin, tier) in [(1, 10, 1), (2, 11, 1), (3, 12, 2), (4, 13, 1)] {
+            parking.hand_over(key, origin, 1, tier);
+            if key < 4 {
+                parking.stored(key, origin);
+            }
+        }
+        parking.park(1, 20);
+        assert_eq!(parking.found(1, 20, 0, 0, false, true), Found::Stays);
+        assert!(parking.suspect(1), "10 or 11 may be gone: 12 is elsewhere, 13 on its way");
+        assert_eq!(parking.found_retry(2, 11, 1, 1), FoundRetry::Take);
+        parking.stored(4, 13);
+        parking.sweep(1);
+        assert_eq!((parking.wanted(), parking.keys()), (Some(0), 4), "of 10, 20 is left");
+        assert!([(2, 21), (3, 22), (4, 23)].into_iter().all(|(key, origin)| parking.meets(key, origin) == Meeting::Behind));
+        assert!(parking.suspect(1) && parking.suspect(2) && !parking.suspect(3));
+        parking.sweep(1);
+        parking.sweep(2);
+        assert_eq!([2, 3, 4].map(|key| parking.meets(key, 30)), [Meeting::Behind, Meeting::Free, Meeting::Free], "11 was read");
+    }
+
+    #[test]
     fn of_copies_that_a_crash_left_the_one_with_the_most_attempts_counts() {
         let mut parking = Parking::new(5);
         // Parked, then loaded, then in retry-1, then in retry-2; nothing was committed.
         assert_eq!(parking.found(1, 10, 5, 0, false, true), Found::Stays);
-        assert_eq!(parking.index_retry(1, 10, 3), Some(5));
-        assert_eq!(parking.index_retry(1, 10, 4), None);
+        assert_eq!(parking.index_retry(1, 10, 3, 1), Some(5));
+        assert_eq!(parking.index_retry(1, 10, 4, 1), None);
         parking.set_ready();
-        assert_eq!(parking.found_retry(1, 10, 3), FoundRetry::Duplicate);
-        assert_eq!(parking.found_retry(1, 10, 4), FoundRetry::Take);
-        assert_eq!(parking.found_retry(1, 10, 4), FoundRetry::Duplicate);
+        assert_eq!(parking.found_retry(1, 10, 3, 1), FoundRetry::Duplicate);
+        assert_eq!(parking.found_retry(1, 10, 4, 1), FoundRetry::Take);
+        assert_eq!(parking.found_retry(1, 10, 4, 1), FoundRetry::Duplicate);
         assert_eq!(parking.meets(1, 10), Meeting::Known);
         // In retry-1, then kept in the park topic.
         assert_eq!(parking.found(2, 20, 6, 4, true, true), Found::Stays);
-        assert_eq!(parking.index_retry(2, 20, 3), None);
-        assert_eq!(parking.found_retry(2, 20, 3), FoundRetry::Duplicate);
+        assert_eq!(parking.index_retry(2, 20, 3, 1), None);
+        assert_eq!(parking.found_retry(2, 20, 3, 1), FoundRetry::Duplicate);
         // The other way round.
-        assert_eq!(parking.index_retry(3, 30, 3), None);
+        assert_eq!(parking.index_retry(3, 30, 3, 1), None);
         assert_eq!(parking.found(3, 30, 7, 4, true, true), Found::Stays);
-        assert_eq!(parking.found_retry(3, 30, 3), FoundRetry::Duplicate);
+        assert_eq!(parking.found_retry(3, 30, 3, 1), FoundRetry::Duplicate);
         assert_eq!(parking.sizes().kept, 2);
     }
 
@@ -471,11 +542,11 @@ mod tests {
     fn what_ended_before_commits_were_lost_comes_again_in_order() {
         // 10 ended in retry-2 and 11 in the park topic, then 12 failed into retry-1; nothing of it was committed.
         let mut parking = Parking::new(0);
-        assert_eq!(parking.index_retry(1, 12, 2), None);
-        assert_eq!(parking.index_retry(1, 10, 3), None);
+        assert_eq!(parking.index_retry(1, 12, 2, 1), None);
+        assert_eq!(parking.index_retry(1, 10, 3, 1), None);
         assert_eq!(parking.found(1, 11, 0, 0, false, true), Found::Stays);
         parking.set_ready();
-        assert_eq!((parking.found_retry(1, 12, 2), parking.found_retry(1, 10, 3)), (FoundRetry::Take, FoundRetry::Take));
+        assert_eq!((parking.found_retry(1, 12, 2, 1), parking.found_retry(1, 10, 3, 1)), (FoundRetry::Take, FoundRetry::Take));
         assert!(parking.waits(1, 12) && !parking.waits(1, 10) && parking.wanted().is_none());
         parking.finished(1, 10);
         assert_eq!(parking.wanted(), Some(0), "11 is before 12");
@@ -490,8 +561,8 @@ mod tests {
     #[test]
     fn what_is_exhausted_waits_for_somebody_and_its_key_with_it() {
         let mut parking = ready();
-        parking.hand_over(1, 10, 3);
-        assert_eq!(parking.found_retry(1, 10, 3), FoundRetry::Take);
+        parking.hand_over(1, 10, 3, 1);
+        assert_eq!(parking.found_retry(1, 10, 3, 1), FoundRetry::Take);
         parking.park(1, 10);
         parking.park(1, 11);
         assert_eq!(parking.found(1, 10, 0, 4, true, true), Found::Stays);
@@ -501,7 +572,7 @@ mod tests {
         assert_eq!(parking.release(None, Release::Retry), 1);
         assert_eq!(parking.wanted(), Some(0));
         assert_eq!(parking.found(1, 10, 0, 4, true, true), Found::Released(Release::Retry));
-        parking.hand_over(1, 10, 0);
+        parking.hand_over(1, 10, 0, 1);
         assert_eq!(parking.wanted(), None, "11 waits for it still");
         parking.finished(1, 10);
         assert_eq!(parking.found(1, 11, 1, 0, false, true), Found::Load);

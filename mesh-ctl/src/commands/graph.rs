@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use mesh_routing::{AllNotes, CaseSpec, Notes, RouteSpec, Table, To, dead_letter};
+use mesh_routing::{AllNotes, CaseSpec, Notes, RouteFields, RouteSpec, Table, To, dead_letter};
 use serde::Serialize;
 
 use super::{Context, in_force};
@@ -76,7 +76,7 @@ pub(super) async fn run(context: &Context, flags: &Graph) -> Result<Code, Failur
         let mesh = table.mesh.clone();
         match flags.live {
             true => {
-                let routes = flows.into_iter().map(|flow| Live { edges: edges(&table, &flow.route), flow }).collect();
+                let routes = flows.into_iter().map(|flow| Live { edges: edges_of(&table, &flow.route), flow }).collect();
                 let interval_seconds = Some(flags.interval.as_secs_f64());
                 context.print_document(form, &Said { mesh, generation, interval_seconds, routes })?;
             }
@@ -146,18 +146,21 @@ fn notes(flow: &Flow) -> Notes {
 
 /// The routes of a table, in its order.
 fn named(table: &Table) -> Vec<Named> {
-    let named = |route: &RouteSpec| Named {
-        route: route.name.clone(),
-        service: table.resolved(route).service.unwrap_or_default(),
-        edges: edges(table, &route.name),
+    let named = |route: &RouteSpec| {
+        let fields = table.resolved(route);
+        Named { route: route.name.clone(), service: fields.service.clone().unwrap_or_default(), edges: edges(&route.name, fields) }
     };
     table.routes.iter().map(named).collect()
 }
 
-/// The edges of a route; none if the table has no such route.
-fn edges(table: &Table, name: &str) -> Edges {
-    let Some(route) = table.routes.iter().find(|route| route.name == name) else { return Edges::default() };
-    let fields = table.resolved(route);
+/// The edges of the route with this name; none if the table has no such route.
+fn edges_of(table: &Table, name: &str) -> Edges {
+    let route = table.routes.iter().find(|route| route.name == name);
+    route.map(|route| edges(name, table.resolved(route))).unwrap_or_default()
+}
+
+/// The edges of a route with these fields, defaults folded in.
+fn edges(name: &str, fields: RouteFields) -> Edges {
     let topics = |to: &To| match to {
         To::Topics(topics) => topics.clone(),
         To::Void => vec!["void".to_owned()],
@@ -171,7 +174,7 @@ fn edges(table: &Table, name: &str) -> Edges {
             to.push(topic.clone());
         }
     }
-    let dead_letter = dead_letter(&route.name, &fields).into_owned();
+    let dead_letter = dead_letter(name, &fields).into_owned();
     Edges { from: fields.from.unwrap_or_default(), filter: fields.filter, to, cases, otherwise, dead_letter }
 }
 
@@ -206,7 +209,7 @@ mod tests {
         assert!(dot.contains("\"route price\" -> \"price.dlq\" [style=dashed, label=\"0.5/s, 5 in all\"];"), "{dot}");
         let mermaid = draw(mesh_routing::GraphFormat::Mermaid);
         assert!(mermaid.contains("-->|\"12.5/s, lag 40, 3s\"| r1") && mermaid.contains("r0[\"mail (mailer): NO_INSTANCE\"]"), "{mermaid}");
-        let json = serde_json::to_value(Live { edges: edges(&table, "price"), flow: found[1].clone() }).unwrap();
+        let json = serde_json::to_value(Live { edges: edges_of(&table, "price"), flow: found[1].clone() }).unwrap();
         assert_eq!((&json["to"], &json["rates"]["dead_lettered"]), (&serde_json::json!(["priced", "manual"]), &0.5.into()));
         assert_eq!((&json["otherwise"], &json["dead_letter"]), (&serde_json::json!(["priced"]), &"price.dlq".into()));
     }

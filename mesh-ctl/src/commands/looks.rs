@@ -123,11 +123,7 @@ impl Looks {
     ) -> Result<(), Failure> {
         match (context.form, self.every) {
             (Some(form @ (Form::Json | Form::Yaml)), None) => context.print_document(form, value),
-            (Some(Form::Json), Some(_)) => context.print_line(value),
-            (Some(Form::Yaml), Some(_)) => {
-                context.print("---\n")?;
-                context.print_document(Form::Yaml, value)
-            }
+            (Some(form @ (Form::Json | Form::Yaml)), Some(_)) => context.print_next(form, value),
             (None | Some(Form::Table), every) => {
                 // Whoever wants no colours wants no scrolling either.
                 let before = match (every, context.screen) {

@@ -128,8 +128,12 @@ impl Context {
         self.print(&format!("{}\n", text.trim_end()))
     }
 
-    /// Writes a result as one line of JSON.
-    fn print_line(&self, value: &impl Serialize) -> Result<(), Failure> {
+    /// Writes one result of several: a line of JSON, or a document of YAML.
+    fn print_next(&self, form: Form, value: &impl Serialize) -> Result<(), Failure> {
+        if form == Form::Yaml {
+            self.print("---\n")?;
+            return self.print_document(form, value);
+        }
         let line = serde_json::to_string(value);
         let line = line.map_err(|error| Failure::new(format!("the result cannot be written: {error}"), ""))?;
         self.print(&format!("{line}\n"))

@@ -165,11 +165,8 @@ async fn abort(context: &Context, flags: &RolloutAbort) -> Result<Code, Failure>
         reason: flags.reason.clone().unwrap_or_default(),
         by: whoami(),
     };
-    let answer = match client.abort_rollout(client::request(message, client::APPLY)).await {
-        Ok(answer) => answer.into_inner(),
-        Err(status) => return Err(not_aborted(&mut client, &status, flags.generation).await),
-    };
-    let v1::AbortRolloutResponse { generation, stable_generation } = answer;
+    let answer = client.abort_rollout(client::request(message, client::APPLY)).await.map_err(|status| client::refused(&status))?;
+    let v1::AbortRolloutResponse { generation, stable_generation } = answer.into_inner();
     let mut aborted = Aborted { generation, stable_generation, running: None };
     let mut unknown = None;
     if flags.wait {
@@ -199,19 +196,6 @@ async fn abort(context: &Context, flags: &RolloutAbort) -> Result<Code, Failure>
         return Err(failure.with(Code::Unknown, message));
     }
     Ok(if left.is_some() { Code::Unknown } else { Code::Done })
-}
-
-/// Why nothing was aborted. That another generation is the canary than the one that was named is a conflict, as in `promote`.
-async fn not_aborted(client: &mut Client, status: &tonic::Status, wanted: Option<u64>) -> Failure {
-    let failure = client::refused(status);
-    if failure.code() != Code::No || wanted.is_none() {
-        return failure;
-    }
-    // The sidecar has read all that there is before it refused.
-    match client::status(client, false).await.map(|mesh| open(mesh, wanted)) {
-        Ok(Err(other)) if other.code() == Code::Conflict => other,
-        _ => failure,
-    }
 }
 
 #[cfg(test)]

@@ -106,11 +106,7 @@ fn say(context: &Context, flags: &Top, mesh: &v1::GetStatusResponse, found: &[Fl
             .collect(),
     };
     match context.form {
-        Some(Form::Json) => context.print_line(&said()),
-        Some(Form::Yaml) => {
-            context.print("---\n")?;
-            context.print_document(Form::Yaml, &said())
-        }
+        Some(form @ (Form::Json | Form::Yaml)) => context.print_next(form, &said()),
         None | Some(Form::Table) => {
             let view = View { mesh, flows: found, every: flags.interval, stale: "" };
             let gap = if again { "\n" } else { "" };

@@ -25,9 +25,8 @@ pub(super) fn run(context: &Context, flags: &Validate) -> Result<Code, Failure> 
 }
 
 fn check(name: &str, text: &str) -> view::Validated {
-    let checked = mesh_routing::parse(name, text).and_then(|table| Ok((mesh_routing::compile(&table)?, table)));
-    let (valid, routes, digest, faults, warnings) = match checked {
-        Ok((compiled, table)) => (true, table.routes.len(), compiled.digest.to_string(), Vec::new(), table.warnings()),
+    let (valid, routes, digest, faults, warnings) = match mesh_routing::load(name, text) {
+        Ok((table, compiled)) => (true, table.routes.len(), compiled.digest.to_string(), Vec::new(), table.warnings()),
         Err(faults) => (false, 0, String::new(), faults.0, Vec::new()),
     };
     let in_file = |mut fault: mesh_routing::Fault| {

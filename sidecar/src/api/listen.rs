@@ -239,8 +239,7 @@ fn builder(options: Options, executor: Tracked) -> auto::Builder<Tracked> {
         .http1()
         .timer(TokioTimer::new())
         .header_read_timeout(options.header_timeout)
-        .max_buf_size((options.max_header_bytes as usize).max(8192))
-        .max_headers(256);
+        .max_buf_size((options.max_header_bytes as usize).max(8192));
     builder
         .http2()
         .timer(TokioTimer::new())

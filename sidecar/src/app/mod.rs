@@ -34,7 +34,12 @@ use crate::{
 };
 
 pub mod demo;
+pub mod memory;
 pub mod remote;
+
+/// By how much the end of the routes may be later than `limits.drain_timeout`, for a consumer that is slow to leave; and what the broker's clients have
+/// for flushing at least, after that.
+const LATE: Duration = Duration::from_secs(2);
 
 /// Why the sidecar cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -195,9 +200,10 @@ impl App {
         tracing::info!("shutting down: routes drain first, the API stays up meanwhile");
         self.health.set(Condition::Serving, Err("the sidecar drains".to_owned()));
         self.stop_routes.cancel();
-        let deadline = self.config.limits.drain_timeout + Duration::from_secs(5);
-        if tokio::time::timeout(deadline, self.routes).await.is_err() {
-            tracing::error!(?deadline, "routes did not drain in time: their records are delivered again");
+        let end = Instant::now() + self.config.limits.drain_timeout;
+        if tokio::time::timeout_at(end + LATE, self.routes).await.is_err() {
+            let within = self.config.limits.drain_timeout;
+            tracing::error!(?within, "routes did not drain in time: their records are delivered again");
         }
         self.stop_listeners.cancel();
         for listener in self.listeners {
@@ -211,7 +217,8 @@ impl App {
             tracing::error!(%error, "the health watcher failed");
         }
         self.control.close().await;
-        if let Err(error) = self.broker.close(self.config.limits.drain_timeout).await {
+        let left = end.saturating_duration_since(Instant::now()).max(LATE);
+        if let Err(error) = self.broker.close(left).await {
             tracing::error!(%error, "the broker did not close cleanly");
         }
         self.tracer.shutdown(Instant::now() + Duration::from_secs(3)).await;

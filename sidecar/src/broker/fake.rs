@@ -44,6 +44,8 @@ pub(crate) struct State {
     pub(crate) readable: bool,
     /// How many commits fail from now on, as in a rebalance, and how.
     pub(crate) refused_commits: (usize, BrokerErrorKind),
+    /// Commits are not answered any more.
+    pub(crate) silent_commits: bool,
     /// The consumers that were made.
     pub(crate) consumers: Vec<FakeHandle>,
 }
@@ -75,6 +77,7 @@ impl Fake {
             high: 0,
             readable: true,
             refused_commits: (0, BrokerErrorKind::Other),
+            silent_commits: false,
             consumers: Vec::new(),
         })))
     }
@@ -227,6 +230,9 @@ impl Consumer for FakeConsumer {
 
     fn commit(&self, offsets: Vec<Commit>) -> BoxFuture<'static, Result<(), BrokerError>> {
         let mut state = self.broker.0.lock().unwrap();
+        if state.silent_commits {
+            return Box::pin(std::future::pending());
+        }
         let (refused, kind) = state.refused_commits;
         if let Some(left) = refused.checked_sub(1) {
             state.refused_commits.0 = left;

@@ -183,9 +183,10 @@ impl RouteLoop {
     pub(super) fn put_aside(&mut self, side: u32, job: Job, attempts: u32, why: Why, context: Option<TraceContext>) {
         let (of, ordered) = (self.source_of(job.slot), self.ordered());
         let origin = job.delivery.position.offset;
+        let tier = self.tier_of(side);
         if let Some(parking) = self.parking(of) {
             match &why {
-                Why::Retry { .. } if ordered => parking.hand_over(job.key, origin, attempts),
+                Why::Retry { .. } if ordered => parking.hand_over(job.key, origin, attempts, tier),
                 Why::Retry { .. } => parking.finished(job.key, origin),
                 Why::Behind | Why::Exhausted { .. } => parking.park(job.key, origin),
             }

@@ -3,7 +3,7 @@
 use std::{cmp::Reverse, time::Duration};
 
 use futures_util::FutureExt as _;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 
 use super::{
     outbox::{Done, End},
@@ -21,6 +21,10 @@ use crate::{
 const REVOKE: Duration = Duration::from_millis(1_800);
 /// The pause before a commit that failed is tried again.
 const COMMIT_PAUSE: Duration = Duration::from_millis(200);
+/// What of a drain's time is kept for its end, at most: the last commit, and leaving the group.
+const LEAVING: Duration = Duration::from_secs(5);
+/// How long the end waits for what is being committed.
+const LAST: Duration = Duration::from_secs(3);
 /// How many spans a commit is linked to at most.
 const COMMIT_LINKS: usize = 16;
 
@@ -31,7 +35,12 @@ impl RouteLoop {
         let settled = match done.end {
             End::Ended(disposition, reason) => self.complete(done.slot, done.epoch, done.offset, disposition, reason),
             End::Aside => {
-                self.complete_offset(done.slot, done.epoch, done.offset);
+                if self.complete_offset(done.slot, done.epoch, done.offset)
+                    && let of = self.source_of(done.slot)
+                    && let Some(parking) = self.parking(of)
+                {
+                    parking.stored(done.key, done.origin);
+                }
                 false
             }
         };
@@ -270,7 +279,9 @@ impl RouteLoop {
     /// Begins the drain: nothing more is delivered, what is out is waited for.
     pub(super) fn drain(&mut self) {
         tracing::info!(route = %self.route.name, out = self.out, "draining");
-        self.draining = Some(Instant::now() + self.parts.drain_timeout);
+        // With all that comes after it a drain takes no longer than it may: whoever stops this process may kill it right after that.
+        let whole = self.parts.drain_timeout;
+        self.draining = Some(Instant::now() + whole - LEAVING.min(whole / 4));
         self.commit_failed = None;
         self.hold_all();
         self.abandon_waiting(true);
@@ -291,29 +302,40 @@ impl RouteLoop {
 
     /// Commits what is complete, and leaves the group.
     pub(super) async fn leave(mut self) {
+        let end = Instant::now() + LAST;
+        let mut free = true;
         if let Some(commit) = self.commit.take() {
-            let done = commit.await;
-            self.on_committed(done);
+            match timeout_at(end, commit).await {
+                Ok(done) => self.on_committed(done),
+                Err(_) => free = false,
+            }
         }
-        self.finish_transaction().await;
+        self.finish_transaction(end).await;
         // What ended since the last status is counted, too.
         self.post(Instant::now());
         self.serve_commands(Instant::now());
         self.answer_revoke(Instant::now() + REVOKE);
         let owned: Vec<u32> = self.owned().map(|(index, _)| index).collect();
         let last = self.as_commits(&self.commits(owned.into_iter()));
-        if !last.is_empty()
-            && self.transaction.is_none()
-            && let Err(error) = self.consumer.commit(last).await
-        {
-            tracing::warn!(route = %self.route.name, %error, "the last commit failed: what it held is delivered again");
+        if !last.is_empty() && self.transaction.is_none() {
+            // One at a time: behind one that is not answered there is none.
+            let made = if free { timeout_at(end, self.consumer.commit(last)).await.ok() } else { None };
+            match made {
+                Some(Ok(())) => {}
+                Some(Err(error)) => {
+                    tracing::warn!(route = %self.route.name, %error, "the last commit failed: what it held is delivered again")
+                }
+                None => {
+                    tracing::warn!(route = %self.route.name, "the last commit was not answered in time: what it held may be delivered again")
+                }
+            }
         }
         if self.out > 0 || self.outbox.len() > 0 {
             let (out, unacknowledged) = (self.out, self.outbox.len());
             tracing::warn!(route = %self.route.name, out, unacknowledged, "drained before all answers came: those records are delivered again");
         }
-        self.sides.close().await;
-        self.consumer.close().await;
+        let Self { mut sides, consumer, .. } = self;
+        tokio::join!(sides.close(), consumer.close());
     }
 }
 
@@ -454,6 +476,23 @@ pub(super) mod tests {
         committed.expect("the drain ends").unwrap();
         let last = commits.borrow_and_update().last().map(|commit| (commit.partition.clone(), commit.offset));
         assert_eq!((last, fake.0.lock().unwrap().refused_commits), (Some((partition(0), 1)), (0, kind)));
+    }
+
+    /// Whoever stops a sidecar kills it when the drain's time is over: a broker that is silent does not keep it longer.
+    #[tokio::test(start_paused = true)]
+    async fn a_drain_ends_in_its_time_though_the_broker_does_not_answer() {
+        let fake = Fake::new(&["in"]);
+        let mut fixture = fixture_on(&fake, "").await;
+        fake.0.lock().unwrap().silent_commits = true;
+        fixture.events.send(Event::Records(Batch { partition: partition(0), records: vec![(0, Record::default())] })).await.unwrap();
+        let delivery = fixture.called.recv().await.unwrap();
+        let begin = Instant::now();
+        fixture.stop.cancel();
+        fixture.answers.send(Answer { id: delivery.id, outcome: Outcome::Ignore }).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(60), &mut fixture.running).await.expect("the drain ends").unwrap();
+        let took = begin.elapsed();
+        // Of 5 s a quarter is kept for the end, which waits for 3 s at most.
+        assert!((Duration::from_secs(3)..Duration::from_secs(7)).contains(&took), "{took:?}");
     }
 
     /// What is told to come again after a crash is what comes again: what was done and no commit recorded, what is at the service, and what

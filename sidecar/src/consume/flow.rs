@@ -176,6 +176,8 @@ mod tests {
         consume::{
             commit::tests::{partition, parts_on},
             park::Side,
+            retry_tests::Dice,
+            scan::Sweep,
         },
         deliver::Leaf,
         record::{Batch, Record, TopicPartition},
@@ -187,15 +189,6 @@ mod tests {
     const RETRYING: u32 = 150;
     const RECORDS: i64 = 200;
 
-    struct Dice(u64);
-
-    impl Dice {
-        fn roll(&mut self, below: usize) -> usize {
-            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (self.0 >> 33) as usize % below
-        }
-    }
-
     /// A loop that owns many partitions, all of them ready to be read.
     fn many() -> RouteLoop {
         let (leaf, _) = Leaf::played(drop);
@@ -205,7 +198,7 @@ mod tests {
         route.on_event(Event::Assigned((0..SOURCES as i32).map(assigned).collect()));
         for of in 0..RETRYING {
             let partition = TopicPartition::new("work.in.retry-1", of as i32);
-            let side = Side { of, kind: Kind::Retry(1), reading: true, cursor: 0, until: 0, quiet: Instant::now() };
+            let side = Side { of, kind: Kind::Retry(1), reading: true, cursor: 0, until: 0, quiet: Instant::now(), sweep: Sweep::No };
             let epoch = route.slots[of as usize].watermark.epoch();
             let index = route.put_slot(partition.clone(), Slot::new(partition, Watermark::new(epoch, 0), Role::Side(side)));
             route.slots[of as usize].source_mut().unwrap().sides.push(index);
@@ -274,15 +267,15 @@ mod tests {
             let mut read = Read { next: vec![0; slots], largest: vec![0; slots], left: Vec::new() };
             let mut most = 0;
             // For a while nothing is done, or little; then more is done than read.
-            for (steps, done) in [(9_000, seed as usize), (2_000, 40), (4_000, 3), (usize::MAX, 40)] {
+            for (steps, done) in [(9_000, seed), (2_000, 40), (4_000, 3), (usize::MAX, 40)] {
                 for step in 0..steps {
-                    let index = dice.roll(slots) as u32;
+                    let index = dice.roll(slots as u64) as u32;
                     if !route.slots[index as usize].held && read.next[index as usize] < RECORDS {
                         read.read(&mut route, index);
                     }
-                    for _ in 0..dice.roll(done + 1).min(read.left.len()) {
-                        let pick = dice.roll(read.left.len());
-                        read.complete(&mut route, pick);
+                    for _ in 0..dice.roll(done + 1).min(read.left.len() as u64) {
+                        let pick = dice.roll(read.left.len() as u64);
+                        read.complete(&mut route, pick as usize);
                     }
                     route.ease();
                     most = route.flow.bytes.max(most);

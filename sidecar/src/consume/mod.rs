@@ -46,6 +46,7 @@ mod report;
 mod retry_tests;
 mod returning;
 mod route;
+mod scan;
 #[cfg(test)]
 mod sim;
 pub mod subscription;

@@ -21,13 +21,16 @@ use futures_util::{
 use mesh_routing::{OnExhausted, Order, Route};
 use tokio::time::Instant;
 
-use super::route::{Job, RouteLoop, Slot};
+use super::{
+    route::{Job, RouteLoop, Slot},
+    scan::Sweep,
+};
 use crate::{
     broker::{Admin, BrokerError, Consumer, ConsumerConfig, Event, StartOffset},
     lanes::Lane,
     mutation::{self, Mutation},
-    parking::{Parking, Release, Sizes},
-    record::{Position, TopicPartition},
+    parking::{Parking, Release},
+    record::TopicPartition,
     tiers::{self, Kind},
     watermark::Watermark,
 };
@@ -40,8 +43,6 @@ pub(super) const LONGEST: Duration = Duration::from_secs(31 * 86_400);
 pub(super) const AGAIN: Duration = Duration::from_millis(500);
 /// The pause before a record is looked at again that is due, and behind another one that lies elsewhere: after a crash only.
 const BEHIND: Duration = Duration::from_millis(200);
-/// A partition's end may be no record, but a mark of a transaction: of one that brought nothing for so long it is asked whether there is more.
-const QUIET: Duration = Duration::from_millis(300);
 
 /// What a slot is for its route.
 pub(super) enum Role {
@@ -95,6 +96,7 @@ pub(super) struct Side {
     pub(super) until: i64,
     /// Since when it brought nothing.
     pub(super) quiet: Instant,
+    pub(super) sweep: Sweep,
 }
 
 /// A record that waits for its time.
@@ -280,7 +282,10 @@ impl RouteLoop {
             let live = wanted.into_iter().filter_map(|of| Some((of, self.slots.get(of as usize)?)));
             let live: Vec<_> = live.filter(|(_, slot)| slot.owned && !slot.revoking && slot.source().is_some()).collect();
             let asked = live.iter().map(|(of, slot)| (*of, slot.watermark.epoch())).collect();
-            let partitions = live.into_iter().map(|(of, slot)| (of, slot.partition.clone())).collect();
+            let partitions: Vec<(u32, TopicPartition)> = live.into_iter().map(|(of, slot)| (of, slot.partition.clone())).collect();
+            for side in self.sides_of(&partitions.iter().map(|(of, _)| *of).collect::<Vec<_>>()) {
+                self.turn_sweep(side, Sweep::Wanted, Sweep::Asked);
+            }
             let looking = look(self.parts.broker.admin(), self.route.clone(), partitions);
             self.sides.looking = Some(looking.map(|result| Looked::Sides { asked, result }).boxed());
         }
@@ -332,13 +337,24 @@ impl RouteLoop {
         };
         self.sides.trouble = None;
         for side in found {
-            if asked.contains(&side.of) && self.side_of(side.of, side.kind).is_none() {
-                self.add_side(side, now);
+            if !asked.contains(&side.of) {
+                continue;
+            }
+            match self.side_of(side.of, side.kind) {
+                None => self.add_side(side, now),
+                Some(index) => {
+                    if self.turn_sweep(index, Sweep::Asked, Sweep::Reading)
+                        && let Some(known) = self.slots[index as usize].side_mut()
+                    {
+                        known.until = side.high;
+                    }
+                }
             }
         }
         for of in asked {
-            if self.slots[of as usize].source().is_some_and(|source| source.stage == Stage::Looking) {
-                self.begin_scan(of);
+            match self.slots[of as usize].source().map(|source| source.stage) {
+                Some(Stage::Looking) => self.begin_scan(of),
+                _ => self.scanned(of),
             }
         }
         self.post_now();
@@ -352,7 +368,7 @@ impl RouteLoop {
         let (position, metadata) = committed.unwrap_or((low, String::new()));
         // A topic that was made anew begins anew.
         let position = if position > high { low } else { position };
-        let side = Side { of, kind, reading: false, cursor: position, until: high, quiet: now };
+        let side = Side { of, kind, reading: false, cursor: position, until: high, quiet: now, sweep: Sweep::No };
         let slot = Slot {
             // The start of a topic that was never committed is committed: so it is found again, should the table lose it.
             committed: if known { position } else { -1 },
@@ -366,107 +382,6 @@ impl RouteLoop {
                 (source.gate, source.gate_most) = (0, source_high);
             }
         }
-    }
-
-    /// Looks through what the retry and park topics of a source hold, if there is anything.
-    fn begin_scan(&mut self, of: u32) {
-        let ordered = self.ordered();
-        for index in self.sides_of(&[of]) {
-            let Some(side) = self.slots[index as usize].side() else { continue };
-            // Without an order nothing waits for a record in a retry topic.
-            let looks = (ordered || side.kind == Kind::Park) && !mutation::is(Mutation::ForgetScan);
-            if side.cursor < side.until && looks {
-                self.read_from(index, side.cursor);
-            }
-        }
-        if let Some(source) = self.slots[of as usize].source_mut() {
-            source.stage = Stage::Scanning;
-        }
-        self.scanned(of);
-    }
-
-    /// Lets a source run once its retry and park topics were looked through.
-    pub(super) fn scanned(&mut self, of: u32) {
-        let Some(source) = self.slots.get(of as usize).and_then(Slot::source) else { return };
-        if source.stage != Stage::Scanning {
-            return;
-        }
-        let sides = source.sides.clone();
-        let unfinished = |index: &u32| {
-            let side = self.slots.get(*index as usize).and_then(Slot::side);
-            side.is_some_and(|side| side.reading && side.cursor < side.until)
-        };
-        if sides.iter().any(unfinished) {
-            // What other sources wait for is asked for in the same breath.
-            let scanning = |slot: &&Slot| slot.owned && slot.source().is_some_and(|source| source.stage == Stage::Scanning);
-            let all = self.slots.iter().filter(scanning).filter_map(Slot::source).flat_map(|source| source.sides.iter());
-            let left: Vec<u32> = all.copied().filter(unfinished).collect();
-            return self.ask_for_ends(&left, Instant::now());
-        }
-        let ordered = self.ordered();
-        for index in sides {
-            let slot = &self.slots[index as usize];
-            let Some(side) = slot.side().filter(|side| matches!(side.kind, Kind::Retry(_))) else { continue };
-            // They were looked through only: now they are read.
-            let from = slot.watermark.next();
-            if side.reading || (!ordered && from < side.until) {
-                self.read_from(index, from);
-            }
-        }
-        if let Some(source) = self.slots[of as usize].source_mut() {
-            source.stage = Stage::Ready;
-            let Sizes { tracked, kept, .. } = source.parking.sizes();
-            if tracked > 0 {
-                let partition = &self.slots[of as usize].partition;
-                tracing::info!(route = %self.route.name, %partition, records = tracked, exhausted = kept, "records wait in retry and park topics");
-            }
-        }
-        self.pass_gate(of);
-        self.hold_or_release(of);
-        self.post_now();
-    }
-
-    /// Asks whether there is anything left of sides that brought nothing for a while; until that is known they are waited for.
-    fn ask_for_ends(&mut self, left: &[u32], now: Instant) {
-        let side_of = |index: &u32| self.slots.get(*index as usize).and_then(|slot| Some((slot, slot.side()?)));
-        let quiet: Vec<(u32, u64, i64, TopicPartition)> = left
-            .iter()
-            .filter_map(|index| Some((*index, side_of(index)?)))
-            .filter(|(_, (_, side))| side.quiet + QUIET <= now)
-            .map(|(index, (slot, side))| (index, slot.watermark.epoch(), side.cursor, slot.partition.clone()))
-            .collect();
-        let again = left.iter().filter_map(side_of).map(|(_, side)| (side.quiet + QUIET).max(now + AGAIN)).min();
-        self.sides.again = self.sides.again.into_iter().chain(again).min();
-        // A broker in trouble tells when that is over, by what it sends.
-        if quiet.is_empty() || self.sides.looking.is_some() || self.sides.trouble.is_some() {
-            return;
-        }
-        let admin = self.parts.broker.admin();
-        let looking = async move {
-            let asked = quiet.iter().map(|(_, _, offset, partition)| Position { partition: partition.clone(), offset: *offset }).collect();
-            let answers = admin.readable(asked).await;
-            Looked::Ends(quiet.into_iter().zip(answers).map(|((index, epoch, cursor, _), answer)| (index, epoch, cursor, answer)).collect())
-        };
-        self.sides.looking = Some(looking.boxed());
-    }
-
-    fn on_ends(&mut self, ends: Vec<(u32, u64, i64, Result<bool, BrokerError>)>, now: Instant) {
-        let mut sources = BTreeSet::new();
-        for (index, epoch, cursor, readable) in ends {
-            let Some(slot) = self.slots.get_mut(index as usize).filter(|slot| slot.watermark.epoch() == epoch) else { continue };
-            let Some(side) = slot.side_mut().filter(|side| side.cursor == cursor) else { continue };
-            match readable {
-                Ok(false) => side.until = cursor,
-                // It comes.
-                Ok(true) => side.quiet = now,
-                Err(error) => {
-                    side.quiet = now;
-                    tracing::debug!(route = %self.route.name, %error, "not known whether a retry topic has more");
-                }
-            }
-            sources.insert(side.of);
-        }
-        sources.into_iter().for_each(|of| self.scanned(of));
     }
 
     /// Whether the source has to be read further before what is parked may run.
@@ -559,7 +474,10 @@ mod tests {
     use super::*;
     use crate::{
         broker::fake::Fake,
-        consume::commit::tests::{fixture_on, partition},
+        consume::{
+            commit::tests::{fixture_on, partition},
+            scan::QUIET,
+        },
     };
 
     /// What comes late from a park topic is to run first: silence is no end.

@@ -32,10 +32,10 @@ fn number(delivery: &Delivery) -> usize {
 }
 
 /// A generator that a seed decides.
-struct Dice(u64);
+pub(super) struct Dice(pub(super) u64);
 
 impl Dice {
-    fn roll(&mut self, below: u64) -> u64 {
+    pub(super) fn roll(&mut self, below: u64) -> u64 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % below
     }
@@ -429,6 +429,32 @@ async fn a_reset_delivers_again_all_but_what_is_parked_and_what_is_parked_still_
     assert_eq!(serve(&mesh, only(99)).await, [(0, 2), (1, 1), (2, 1), (3, 1)]);
     settled(&mesh, "work").await;
     mesh.end().await;
+}
+
+/// By retention, or by somebody's hand: what waits behind such a record must not wait for ever.
+#[tokio::test(start_paused = true)]
+async fn records_that_a_broker_deletes_from_a_retry_topic_hold_their_keys_up_no_longer() {
+    // More than are in memory while they wait.
+    const COUNT: usize = 3_000;
+    for order in ["key", "none"] {
+        let (mesh, _) =
+            one(&format!("order: {order}, retry: {{ attempts: 1, topics: [1h] }}, breaker: {{ failures: 100000 }}, concurrency: 64")).await;
+        mesh.publish("in", records(2 * COUNT, COUNT)).await;
+        let outcome = |delivery: &Delivery| if number(delivery) < COUNT && delivery.attempt == 1 { failed() } else { reply(204, "") };
+        let before = serve(&mesh, outcome).await;
+        let followers = |seen: &[(usize, u32)]| seen.iter().filter(|(n, _)| *n >= COUNT).count();
+        assert_eq!(followers(&before), if order == "key" { 0 } else { COUNT }, "{order}");
+        let retry = TopicPartition::new("work.in.retry-1", 0);
+        mesh.broker.admin().delete_records(vec![(retry, COUNT as i64)]).await.unwrap();
+        tokio::time::sleep(Duration::from_secs(3_600)).await;
+        let after = serve(&mesh, outcome).await;
+        settled(&mesh, "work").await;
+        let expired = status(&mesh).dispositions.get(&Disposition::Expired).copied().unwrap_or_default() as usize;
+        let retried = after.iter().filter(|(n, _)| *n < COUNT).count();
+        assert!(expired > 0 && retried + expired == COUNT, "{order}: {retried} were tried again, {expired} are gone");
+        assert_eq!(followers(&before) + followers(&after), COUNT, "{order}: each once");
+        mesh.end().await;
+    }
 }
 
 #[tokio::test(start_paused = true)]

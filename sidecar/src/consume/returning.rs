@@ -9,8 +9,9 @@ use mesh_routing::Order;
 use tokio::time::Instant;
 
 use super::{
-    park::{LONGEST, Role, Stage, Waiting},
-    route::{Job, RouteLoop},
+    park::{AGAIN, LONGEST, Role, Stage, Waiting},
+    route::{Job, RouteLoop, Slot},
+    scan::Sweep,
 };
 use crate::{
     broker::Event,
@@ -52,11 +53,17 @@ impl RouteLoop {
                 slot.watermark.skip_to(to);
                 if let Role::Side(side) = &mut slot.role {
                     side.cursor = side.cursor.max(to);
-                    let (of, park) = (side.of, side.kind == Kind::Park);
-                    if park && let Some(parking) = self.parking(of) {
-                        for offset in parking.lost(to) {
-                            self.complete_aside(index, offset);
+                    let (of, kind) = (side.of, side.kind);
+                    let Some(source) = self.slots.get_mut(of as usize).and_then(Slot::source_mut) else { return };
+                    match kind {
+                        Kind::Park => {
+                            for offset in source.parking.lost(to) {
+                                self.complete_aside(index, offset);
+                            }
                         }
+                        // Which records were there shows when the topic is read to its end.
+                        Kind::Retry(tier) if source.parking.suspect(tier) => self.begin_sweep(index),
+                        Kind::Retry(_) => {}
                     }
                     self.scanned(of);
                 }
@@ -93,7 +100,7 @@ impl RouteLoop {
                 Kind::Park => self.take_parked(index, of, offset, record),
             }
         }
-        if scanning {
+        if scanning || self.slots[index as usize].side().is_some_and(|side| side.sweep != Sweep::No) {
             self.scanned(of);
         }
         self.hold_or_release(index);
@@ -124,13 +131,22 @@ impl RouteLoop {
         Job::new(index, self.slots[index as usize].watermark.epoch(), offset, key, delivery)
     }
 
+    /// Which of its route's retry topics a slot is of; 0: none.
+    pub(super) fn tier_of(&self, index: u32) -> usize {
+        match self.slots.get(index as usize).and_then(Slot::side).map(|side| side.kind) {
+            Some(Kind::Retry(tier)) => tier,
+            Some(Kind::Park) | None => 0,
+        }
+    }
+
     /// Notes that a record lies in a retry topic, before anything runs.
     fn index_retry(&mut self, index: u32, of: u32, offset: i64, record: Record) {
         if self.slots[index as usize].watermark.was_completed(offset) {
             return;
         }
         let (stored, key) = self.read_stored(index, offset, record);
-        let complete = self.parking(of).and_then(|parking| parking.index_retry(key, stored.origin.offset, stored.attempts));
+        let tier = self.tier_of(index);
+        let complete = self.parking(of).and_then(|parking| parking.index_retry(key, stored.origin.offset, stored.attempts, tier));
         if let (Some(offset), Some(park)) = (complete, self.side_of(of, Kind::Park)) {
             self.complete_aside(park, offset);
         }
@@ -142,8 +158,9 @@ impl RouteLoop {
             return;
         }
         let (stored, key) = self.read_stored(index, offset, record);
+        let tier = self.tier_of(index);
         let Some(parking) = self.parking(of) else { return };
-        match parking.found_retry(key, stored.origin.offset, stored.attempts) {
+        match parking.found_retry(key, stored.origin.offset, stored.attempts, tier) {
             FoundRetry::Duplicate => return self.complete_aside(index, offset),
             FoundRetry::Replace => self.withdraw_copy(of, stored.origin.offset),
             FoundRetry::Take => {}
@@ -287,7 +304,10 @@ impl RouteLoop {
             return;
         }
         slot.held = held;
-        let partition = slot.partition.clone();
+        if !held && slot.side().is_some_and(|side| side.sweep != Sweep::No) {
+            self.sides.again.get_or_insert(Instant::now() + AGAIN);
+        }
+        let partition = self.slots[index as usize].partition.clone();
         if let Some(reader) = &mut self.sides.reader {
             if held { reader.hold(&partition) } else { reader.release(&partition) }
         }

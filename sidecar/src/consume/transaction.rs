@@ -7,7 +7,7 @@
 //! no other record that publishes something.
 //! Invariant: while a transaction is under way no other commit is, and the last commits of a revoke are left out: it may store newer ones.
 
-use std::{collections::HashMap, time::Duration};
+use std::collections::HashMap;
 
 use futures_util::FutureExt as _;
 use tokio::time::Instant;
@@ -21,9 +21,6 @@ use crate::{
     mutation::{self, Mutation},
     watermark::Snapshot,
 };
-
-/// How long the end of a drain waits for the transaction under way.
-const FINISH: Duration = Duration::from_secs(5);
 
 /// What a transaction came to.
 pub(super) struct Transacted {
@@ -129,10 +126,10 @@ impl RouteLoop {
         }
     }
 
-    /// At the end of a drain: waits for the transaction under way, for a bounded time.
-    pub(super) async fn finish_transaction(&mut self) {
+    /// At the end of a drain: waits for the transaction under way.
+    pub(super) async fn finish_transaction(&mut self, end: Instant) {
         let Some(transaction) = &mut self.transaction else { return };
-        match tokio::time::timeout(FINISH, transaction).await {
+        match tokio::time::timeout_at(end, transaction).await {
             Ok(done) => self.on_transacted(done),
             Err(_) => tracing::warn!(route = %self.route.name, "a transaction had no end yet when the drain was over"),
         }

@@ -164,7 +164,7 @@ pub(super) async fn filter(text: String) -> Result<Arc<Route>, OperationError> {
         let table = serde_json::json!({
             "apiVersion": "mesh/v1", "kind": "RoutingTable", "metadata": { "mesh": "filter" }, "spec": { "routes": [route] }
         });
-        mesh_routing::parse("--filter", &table.to_string()).and_then(|table| mesh_routing::compile(&table))
+        mesh_routing::load("--filter", &table.to_string()).map(|(_, compiled)| compiled)
     });
     let compiled = compiled.await.map_err(|error| OperationError::Refused(error.to_string()))?;
     let compiled = compiled.map_err(|faults| {

@@ -205,8 +205,8 @@ impl Control {
     /// Ends the canary that is open; 0 means whichever is.
     ///
     /// # Errors
-    /// If that one is not open, [`OperationError::Conflict`] if it was promoted meanwhile, or the broker fails; says when it is not known whether it is
-    /// over.
+    /// If none is open, [`OperationError::Conflict`] if another one is or it was promoted meanwhile, or the broker fails; says when it is not known whether
+    /// it is over.
     pub async fn abort_rollout(&self, generation: u64, by: String, reason: String) -> Result<v1::AbortRolloutResponse, OperationError> {
         marks::check("reason", &reason)?;
         marks::check("by", &by)?;
@@ -220,7 +220,9 @@ impl Control {
                 let stable_generation = abort(&self.0, open, by, reason).await?;
                 Ok(v1::AbortRolloutResponse { generation: open, stable_generation })
             }
-            Some(open) => Err(OperationError::Refused(format!("generation {generation} is not being rolled out: generation {open} is"))),
+            Some(open) => Err(OperationError::Conflict(format!(
+                "generation {generation} is not the canary: generation {open} is (`mesh-ctl rollout status` tells what there is)"
+            ))),
             None => Err(OperationError::Refused(match ended {
                 Some(ended) => format!("no rollout is open: the last one was {ended}"),
                 None => "no rollout is open".to_owned(),

@@ -19,6 +19,8 @@ use crate::{
     stage::Stage,
 };
 
+/// How long a broker warms up, in seconds.
+const WARM_BROKER: f64 = 20.0;
 /// The service of every route that is measured.
 pub(super) const SERVICE: &str = "service";
 /// The route that is measured.
@@ -75,6 +77,10 @@ impl Bench {
     pub(super) fn with_env(&self, name: &str, value: &str) -> Self {
         let mut effort = self.effort.clone();
         effort.env.push((name.to_owned(), value.to_owned()));
+        self.with(effort)
+    }
+
+    fn with(&self, effort: Effort) -> Self {
         Self { broker: self.broker.clone(), kafka: self.kafka.clone(), effort, capacity: OnceCell::new() }
     }
 
@@ -101,6 +107,22 @@ impl Bench {
         };
         row.failed = result.err().map(|error| format!("{error:#}"));
         row
+    }
+
+    /// Works a Kafka that was started for this run until its JVM has compiled what is measured: in its first half minute it takes several times the
+    /// processor time for a request. One that was there before is taken as it is.
+    ///
+    /// # Errors
+    /// If the load fails.
+    pub async fn warm_broker(&self) -> Result<()> {
+        if self.kafka.as_ref().is_none_or(|(handle, _)| handle.id().is_none()) {
+            return Ok(());
+        }
+        eprintln!("the broker warms up for {WARM_BROKER} s");
+        let stage = Stage::new(self.broker.clone())?;
+        let bench = self.with(Effort { warmup: 0.0, seconds: WARM_BROKER, ..self.effort.clone() });
+        bench.publish_round(Kind::PublishHttp, &stage, "warm", None).await?;
+        Ok(())
     }
 
     /// `kafka` or `embedded`.

@@ -146,7 +146,11 @@ async fn benches(args: &Args, effort: Effort) -> Result<Vec<Bench>> {
     let mut benches = Vec::new();
     if args.broker != Brokers::Embedded {
         match mesh_tests::kafka::kafka().await {
-            Some(handle) => benches.push(Bench::kafka(handle, effort.clone())?),
+            Some(handle) => {
+                let bench = Bench::kafka(handle, effort.clone())?;
+                bench.warm_broker().await?;
+                benches.push(bench);
+            }
             None => ensure!(args.broker == Brokers::Both, "no Kafka"),
         }
     }

@@ -7,7 +7,7 @@ use mesh_proto::v1::RouteState;
 use mesh_tests::{
     broker::Broker,
     on_both,
-    python::python,
+    python::{Python, python},
     service::{Rule, Scenario, Service},
     sidecar::{Sidecar, routes_of},
     stage::Stage,
@@ -151,6 +151,44 @@ async fn diagnosed(stage: Stage) -> Result<()> {
     sidecar.finish().await
 }
 
+/// One of three brokers is killed: nothing hangs, and the doctor says which it is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_doctor_names_the_broker_of_a_cluster_that_is_away() -> Result<()> {
+    let Some(cluster) = mesh_tests::kafka::cluster(3).await else { return Ok(()) };
+    Stage::run(Broker::Kafka(cluster.bootstrap()), async |stage| {
+        let service = Service::native(Scenario::light()).await?;
+        let sidecar = stage.sidecar("sidecar").service("work", &service).start().await?;
+        sidecar.apply(&ROUTE.replace("partitions: 4", "partitions: 3, replication: 3")).await?;
+        sidecar.wait_running(&["work"]).await?;
+        cluster.wait_in_sync(MINUTE).await?;
+        let sick =
+            async || anyhow::Ok(findings(&sidecar.ctl(&["doctor", "-o", "json"]).await?.json()?, "topics").cloned().collect::<Vec<_>>());
+        let well = sick().await?;
+        ensure!(well.iter().all(|finding| !finding["what"].as_str().unwrap_or_default().contains("not in sync")), "{well:#?}");
+
+        cluster.stop(1, true).await?;
+        let end = tokio::time::Instant::now() + MINUTE;
+        let topic = stage.topic("in");
+        let found = loop {
+            // The other brokers notice when its session ends; nothing tells from outside.
+            let found = sick().await?;
+            let names = |finding: &Value| {
+                let text = |field: &str| finding[field].as_str().unwrap_or_default();
+                text("subject").contains(&topic) && text("what").contains("not in sync, on broker ")
+            };
+            if let Some(finding) = found.iter().find(|finding| names(finding)) {
+                break finding.clone();
+            }
+            ensure!(tokio::time::Instant::now() < end, "the broker is not missed: {found:#?}");
+        };
+        ensure!(found["severity"] == "warning" && found["fix"].as_str().is_some_and(|fix| fix.contains("bring it back")), "{found:#}");
+        publish(&sidecar, &topic, 5).await?;
+        service.wait(5, MINUTE).await?;
+        sidecar.finish().await
+    })
+    .await
+}
+
 on_both!(rates_stand_at_the_edges_and_in_top, rates);
 
 /// Publishes for as long as other work takes.
@@ -232,6 +270,14 @@ async fn rates(stage: Stage) -> Result<()> {
     Ok(())
 }
 
+/// What `mesh-ctl` does on a terminal, as `terminal.py` tells; `flags` are its flags.
+async fn on_a_terminal(python: &Python, sidecar: &Sidecar, flags: &[&str], command: &[&str]) -> Result<Value> {
+    let program = mesh_tests::sidecar::binaries().await?.join("mesh-ctl");
+    let admin = format!("http://{}", sidecar.admin_address());
+    let arguments = [flags, &["--", program.to_str().context("a path")?, "--admin", &admin], command].concat();
+    Ok(serde_json::from_str(&python.run("terminal.py", &arguments, Vec::new(), MINUTE).await?.success()?)?)
+}
+
 /// The full screen: keys are obeyed, nothing is wider or higher than the terminal, and the terminal is given back as it was.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn top_gives_the_terminal_back() -> Result<()> {
@@ -241,29 +287,9 @@ async fn top_gives_the_terminal_back() -> Result<()> {
         let sidecar = stage.sidecar("sidecar").service("work", &service).start().await?;
         sidecar.apply(ROUTE).await?;
         sidecar.wait_running(&["work"]).await?;
-        let program = mesh_tests::sidecar::binaries().await?.join("mesh-ctl");
-        let program = program.to_str().context("a path")?;
-        let admin = format!("http://{}", sidecar.admin_address());
         for (end, columns, lines) in [("q", "80", "24"), ("SIGTERM", "20", "6")] {
-            let arguments = [
-                "--columns",
-                columns,
-                "--lines",
-                lines,
-                "--keys",
-                "sjp",
-                "--end",
-                end,
-                "--",
-                program,
-                "--admin",
-                &admin,
-                "top",
-                "--interval",
-                "500ms",
-            ];
-            let said = python.run("terminal.py", &arguments, Vec::new(), MINUTE).await?.success()?;
-            let said: Value = serde_json::from_str(&said)?;
+            let flags = ["--columns", columns, "--lines", lines, "--keys", "sjp", "--end", end];
+            let said = on_a_terminal(&python, &sidecar, &flags, &["top", "--interval", "500ms"]).await?;
             ensure!(said["status"] == 0 && said["restored"] == true && said["left"] == true, "{end:?}: {said:#}");
             let rows: Vec<&str> = said["screen"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
             let (columns, lines): (usize, usize) = (columns.parse()?, lines.parse()?);
@@ -286,12 +312,8 @@ async fn a_terminal_shows_colours_unless_they_are_not_wanted() -> Result<()> {
         let sidecar = stage.sidecar("sidecar").service("work", &service).start().await?;
         sidecar.apply(ROUTE).await?;
         sidecar.wait_running(&["work"]).await?;
-        let program = mesh_tests::sidecar::binaries().await?.join("mesh-ctl");
-        let admin = format!("http://{}", sidecar.admin_address());
-        let command = [program.to_str().context("a path")?, "--admin", &admin, "status", "--watch", "500ms", "--count", "2"];
-        for (flags, colours) in [(&["--whole", "--colours", "--"][..], true), (&["--whole", "--"], false)] {
-            let said = python.run("terminal.py", &[flags, &command].concat(), Vec::new(), MINUTE).await?.success()?;
-            let said: Value = serde_json::from_str(&said)?;
+        for (flags, colours) in [(&["--whole", "--colours"][..], true), (&["--whole"], false)] {
+            let said = on_a_terminal(&python, &sidecar, flags, &["status", "--watch", "500ms", "--count", "2"]).await?;
             let output = said["output"].as_str().context("its output")?;
             ensure!(said["status"] == 0 && output.matches("\x1b[H\x1b[2J").count() == 2, "{said:#}");
             ensure!(output.contains("\x1b[1mROUTE\x1b[0m") == colours && output.contains("\x1b[32mRUNNING\x1b[0m") == colours, "{said:#}");

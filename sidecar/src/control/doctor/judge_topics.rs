@@ -116,19 +116,23 @@ fn durability(check: &'static str, found: &[TopicInfo], brokers: usize) -> Vec<F
     if brokers < 2 {
         return findings;
     }
+    // Brokers that are away are not listed among the brokers any more: here they show.
+    let lags = |one: &PartitionInfo| one.replicas.iter().copied().filter(|id| !one.in_sync.contains(id)).collect::<Vec<i32>>();
+    let behind: BTreeSet<i32> = found.iter().flat_map(|topic| &topic.partitions).flat_map(lags).collect();
+    let behind = behind.iter().map(i32::to_string).collect::<Vec<_>>().join(", ");
     let short =
         |topic: &TopicInfo| in_sync(topic).is_some_and(|least| any(topic, &|one| one.leader.is_some() && one.in_sync.len() < least));
     say(
         &short,
         true,
         "fewer replicas are in sync than min.insync.replicas asks for: nothing can be written to those partitions",
-        "bring the brokers back that have the other replicas, or wait until they have caught up",
+        &format!("bring the brokers back that have the other replicas ({behind}), or wait until they have caught up"),
     );
     say(
         &|topic| !short(topic) && any(topic, &|one| one.leader.is_some() && one.in_sync.len() < one.replicas.len()),
         false,
-        "some replicas are not in sync: a broker is away, or behind",
-        "`mesh-ctl topics describe TOPIC` tells which; bring it back, or see why it is slow",
+        &format!("some replicas are not in sync, on broker {behind}: away, or behind"),
+        "bring it back, or see why it is slow; `mesh-ctl topics describe TOPIC` tells of each partition",
     );
     say(
         &|topic| replication(topic) == 1,
