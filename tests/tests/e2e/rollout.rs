@@ -193,18 +193,18 @@ impl Zones {
         tokio::time::timeout(MINUTE, given).await.context("the deliveries of a wave")?
     }
 
-    /// Kills one as soon as it would repeat nothing after that.
+    /// Kills one once the broker has it that all is done, so that whoever comes after it repeats nothing.
     async fn kill9(&mut self, number: usize) -> Result<()> {
-        let sidecar = &mut self.sidecars[number];
         let committed = async {
-            while sidecar.metric("mesh_replay_records{route=\"work\",service=\"work\"}").await? > 0.0 {
-                // Another process has no event to await.
-                tokio::time::sleep(Duration::from_millis(50)).await;
+            loop {
+                let said = self.sidecars[0].ctl(&["lag", "work", "-o", "json"]).await?.ends(0)?.json()?;
+                if said["groups"][0]["lag_records"] == 0 {
+                    return anyhow::Ok(());
+                }
             }
-            anyhow::Ok(())
         };
         tokio::time::timeout(MINUTE, committed).await.context("the commit")??;
-        sidecar.kill9().await
+        self.sidecars[number].kill9().await
     }
 
     /// Publishes a wave, and checks that each sidecar, with at least one record, called the handler of the table that it ought to run. How many
