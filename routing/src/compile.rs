@@ -12,6 +12,7 @@ use std::time::Duration;
 use crate::check::{Checked, check};
 use crate::expression::{Expression, ExpressionError};
 use crate::fault::Faults;
+use crate::part::Elsewhere;
 use crate::record::{RecordView, ReplyView};
 use crate::schema::{Mismatch, Schema};
 use crate::table::{
@@ -25,14 +26,16 @@ pub struct CompiledTable {
     pub mesh: Arc<str>,
     /// The digest of the table, as [`Table::digest`].
     pub digest: Arc<str>,
-    /// All topics that the table names, sorted by name.
+    /// All topics that the table declares, and those of its routes, sorted by name.
     pub topics: Vec<Topic>,
-    /// The routes, in the order of the table.
+    /// The routes, in the order of the table; of a part (see [`load_part`](crate::load_part)), its own.
     pub routes: Vec<Arc<Route>>,
     schemas: HashMap<Arc<str>, Schema>,
     by_name: HashMap<Arc<str>, usize>,
     by_topic: HashMap<Arc<str>, Vec<Arc<Route>>>,
     by_service: HashMap<Arc<str>, Vec<Arc<Route>>>,
+    /// The routes that were left out.
+    pub(crate) elsewhere: Elsewhere,
 }
 
 /// A topic that a table names.
@@ -361,6 +364,17 @@ impl CompiledTable {
         self.by_service.get(service).map_or(&[], Vec::as_slice)
     }
 
+    /// Whether all routes of the table are here.
+    pub fn is_whole(&self) -> bool {
+        self.elsewhere.is_empty()
+    }
+
+    /// The name of the route that has a consumer group, be it here or left out.
+    pub fn route_of_group(&self, group: &str) -> Option<&str> {
+        let here = self.routes.iter().find(|route| *route.group == *group).map(|route| &*route.name);
+        here.or_else(|| self.elsewhere.route_of_group(&self.mesh, group))
+    }
+
     /// All topics that the table names, sorted by name: declared ones, sources, destinations, and
     /// dead letter topics.
     pub fn topic_names(&self) -> &[Topic] {
@@ -404,6 +418,7 @@ pub(crate) fn compile_checked(table: &Table, checked: Checked, digest: String) -
         by_name: HashMap::with_capacity(table.routes.len()),
         by_topic: HashMap::new(),
         by_service: HashMap::new(),
+        elsewhere: Elsewhere::default(),
     };
     for (i, (spec, fields)) in table.routes.iter().zip(resolved).enumerate() {
         // An expression of the route itself, or of the defaults when it has none.

@@ -31,6 +31,7 @@ mod expression;
 pub mod fault;
 mod graph;
 mod node;
+mod part;
 mod read;
 mod record;
 mod schema;
@@ -81,16 +82,32 @@ pub fn load(source_name: &str, text: &str) -> Result<(Table, CompiledTable), Fau
     Ok((table, compiled))
 }
 
-/// As [`load`], of a text that was stored with its digest: the one that [`Table::digest`] gives if the text is what [`Table::to_json`] gave. Whoever
+/// Compiles a text that was stored with its digest: the one that [`Table::digest`] gives if the text is what [`Table::to_json`] gave. Whoever
 /// stored it says so; the caller has checked that the digest is that of the text.
 ///
 /// # Errors
 ///
 /// As [`parse`].
-pub fn load_stored(source_name: &str, text: &str, digest: &str) -> Result<(Table, CompiledTable), Faults> {
+pub fn load_stored(source_name: &str, text: &str, digest: &str) -> Result<CompiledTable, Faults> {
     let (table, checked, _) = read_text(source_name, text)?;
-    let compiled = compile::compile_checked(&table, checked, digest.to_owned());
-    Ok((table, compiled))
+    Ok(compile::compile_checked(&table, checked, digest.to_owned()))
+}
+
+/// As [`load_stored`], without the routes of services that `serves` denies: neither read nor checked, they cost next to nothing. What the table declares
+/// of topics is there, and [`CompiledTable::route_of_group`] knows the groups of all.
+///
+/// # Errors
+///
+/// As [`parse`], of what is not left out.
+pub fn load_part(source_name: &str, text: &str, digest: &str, serves: impl Fn(&str) -> bool) -> Result<CompiledTable, Faults> {
+    if let Some(part) = part::split(text, serves)
+        && let Ok(mut compiled) = load_stored(source_name, &part.text, digest)
+    {
+        compiled.elsewhere = part.elsewhere;
+        return Ok(compiled);
+    }
+    // What is wrong is told with its place in the whole.
+    load_stored(source_name, text, digest)
 }
 
 /// As [`parse`], with the [warnings](Table::warnings) of the table, each at its place in the text.

@@ -13,7 +13,10 @@ use tokio::{
     time::Instant,
 };
 
-use crate::{parking::Release, record::TopicPartition};
+use crate::{
+    parking::Release,
+    record::{Position, TopicPartition},
+};
 
 /// Commands that wait for the supervisor, or for one route, at most.
 pub const ROOM: usize = 64;
@@ -48,6 +51,45 @@ pub enum Task {
         /// The answer.
         answer: oneshot::Sender<Released>,
     },
+    /// Say how far a record of a source is.
+    LookUp {
+        /// Where it lies.
+        at: Position,
+        /// The answer; `None` if this process does not own its partition.
+        answer: oneshot::Sender<Option<Held>>,
+    },
+}
+
+/// How far a record is at the owner of its partition.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// Where it is.
+    pub stage: RecordStage,
+    /// Attempts that were begun; one at the service included.
+    pub attempts: u32,
+    /// Why the last one failed; empty if none did.
+    pub failure: String,
+    /// What the whole route waits for; empty if for nothing.
+    pub waits_for: String,
+}
+
+/// Where a record is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RecordStage {
+    /// It was not read yet.
+    Unread,
+    /// It waits for its turn, or for a place at the service.
+    Waiting,
+    /// It is at the service, for so long.
+    AtService(Duration),
+    /// It waits for its next attempt, for so long yet.
+    BackingOff(Duration),
+    /// Its attempts are used up, and it waits to be released.
+    Exhausted,
+    /// What was made of it is on its way to the broker.
+    Publishing,
+    /// It is done.
+    Complete,
 }
 
 /// What a release did.
@@ -109,6 +151,14 @@ impl Commands {
             Err(_) => Released::default(),
         }
     }
+
+    /// How far a record of a source of a route is; `None` if this process does not own its partition.
+    pub async fn look_up(&self, route: &str, at: Position) -> Option<Held> {
+        let (answer, answered) = oneshot::channel();
+        let command = Command { route: route.into(), task: Task::LookUp { at, answer } };
+        self.0.send(command).await.ok()?;
+        answered.await.ok()?
+    }
 }
 
 impl Command {
@@ -120,6 +170,7 @@ impl Command {
                 drop(answer.send(partitions.into_iter().map(|(partition, _)| (partition, Reset::NotOwner)).collect()));
             }
             Task::Release { answer, .. } => drop(answer.send(Released::default())),
+            Task::LookUp { answer, .. } => drop(answer.send(None)),
         }
     }
 }

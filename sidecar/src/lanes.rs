@@ -246,6 +246,11 @@ impl<T> Lanes<T> {
         self.job(id).map(|job| &job.item)
     }
 
+    /// A job whose item matches, if there is one. Costs O(jobs).
+    pub fn find(&self, mut matches: impl FnMut(&T) -> bool) -> Option<(JobId, &T)> {
+        self.jobs.iter().flatten().find(|job| matches(&job.item)).map(|job| (job.id, &job.item))
+    }
+
     /// The lane of a job, if it is in one.
     pub fn lane(&self, id: JobId) -> Option<Lane> {
         self.jobs.get(id.index())?.as_ref().filter(|job| job.id == id)?.lane

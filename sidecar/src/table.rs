@@ -13,7 +13,7 @@ pub struct ActiveTable {
     pub applied_ms: i64,
     /// Where it came from.
     pub origin: TableOrigin,
-    /// The table.
+    /// The table; of one that the mesh gave, the part that this sidecar runs: see [`mesh_routing::load_part`].
     pub compiled: Arc<CompiledTable>,
 }
 

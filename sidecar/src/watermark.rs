@@ -143,6 +143,15 @@ impl Watermark {
         self.restored.get(index).is_some_and(|range| range.contains(&offset))
     }
 
+    /// Whether an offset is complete, now or by what a commit recorded.
+    pub fn is_complete(&self, offset: i64) -> bool {
+        match self.entries.binary_search_by_key(&offset, |entry| entry.offset) {
+            Ok(index) => self.entries.get(index).is_some_and(|entry| entry.complete),
+            // What was read and is not tracked is complete, or no record.
+            Err(_) => offset < self.next || self.was_completed(offset),
+        }
+    }
+
     /// What to commit now.
     pub fn snapshot(&self) -> Snapshot {
         self.record(self.completed, |entry| entry.complete)

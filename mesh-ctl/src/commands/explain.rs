@@ -140,6 +140,7 @@ mod tests {
             committed: Some(6),
             disposition: disposition.into(),
             note: "to priced/0/2".into(),
+            ..v1::FlowRoute::default()
         };
         let flow = v1::FlowRecord {
             position: at("orders", 5),

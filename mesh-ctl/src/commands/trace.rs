@@ -65,6 +65,12 @@ pub(super) struct Route {
     pub(super) committed: Option<i64>,
     pub(super) disposition: String,
     pub(super) note: String,
+    /// Who owns its partition and says so, while it is under way.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) instance: Option<String>,
+    /// Attempts that were begun, while it is under way.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) attempts: Option<u32>,
 }
 
 fn kind(kind: FlowKind) -> &'static str {
@@ -131,8 +137,9 @@ impl From<v1::FlowRecord> for Record {
 impl From<v1::FlowRoute> for Route {
     fn from(route: v1::FlowRoute) -> Self {
         let of_progress = route.progress();
-        let v1::FlowRoute { route, service, group, verdict, detail, committed, disposition, note, .. } = route;
-        Self { route, service, group, verdict, detail, progress: progress(of_progress), committed, disposition, note }
+        let v1::FlowRoute { route, service, group, verdict, detail, committed, disposition, note, instance, attempts, .. } = route;
+        let (instance, attempts) = Some((instance, attempts)).filter(|(instance, _)| !instance.is_empty()).unzip();
+        Self { route, service, group, verdict, detail, progress: progress(of_progress), committed, disposition, note, instance, attempts }
     }
 }
 

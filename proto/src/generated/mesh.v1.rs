@@ -1263,7 +1263,7 @@ pub struct OwnerCommand {
     #[prost(int64, tag = "2")]
     pub expires_ms: i64,
     /// What to do.
-    #[prost(oneof = "owner_command::Action", tags = "3, 4, 5, 6")]
+    #[prost(oneof = "owner_command::Action", tags = "3, 4, 5, 6, 7")]
     pub action: ::core::option::Option<owner_command::Action>,
 }
 /// Nested message and enum types in `OwnerCommand`.
@@ -1283,7 +1283,23 @@ pub mod owner_command {
         /// Report more often for a while. It is for all instances: its key is `<mesh>/*`, and nobody answers. No route is named.
         #[prost(message, tag = "6")]
         Watch(super::WatchStatus),
+        /// Say how far a record is.
+        #[prost(message, tag = "7")]
+        LookUp(super::LookUpRecord),
     }
+}
+/// A record of a source of the route. Looking changes nothing.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LookUpRecord {
+    /// Its topic.
+    #[prost(string, tag = "1")]
+    pub topic: ::prost::alloc::string::String,
+    /// Its partition.
+    #[prost(int32, tag = "2")]
+    pub partition: i32,
+    /// Its offset.
+    #[prost(int64, tag = "3")]
+    pub offset: i64,
 }
 /// Somebody watches the state of the mesh.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1343,6 +1359,28 @@ pub struct OwnerAnswer {
     /// Of a drain: deliveries that were at services when it began.
     #[prost(uint64, tag = "4")]
     pub in_flight: u64,
+    /// Of a record that was looked up, how far it is. Absent: the instance does not own its partition.
+    #[prost(message, optional, tag = "5")]
+    pub record: ::core::option::Option<RecordState>,
+}
+/// How far a record is at the owner of its partition.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RecordState {
+    /// Where it is.
+    #[prost(enumeration = "RecordStage", tag = "1")]
+    pub stage: i32,
+    /// How long it has been at the service, or how long it is until its next attempt, in milliseconds.
+    #[prost(uint64, tag = "2")]
+    pub for_ms: u64,
+    /// Attempts that were begun; one at the service included.
+    #[prost(uint32, tag = "3")]
+    pub attempts: u32,
+    /// Why the last one failed. Empty: none did.
+    #[prost(string, tag = "4")]
+    pub failure: ::prost::alloc::string::String,
+    /// What the whole route waits for. Empty: nothing.
+    #[prost(string, tag = "5")]
+    pub waits_for: ::prost::alloc::string::String,
 }
 /// What became of one partition.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1362,6 +1400,59 @@ pub struct PartitionAnswer {
     /// Why it failed.
     #[prost(string, tag = "5")]
     pub reason: ::prost::alloc::string::String,
+}
+/// Where a record is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum RecordStage {
+    /// Not said.
+    Unspecified = 0,
+    /// It was not read yet.
+    Unread = 1,
+    /// It waits for its turn: behind an earlier one of its key or partition, or for a place at the service.
+    Waiting = 2,
+    /// It is at the service.
+    AtService = 3,
+    /// It waits for its next attempt.
+    BackingOff = 4,
+    /// Its attempts are used up, and it waits to be released (`on_exhausted: stop`).
+    Exhausted = 5,
+    /// What was made of it is on its way to the broker.
+    Publishing = 6,
+    /// It is done, and a commit says so, or is about to.
+    Complete = 7,
+}
+impl RecordStage {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "RECORD_STAGE_UNSPECIFIED",
+            Self::Unread => "RECORD_STAGE_UNREAD",
+            Self::Waiting => "RECORD_STAGE_WAITING",
+            Self::AtService => "RECORD_STAGE_AT_SERVICE",
+            Self::BackingOff => "RECORD_STAGE_BACKING_OFF",
+            Self::Exhausted => "RECORD_STAGE_EXHAUSTED",
+            Self::Publishing => "RECORD_STAGE_PUBLISHING",
+            Self::Complete => "RECORD_STAGE_COMPLETE",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "RECORD_STAGE_UNSPECIFIED" => Some(Self::Unspecified),
+            "RECORD_STAGE_UNREAD" => Some(Self::Unread),
+            "RECORD_STAGE_WAITING" => Some(Self::Waiting),
+            "RECORD_STAGE_AT_SERVICE" => Some(Self::AtService),
+            "RECORD_STAGE_BACKING_OFF" => Some(Self::BackingOff),
+            "RECORD_STAGE_EXHAUSTED" => Some(Self::Exhausted),
+            "RECORD_STAGE_PUBLISHING" => Some(Self::Publishing),
+            "RECORD_STAGE_COMPLETE" => Some(Self::Complete),
+            _ => None,
+        }
+    }
 }
 /// How a command to a partition's owner ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
@@ -3021,13 +3112,19 @@ pub struct FlowRoute {
     /// The group's committed offset in the partition. Absent: it has committed nothing.
     #[prost(int64, optional, tag = "7")]
     pub committed: ::core::option::Option<i64>,
-    /// What became of it, in a word: `forwarded`, `dead_lettered`, `retrying`, `parked`, `filtered`, `other_route`, `void`, `waiting`, `pending`, or
-    /// `done` where the records do not tell.
+    /// What became of it, in a word: `forwarded`, `dead_lettered`, `retrying`, `parked`, `filtered`, `other_route`, `void`, `at_service`, `publishing`,
+    /// `waiting`, `pending`, or `done` where the records do not tell.
     #[prost(string, tag = "8")]
     pub disposition: ::prost::alloc::string::String,
     /// The same in words.
     #[prost(string, tag = "9")]
     pub note: ::prost::alloc::string::String,
+    /// While it is under way: the instance that owns its partition, and says so. Empty: nobody was asked, or nobody answered.
+    #[prost(string, tag = "10")]
+    pub instance: ::prost::alloc::string::String,
+    /// While it is under way: attempts that were begun, the one at the service included.
+    #[prost(uint32, tag = "11")]
+    pub attempts: u32,
 }
 /// Asks what became of a record.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -182,10 +182,9 @@ pub(super) async fn open(api: &Api, caller: Caller, topics: &[String], group: &s
     if group.len() > 255 || group.chars().any(char::is_control) {
         return Err(ApiError::Query { name: "group", reason: "must have at most 255 characters and no control character".to_owned() });
     }
-    let route =
-        api.inner.table.borrow().as_ref().and_then(|table| table.compiled.routes.iter().find(|route| *route.group == *group).cloned());
+    let route = api.inner.table.borrow().as_ref().and_then(|table| table.compiled.route_of_group(group).map(str::to_owned));
     if let Some(route) = route {
-        return Err(ApiError::RouteGroup { group: group.to_owned(), route: route.name.to_string() });
+        return Err(ApiError::RouteGroup { group: group.to_owned(), route });
     }
     if group.starts_with("__") {
         return Err(ApiError::Query { name: "group", reason: "must not begin with `__`".to_owned() });

@@ -1,4 +1,4 @@
-//! Commands to a route's loop: partitions that are to be read from elsewhere, and records that are released.
+//! Commands to a route's loop: partitions that are to be read from elsewhere, records that are released, and those that are looked up.
 //!
 //! A partition that is reset stops as one that is given away: what waits is dropped, what is at the service is awaited with its replies. Then
 //! the new offset is committed, synchronously and without metadata, and reading goes on there with a fresh watermark in a new epoch. What lies in
@@ -49,6 +49,7 @@ impl RouteLoop {
                 // Whoever asked may be gone.
                 return drop(answer.send(released));
             }
+            Task::LookUp { at, answer } => return drop(answer.send(self.look_up(&at, Instant::now()))),
         };
         let mut ordered = Ordered { targets: Vec::with_capacity(reset.len()), deadline, answers: Vec::new(), answer };
         let mut sources = Vec::with_capacity(reset.len());

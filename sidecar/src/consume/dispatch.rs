@@ -137,7 +137,7 @@ impl RouteLoop {
             return;
         }
         let what = match verdict {
-            Verdict::Away { after, .. } => {
+            Verdict::Away { after, reason } => {
                 let after = after.unwrap_or_default().min(retry::LONGEST_WISH);
                 self.breaker.rest(now + after);
                 if slot.revoking || self.draining.is_some() {
@@ -147,6 +147,7 @@ impl RouteLoop {
                     // answered "nobody there" holds up its own lane only.
                     let pause = AWAY * (1 << job.away.min(5));
                     job.away = job.away.saturating_add(1);
+                    job.failure = reason;
                     self.backoffs.push(Reverse((now + pause.min(LONGEST_AWAY).max(after), id)));
                 }
                 return;
@@ -179,6 +180,7 @@ impl RouteLoop {
                 tracing::debug!(route = %self.route.name, attempt, reason, ?pause, "delivery failed");
                 if let Some(job) = self.lanes.get_mut(id) {
                     job.delivery.attempt = attempt.saturating_add(u32::from(!mutation::is(Mutation::ForgetAttempt)));
+                    job.failure = reason;
                 }
                 self.backoffs.push(Reverse((now + pause, id)));
                 return;

@@ -38,6 +38,7 @@ mod commit;
 mod dispatch;
 mod flow;
 mod intake;
+mod look_up;
 mod outbox;
 mod park;
 mod reply;
@@ -61,6 +62,9 @@ use crate::outcome::test_delivery;
 
 /// The pause before a route that could not start, or that failed, is started again.
 const RESTART: Duration = Duration::from_secs(1);
+/// How long a loop runs at least before a new table starts it anew: so its consumer has joined its group. For one that leaves while it joins the others
+/// wait until its session is over, and of tables that follow each other closely only the last one counts.
+const SETTLE: Duration = Duration::from_secs(5);
 
 /// What routes need.
 #[derive(Clone)]
@@ -98,6 +102,7 @@ pub struct Supervisor {
     running: HashMap<Arc<str>, Running>,
     tasks: JoinSet<()>,
     names: HashMap<Id, Arc<str>>,
+    /// When routes are looked at again: those that could not start, that failed, or that just began.
     restarts: HashMap<Arc<str>, Instant>,
     /// Why routes cannot start, as it was logged.
     complaints: HashMap<Arc<str>, String>,
@@ -114,6 +119,7 @@ struct Running {
     commands: mpsc::Sender<Command>,
     stop: CancellationToken,
     stopping: bool,
+    started: Instant,
     task: Id,
 }
 
@@ -222,6 +228,9 @@ impl Supervisor {
                 running.stop.cancel();
                 self.start(route);
             }
+            (Some(_), Some(running)) if running.started.elapsed() < SETTLE => {
+                self.restarts.insert(name.clone(), running.started + SETTLE);
+            }
             (_, Some(running)) => {
                 running.stopping = true;
                 running.stop.cancel();
@@ -241,7 +250,7 @@ impl Supervisor {
                 tracing::info!(route = %name, service = %route.service, group = %route.group, "route starts");
                 let task = self.tasks.spawn(made.run()).id();
                 self.names.insert(task, name.clone());
-                self.running.insert(name, Running { route, change, commands, stop, stopping: false, task });
+                self.running.insert(name, Running { route, change, commands, stop, stopping: false, started: Instant::now(), task });
             }
             Err(reason) => {
                 if self.complaints.insert(route.name.clone(), reason.clone()).is_none_or(|before| before != reason) {

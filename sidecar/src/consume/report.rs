@@ -164,7 +164,7 @@ impl RouteLoop {
     }
 
     /// What the route does, and whom it waits for.
-    fn state(&self) -> (RouteState, String) {
+    pub(super) fn state(&self) -> (RouteState, String) {
         if self.draining.is_some() {
             return (RouteState::Draining, String::new());
         }

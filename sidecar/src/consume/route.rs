@@ -140,12 +140,27 @@ pub(super) struct Job {
     pub(super) behind: Behind,
     /// When it failed first, as [`Blame`] counts.
     pub(super) failed: Option<u64>,
+    /// Why its last attempt failed.
+    pub(super) failure: String,
 }
 
 impl Job {
     /// One that waits.
     pub(super) fn new(slot: u32, epoch: u64, offset: i64, key: u64, delivery: Delivery) -> Self {
-        Self { slot, epoch, offset, key, delivery, out: None, span: None, call: None, away: 0, behind: Behind::Nothing, failed: None }
+        Self {
+            slot,
+            epoch,
+            offset,
+            key,
+            delivery,
+            out: None,
+            span: None,
+            call: None,
+            away: 0,
+            behind: Behind::Nothing,
+            failed: None,
+            failure: String::new(),
+        }
     }
 }
 

@@ -1,4 +1,6 @@
-//! Takes new tables into force: reads, verifies and compiles them off the async threads, creates their topics, swaps one pointer.
+//! Takes new tables into force: reads and verifies them, compiles the part that this sidecar runs, all off the async threads, creates its topics, and
+//! swaps one pointer. The whole was checked by whoever applied it, and is compiled here only when somebody asks about the routes of others
+//! ([`Shared::whole`]).
 //!
 //! Invariant: a table that cannot be read or compiled changes nothing but the status: the last good one stays.
 //! Invariant: a sidecar that starts falls back as one that runs does: to the newest generation that is good, then to its copies on disk, the newest
@@ -156,7 +158,7 @@ fn load_file(config: &Config, name: &str, chosen: &impl Fn(&str) -> bool) -> Res
     if !chosen(&snapshot.channel) {
         return Err(format!("{}: it is a {}, which this instance is none of", config.state.join(name).display(), snapshot.channel));
     }
-    let compiled = compile(&config.mesh, &snapshot).map_err(|reason| format!("{}: {reason}", config.state.join(name).display()))?;
+    let compiled = compile(config, &snapshot).map_err(|reason| format!("{}: {reason}", config.state.join(name).display()))?;
     Ok(Some(Copy { snapshot, compiled: Arc::new(compiled) }))
 }
 
@@ -275,18 +277,19 @@ async fn prepare(shared: &Shared, generation: u64) -> Result<(Snapshot, Compiled
     spawn_blocking(move || {
         let snapshot = Snapshot::read(&winner, &config.mesh, generation).map_err(|error| error.to_string())?;
         snapshot.verify(&config.control.trusted_keys).map_err(|error| error.to_string())?;
-        let compiled = compile(&config.mesh, &snapshot)?;
+        let compiled = compile(&config, &snapshot)?;
         Ok((snapshot, compiled))
     })
     .await
     .map_err(|error| format!("it could not be compiled: {error}"))?
 }
 
-fn compile(mesh: &str, snapshot: &Snapshot) -> Result<CompiledTable, String> {
-    let name = format!("generation {}", snapshot.generation);
-    let (table, compiled) = mesh_routing::load_stored(&name, &snapshot.table, &snapshot.digest).map_err(|faults| faults.to_string())?;
-    if table.mesh != mesh {
-        return Err(format!("the table is of mesh {:?}, and this sidecar belongs to mesh {mesh:?}", table.mesh));
+fn compile(config: &Config, snapshot: &Snapshot) -> Result<CompiledTable, String> {
+    let (name, mesh) = (format!("generation {}", snapshot.generation), &config.mesh);
+    let serves = |service: &str| config.service(service).is_some();
+    let compiled = mesh_routing::load_part(&name, &snapshot.table, &snapshot.digest, serves).map_err(|faults| faults.to_string())?;
+    if *compiled.mesh != **mesh {
+        return Err(format!("the table is of mesh {:?}, and this sidecar belongs to mesh {mesh:?}", compiled.mesh));
     }
     Ok(compiled)
 }

@@ -30,9 +30,9 @@ use super::{
 };
 use crate::{
     broker::{BrokerError, Consumer, ConsumerConfig, Event, Outgoing, StartOffset},
-    command::{Released, Reset},
+    command::{Held, RecordStage, Released, Reset},
     parking::Release,
-    record::{Record, TopicPartition},
+    record::{Position, Record, TopicPartition},
 };
 
 /// How often a command is sent again that nobody answered.
@@ -60,6 +60,9 @@ pub(super) type Answered = Result<Vec<(TopicPartition, Reset)>, String>;
 
 /// What a release did at an instance; or why it did nothing at all.
 pub(super) type AnsweredRelease = Result<Released, String>;
+
+/// How far a record is at an instance, if it owns its partition; or why it does not say.
+pub(super) type AnsweredLookUp = Result<Option<Held>, String>;
 
 /// Commands to other instances that wait for their answer, by id.
 #[derive(Debug, Default)]
@@ -177,6 +180,39 @@ fn write_release(released: Released) -> v1::OwnerAnswer {
 fn read_wish(wish: &v1::ReleaseRecords) -> (Option<Option<Bytes>>, Release) {
     let how = if wish.discard { Release::Discard } else { Release::Retry };
     (wish.one_key.then(|| wish.key.clone()), how)
+}
+
+fn read_held(answer: v1::OwnerAnswer) -> Option<Held> {
+    let state = answer.record?;
+    let time = Duration::from_millis(state.for_ms);
+    let stage = match state.stage() {
+        v1::RecordStage::Unread => RecordStage::Unread,
+        v1::RecordStage::Waiting => RecordStage::Waiting,
+        v1::RecordStage::AtService => RecordStage::AtService(time),
+        v1::RecordStage::BackingOff => RecordStage::BackingOff(time),
+        v1::RecordStage::Exhausted => RecordStage::Exhausted,
+        v1::RecordStage::Publishing => RecordStage::Publishing,
+        v1::RecordStage::Complete => RecordStage::Complete,
+        v1::RecordStage::Unspecified => return None,
+    };
+    Some(Held { stage, attempts: state.attempts, failure: state.failure, waits_for: state.waits_for })
+}
+
+fn write_held(held: Option<Held>) -> v1::OwnerAnswer {
+    let write = |Held { stage, attempts, failure, waits_for }: Held| {
+        let (stage, time) = match stage {
+            RecordStage::Unread => (v1::RecordStage::Unread, Duration::ZERO),
+            RecordStage::Waiting => (v1::RecordStage::Waiting, Duration::ZERO),
+            RecordStage::AtService(time) => (v1::RecordStage::AtService, time),
+            RecordStage::BackingOff(time) => (v1::RecordStage::BackingOff, time),
+            RecordStage::Exhausted => (v1::RecordStage::Exhausted, Duration::ZERO),
+            RecordStage::Publishing => (v1::RecordStage::Publishing, Duration::ZERO),
+            RecordStage::Complete => (v1::RecordStage::Complete, Duration::ZERO),
+        };
+        let for_ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        v1::RecordState { stage: stage.into(), for_ms, attempts, failure, waits_for }
+    };
+    v1::OwnerAnswer { record: held.map(write), ..v1::OwnerAnswer::default() }
 }
 
 async fn send(shared: &Shared, instance: &str, record: &v1::CommandRecord) -> Result<(), String> {
@@ -321,6 +357,10 @@ impl Owner {
                 let (key, how) = read_wish(&wish);
                 async move { Some((id, from, write_release(commands.release(&route, key, how).await))) }.boxed()
             }
+            Action::LookUp(record) => {
+                let at = Position { partition: TopicPartition::new(record.topic, record.partition), offset: record.offset };
+                async move { Some((id, from, write_held(commands.look_up(&route, at).await))) }.boxed()
+            }
             // Heard before it comes here.
             Action::Watch(_) => async { None }.boxed(),
             Action::Drain(_) => {
@@ -413,6 +453,26 @@ pub(super) fn release_at(
         Either::Left(async move { Ok(commands.release(&route, key, how).await) })
     } else {
         Either::Right(ask(shared.clone(), name.clone(), route, Action::Release(wish), until).map(|answer| answer.map(read_release)))
+    };
+    asked.map(|answered| (name, answered))
+}
+
+/// The same for a record that is looked up.
+pub(super) fn look_up_at(
+    shared: &Arc<Shared>,
+    instance: &str,
+    route: &Arc<str>,
+    at: &Position,
+    until: Instant,
+) -> impl Future<Output = (String, AnsweredLookUp)> + use<> {
+    let (name, route, at) = (instance.to_owned(), route.clone(), at.clone());
+    let asked = if *instance == *shared.instance {
+        let commands = shared.commands.clone();
+        Either::Left(async move { Ok(commands.look_up(&route, at).await) })
+    } else {
+        let Position { partition, offset } = at;
+        let record = v1::LookUpRecord { topic: partition.topic.to_string(), partition: partition.partition, offset };
+        Either::Right(ask(shared.clone(), name.clone(), route, Action::LookUp(record), until).map(|answer| answer.map(read_held)))
     };
     asked.map(|answered| (name, answered))
 }

@@ -66,7 +66,7 @@ impl Control {
             }
         };
         let mut left_out = Vec::new();
-        let mut wanted = self.wanted(&request, &existing, known.as_ref())?;
+        let mut wanted = self.wanted(&request, &existing, known.as_ref()).await?;
         if wanted.len() > GROUPS {
             left_out.push(format!("{} of {} groups: name some", wanted.len() - GROUPS, wanted.len()));
             wanted.truncate(GROUPS);
@@ -130,21 +130,21 @@ impl Control {
     }
 
     /// The groups that are meant.
-    fn wanted(
+    async fn wanted(
         &self,
         request: &v1::GetLagRequest,
         existing: &BTreeMap<String, i32>,
         known: Option<&BTreeMap<String, usize>>,
     ) -> Result<Vec<Wanted>, OperationError> {
         let nothing_named = request.routes.is_empty() && request.groups.is_empty() && !request.all_groups;
-        let of_table = match self.routes() {
+        let of_table = match self.routes().await {
             Ok(routes) => routes,
             // Groups are told without a table, too.
             Err(_) if !nothing_named && request.routes.is_empty() => Vec::new(),
             Err(error) => return Err(error),
         };
         for name in &request.routes {
-            self.route(name)?;
+            self.route(name).await?;
         }
         let mut wanted = Vec::new();
         for route in of_table {

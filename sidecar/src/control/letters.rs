@@ -180,7 +180,7 @@ impl Control {
     /// # Errors
     /// If there is no such route, or the broker does not answer.
     pub async fn list_dead_letters(&self, route: &str) -> Result<v1::ListDeadLettersResponse, OperationError> {
-        let routes = if route.is_empty() { self.routes()? } else { vec![self.route(route)?] };
+        let routes = if route.is_empty() { self.routes().await? } else { vec![self.route(route).await?] };
         let admin = self.0.broker.admin();
         let existing = admin.topics().await?;
         let topics: BTreeSet<&str> = routes.iter().map(|route| &*route.dead_letter).collect();
@@ -235,7 +235,7 @@ impl Control {
         request: v1::ReadDeadLettersRequest,
         out: mpsc::Sender<v1::DeadLetter>,
     ) -> Result<(), OperationError> {
-        let route = self.route(&request.route)?;
+        let route = self.route(&request.route).await?;
         let chosen = Chosen::new(request.filter);
         let marks = Marks::read(&self.0, &route.dead_letter).await?;
         let ranges = ranges(&*self.0.broker.admin(), &route.dead_letter, &chosen.limits()).await?;
@@ -265,10 +265,10 @@ impl Control {
     /// # Errors
     /// If the topic is another route's too and the request does not say that this is known, or the broker refuses.
     pub async fn purge_dead_letters(&self, request: v1::PurgeDeadLettersRequest) -> Result<v1::PurgeDeadLettersResponse, OperationError> {
-        let route = self.route(&request.route)?;
+        let route = self.route(&request.route).await?;
         let topic = &*route.dead_letter;
-        let shared: Vec<String> = self
-            .routes()?
+        let routes = self.routes().await?;
+        let shared: Vec<String> = routes
             .iter()
             .filter(|other| *other.dead_letter == *topic && other.name != route.name)
             .map(|other| other.name.to_string())

@@ -60,7 +60,7 @@ impl Control {
     /// # Errors
     /// If there is no such route, or the broker fails; says when it is not known whether it is paused.
     pub async fn pause(&self, route: &str, by: &str, reason: &str) -> Result<bool, OperationError> {
-        let route = self.route(route)?.name.to_string();
+        let route = self.route(route).await?.name.to_string();
         marks::check("reason", reason)?;
         marks::check("by", by)?;
         let pause = Pause { by: by.to_owned(), since_ms: now_ms(), reason: reason.to_owned() };
@@ -75,7 +75,7 @@ impl Control {
     /// As [`Control::pause`]. A route that is paused and in no table any more can be resumed.
     pub async fn resume(&self, route: &str) -> Result<bool, OperationError> {
         if !self.0.pauses.borrow().contains_key(route) {
-            self.route(route)?;
+            self.route(route).await?;
         }
         let before = self.say(route, None).await?;
         Ok(before.contains_key(route))

@@ -130,7 +130,7 @@ impl Control {
     /// # Errors
     /// If there is no such route, another redrive of it took over, or the broker fails. What was sent until then is remembered.
     pub async fn redrive(&self, request: v1::RedriveRequest, out: mpsc::Sender<v1::RedriveProgress>) -> Result<(), OperationError> {
-        let route = self.route(&request.route)?;
+        let route = self.route(&request.route).await?;
         let topic = route.dead_letter.clone();
         let mut sender = match request.execute {
             true => Some(Sender::join(&self.0, &route).await?),

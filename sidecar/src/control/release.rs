@@ -15,7 +15,7 @@ impl Control {
     /// # Errors
     /// Why nobody was even asked. What was not reached is in the response.
     pub async fn release(&self, request: v1::ReleaseRequest) -> Result<v1::ReleaseResponse, OperationError> {
-        let route = self.route(&request.route)?;
+        let route = self.route(&request.route).await?;
         let existing = self.0.broker.admin().topics().await?;
         let partitions = |topic: &std::sync::Arc<str>| {
             let count = existing.get(&**topic).copied().unwrap_or(0);

@@ -107,7 +107,7 @@ impl Control {
             }
             (topic, "") => (topic.into(), None),
             ("", name) => {
-                let route = self.route(name)?;
+                let route = self.route(name).await?;
                 match (route.from.iter().find(|source| ***source == *request.topic), &route.from[..]) {
                     (Some(source), _) | (None, [source]) => (source.clone(), Some(route)),
                     (None, from) => {

@@ -12,7 +12,7 @@ use std::{
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use mesh_proto::v1::{self, reset_request::To};
-use mesh_routing::Route;
+use mesh_routing::{CompiledTable, Route};
 
 use super::{
     Control,
@@ -67,7 +67,7 @@ impl Control {
     /// # Errors
     /// Why nothing was even planned. What happened to each partition is in the response.
     pub async fn reset(&self, request: v1::ResetRequest) -> Result<v1::ResetResponse, OperationError> {
-        let route = self.route(&request.route)?;
+        let route = self.route(&request.route).await?;
         let admin = self.0.broker.admin();
         let partitions = plan(&*admin, &route, &request).await?;
         let refused = partitions.iter().any(|partition| !partition.refused.is_empty());
@@ -79,10 +79,14 @@ impl Control {
         Ok(response)
     }
 
+    /// The table in force here, with the routes of all services.
+    pub(super) async fn whole(&self) -> Result<Arc<CompiledTable>, OperationError> {
+        self.0.whole().await?.ok_or_else(|| self.no_table())
+    }
+
     /// All routes of the table in force here.
-    pub(super) fn routes(&self) -> Result<Vec<Arc<Route>>, OperationError> {
-        let table = self.0.table.borrow().clone();
-        table.map(|table| table.compiled.routes.clone()).ok_or_else(|| self.no_table())
+    pub(super) async fn routes(&self) -> Result<Vec<Arc<Route>>, OperationError> {
+        Ok(self.whole().await?.routes.clone())
     }
 
     pub(super) fn no_table(&self) -> OperationError {
@@ -90,11 +94,10 @@ impl Control {
     }
 
     /// A route of the table in force here.
-    pub(super) fn route(&self, name: &str) -> Result<Arc<Route>, OperationError> {
-        let table = self.0.table.borrow().clone();
-        let table = table.ok_or_else(|| self.no_table())?;
-        table.compiled.route(name).cloned().ok_or_else(|| {
-            let known: Vec<&str> = table.compiled.routes.iter().map(|route| &*route.name).collect();
+    pub(super) async fn route(&self, name: &str) -> Result<Arc<Route>, OperationError> {
+        let table = self.whole().await?;
+        table.route(name).cloned().ok_or_else(|| {
+            let known: Vec<&str> = table.routes.iter().map(|route| &*route.name).collect();
             OperationError::NoRoute { route: name.to_owned(), known: known.join(", ") }
         })
     }

@@ -5,12 +5,15 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fmt,
-    sync::{Arc, Mutex, PoisonError, atomic::AtomicI64},
+    sync::{Arc, Mutex, PoisonError, Weak, atomic::AtomicI64},
 };
 
 use mesh_proto::v1;
-use mesh_routing::channel::Member;
-use tokio::sync::{Semaphore, watch};
+use mesh_routing::{CompiledTable, channel::Member};
+use tokio::{
+    sync::{Semaphore, watch},
+    task::spawn_blocking,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -18,6 +21,7 @@ use super::{
     history,
     log::Log,
     report::Peers,
+    reset::OperationError,
     rollout::{Count, Rollout},
     snapshot::Snapshot,
 };
@@ -119,6 +123,10 @@ pub(super) struct Shared {
     pub(super) commands: Commands,
     /// To other instances, until they answer.
     pub(super) waiting_commands: Waiting,
+    /// The whole of the table in force, as long as somebody looks at it.
+    whole: Mutex<Weak<CompiledTable>>,
+    /// Who compiles that; the others wait for it.
+    compiling: Semaphore,
     /// One apply at a time here; what others do is settled by the log.
     pub(super) applying: Semaphore,
     /// Those who read topics for a plan, an explanation or a trace: some at once, since each keeps some MiB.
@@ -160,6 +168,8 @@ impl Shared {
             canary: Mutex::default(),
             commands,
             waiting_commands: Waiting::default(),
+            whole: Mutex::default(),
+            compiling: Semaphore::new(1),
             applying: Semaphore::new(1),
             reading: Semaphore::new(READINGS),
         }
@@ -173,6 +183,33 @@ impl Shared {
     /// Uses the log, shortly.
     pub(super) fn log<T>(&self, use_it: impl FnOnce(&mut Log) -> T) -> T {
         use_it(&mut self.log.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The table in force, with the routes of all services: compiled when somebody asks, and kept as long as somebody holds it. Cancel-safe.
+    ///
+    /// # Errors
+    /// If it has routes of other services that this version cannot read.
+    pub(super) async fn whole(&self) -> Result<Option<Arc<CompiledTable>>, OperationError> {
+        let _one = self.compiling.acquire().await.map_err(|error| OperationError::Refused(error.to_string()))?;
+        let Some(active) = self.table.borrow().clone() else { return Ok(None) };
+        if active.compiled.is_whole() {
+            return Ok(Some(active.compiled.clone()));
+        }
+        let known = self.whole.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
+        if let Some(known) = known.filter(|known| known.digest == active.compiled.digest) {
+            return Ok(Some(known));
+        }
+        // Of the same table, or of one that came this moment: either was in force while it was asked for.
+        let Some(table) = self.local.borrow().table.clone() else { return Ok(None) };
+        let name = format!("generation {}", table.generation);
+        let whole = spawn_blocking(move || mesh_routing::load_stored(&name, &table.json, &table.digest));
+        let whole = whole.await.map_err(|error| OperationError::Refused(error.to_string()))?;
+        let whole = whole.map_err(|faults| {
+            OperationError::Refused(format!("the table in force has routes of other services that this version cannot read:\n{faults}"))
+        })?;
+        let whole = Arc::new(whole);
+        *self.whole.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&whole);
+        Ok(Some(whole))
     }
 
     /// Says what is waited for; `None` when it is over. Logs changes.

@@ -1,5 +1,6 @@
 //! The control plane over a broker in memory: several instances, rivals, refusals, restarts, absences.
 
+mod part;
 mod redrive;
 mod rollout;
 mod signed;

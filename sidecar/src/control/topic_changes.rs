@@ -77,7 +77,7 @@ impl Control {
         let mut changes = changed(&settings, &set, &unset);
         let mut warnings = Vec::new();
         if let Some(grown) = grown {
-            for (follower, count) in self.followers(&topic, &existing, grown) {
+            for (follower, count) in self.followers(&topic, &existing, grown).await? {
                 admin.alter_topic(&follower, TopicChange { partitions: Some(grown), ..TopicChange::default() }).await?;
                 changes.push(format!("{follower}: partitions: {count} → {grown}, since it follows {topic}"));
             }
@@ -96,12 +96,11 @@ impl Control {
     }
 
     /// Retry and park topics that have fewer partitions than their source is to have, with their counts.
-    fn followers(&self, source: &str, existing: &BTreeMap<String, i32>, wanted: i32) -> Vec<(String, i32)> {
-        let table = self.0.table.borrow().clone();
-        let Some(table) = table else { return Vec::new() };
-        let followers = table.compiled.topics.iter().filter(|topic| topic.follows.as_deref() == Some(source));
+    async fn followers(&self, source: &str, existing: &BTreeMap<String, i32>, wanted: i32) -> Result<Vec<(String, i32)>, OperationError> {
+        let Some(table) = self.0.whole().await? else { return Ok(Vec::new()) };
+        let followers = table.topics.iter().filter(|topic| topic.follows.as_deref() == Some(source));
         let counted = followers.filter_map(|topic| Some((topic.name.to_string(), *existing.get(&*topic.name)?)));
-        counted.filter(|(_, count)| *count < wanted).collect()
+        Ok(counted.filter(|(_, count)| *count < wanted).collect())
     }
 
     /// Deletes topics, for good; or says what is in them.
@@ -123,7 +122,7 @@ impl Control {
                 return Err(OperationError::Invalid(no_topic(topic, &existing)));
             }
         }
-        let uses = self.topic_uses();
+        let uses = self.topic_uses().await?;
         let found = admin.describe_topics(topics.clone(), false).await?;
         let (summaries, _) = summaries(&*admin, &found, &uses).await;
         if execute {

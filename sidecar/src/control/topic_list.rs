@@ -56,9 +56,11 @@ pub(super) fn uses(table: &CompiledTable) -> Uses {
 
 impl Control {
     /// How the routes of the table in force here use topics; without a table nobody does.
-    pub(super) fn topic_uses(&self) -> Uses {
-        let table = self.0.table.borrow().clone();
-        table.map(|table| uses(&table.compiled)).unwrap_or_default()
+    ///
+    /// # Errors
+    /// If the table cannot be read as a whole here.
+    pub(super) async fn topic_uses(&self) -> Result<Uses, OperationError> {
+        Ok(self.0.whole().await?.map(|table| uses(&table)).unwrap_or_default())
     }
 
     /// Lists the topics.
@@ -70,7 +72,7 @@ impl Control {
         let existing = admin.topics().await?;
         let names: Vec<String> = existing.keys().filter(|name| request.internal || !name.starts_with("__")).cloned().collect();
         let found = admin.describe_topics(names, false).await?;
-        let (topics, uncounted) = summaries(&*admin, &found, &self.topic_uses()).await;
+        let (topics, uncounted) = summaries(&*admin, &found, &self.topic_uses().await?).await;
         Ok(v1::ListTopicsResponse { topics, uncounted })
     }
 
@@ -89,8 +91,8 @@ impl Control {
             return Err(OperationError::Invalid(no_topic(missing, &existing)));
         }
         let found = admin.describe_topics(names, true).await?;
-        let uses = self.topic_uses();
-        let table = self.0.table.borrow().clone();
+        let uses = self.topic_uses().await?;
+        let table = self.0.whole().await?;
         let mut topics = Vec::with_capacity(found.len());
         for topic in found {
             let marks = marks(&*admin, std::slice::from_ref(&topic)).await;
@@ -107,7 +109,7 @@ impl Control {
                 }
             };
             let partitions = (0..).zip(&topic.partitions).map(partition).collect();
-            let declared = table.as_ref().and_then(|table| table.compiled.topics.iter().find(|known| *known.name == *topic.name));
+            let declared = table.as_ref().and_then(|table| table.topic(&topic.name));
             let warnings = warnings(&topic, declared.and_then(|declared| declared.spec.partitions));
             topics.push(v1::TopicDetail { summary: Some(summary), partitions, config: topic.config.into_iter().collect(), warnings });
         }

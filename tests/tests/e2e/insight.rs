@@ -152,6 +152,58 @@ fn place(record: &Value) -> String {
     format!("{}/{}/{}", record["topic"].as_str().unwrap_or_default(), record["partition"], record["offset"])
 }
 
+on_both!(a_record_under_way_is_explained_by_the_owner_of_its_partition, under_way);
+
+async fn under_way(stage: Stage) -> Result<()> {
+    let slow = [Rule::status(500).text("not yet").when(with("n", 1)), Rule::echo().after(MINUTE)];
+    let service = Service::native(Scenario::new().on("/work", slow)).await?;
+    let mut sidecar = stage.sidecar("owner").service("work", &service).start().await?;
+    // Who is asked runs none of it, where a mesh can have two.
+    let other = match stage.is_kafka() {
+        true => Some(stage.sidecar("asked").service("other", &service).start().await?),
+        false => None,
+    };
+    let asked = other.as_ref().unwrap_or(&sidecar);
+    let instances = 1 + usize::from(other.is_some());
+    let table = "
+        topics: { %in: { partitions: 2 } }
+        routes:
+        - { name: work, service: work, from: [%in], handler: /work, to: [%out], timeout: 5m, retry: { attempts: 9, initial: 10m, max: 10m } }
+        ";
+    asked.apply(table).await?;
+    asked
+        .wait_status("it runs", MINUTE, |status| {
+            status.instances.len() == instances && status.instances.iter().flat_map(|one| &one.routes).any(|route| route.partitions == 2)
+        })
+        .await?;
+    let publish = async |number: i64| -> Result<String> {
+        let path = format!("/v1/topics/{}/records", stage.topic("in"));
+        let headers = [("content-type", "application/json"), ("mesh-key", if number == 1 { "failing" } else { "slow" })];
+        Ok(place(&sidecar.http().post(&path, &headers, json!({ "n": number }).to_string()).await?.expect(200)?.json()?))
+    };
+    let (failing, slow, behind) = (publish(1).await?, publish(2).await?, publish(3).await?);
+    service.wait(2, MINUTE).await?;
+    for (place, disposition, attempts, words) in [
+        (&failing, "retrying", 1, "the service answered 500: not yet"),
+        (&slow, "at_service", 1, "it has been at the service for "),
+        (&behind, "waiting", 0, "it waits for its turn"),
+    ] {
+        let said = explained(asked, place, "work", disposition).await?;
+        let route = of(&said["record"]["routes"], "route", "work")?;
+        let note = route["note"].as_str().unwrap_or_default();
+        let instance = route["instance"].as_str().context("who says so")?;
+        ensure!(note.contains(words) && note.starts_with(&format!("at instance {instance}: ")), "{route:#}");
+        ensure!(route["attempts"] == attempts, "{route:#}");
+    }
+    let text = asked.ctl(&["explain", &failing]).await?.success()?;
+    ensure!(text.contains("retrying") && text.contains("its next attempt is due in"), "{text}");
+    if let Some(other) = other {
+        other.finish().await?;
+    }
+    // It would wait for the service.
+    sidecar.kill9().await
+}
+
 async fn explain(stage: Stage) -> Result<()> {
     let rules = [Rule::status(400).text("no such price").when(with("n", 0)), Rule::echo()];
     let store = [Rule::status(500).when(with("n", 7)), Rule::echo()];

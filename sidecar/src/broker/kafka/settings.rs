@@ -202,10 +202,10 @@ impl Settings {
                 config.set("group.id", group);
                 if let Some(instance) = &consumer.instance {
                     config.set("group.instance.id", instance);
-                    // So that it is told when the group gives this member another id: see `consumer::context`.
-                    let debug = config.get("debug").filter(|asked| !asked.is_empty()).map_or_else(String::new, |asked| format!("{asked},"));
-                    config.set("debug", format!("{debug}cgrp")).set_log_level(RDKafkaLogLevel::Debug);
                 }
+                // So that it is told what the group does with this member: see `consumer::context`.
+                let debug = config.get("debug").filter(|asked| !asked.is_empty()).map_or_else(String::new, |asked| format!("{asked},"));
+                config.set("debug", format!("{debug}cgrp")).set_log_level(RDKafkaLogLevel::Debug);
             }
             // Assigning partitions by hand asks for a group's name too; nothing is ever committed or joined under it.
             None => {

@@ -51,8 +51,16 @@ impl Control {
         let shared = &self.0;
         let now = now_ms();
         let status = report::mesh(shared);
-        let table = shared.table.borrow().as_ref().map(|table| table.compiled.clone());
+        let (table, unread) = match shared.whole().await {
+            Ok(table) => (table, None),
+            Err(why) => {
+                let own = shared.table.borrow().as_ref().map(|table| table.compiled.clone());
+                let hint = "bring all sidecars to one version; what else is found here is about the routes of its own services";
+                (own, Some(warning("table", &shared.instance, why.to_string(), hint)))
+            }
+        };
         let mut findings = self.broker_findings(table.as_deref()).await;
+        findings.extend(unread);
         findings.extend(judge::clocks(request.now_ms, now, &report::clocks(shared)));
         findings.extend(judge::table(&status, &shared.instance, table.is_some()));
         findings.extend(judge::instances(&status, &report::twins(shared)));

@@ -1,16 +1,19 @@
 //! What became of one record: what each route did or would do with it, and what was made of it.
 //!
 //! Replies, dead letters and copies name the record that they were made of. They are looked for in the topics where the routes of the table in force
-//! put them, from the record's time on.
+//! put them, from the record's time on. Of a record that is under way, the owner of its partition is asked how far it is.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
+use futures_util::future::join_all;
 use mesh_proto::v1;
 use mesh_routing::{Destinations, Route};
 
 use super::{
     super::{
         Control,
+        commands::look_up_at,
+        owners::Owners,
         range::{Limits, Range, RangeReader, owned},
         reset::OperationError,
         state::now_ms,
@@ -19,6 +22,7 @@ use super::{
     scan::{Bound, Keep, Scan, wanted},
 };
 use crate::{
+    command::{Held, RecordStage},
     deliver::grpc,
     record::{Position, Record},
     tiers,
@@ -28,6 +32,8 @@ use crate::{
 const BOUND: Bound = Bound { offsets: 200_000, bytes: 512 << 20, time: Duration::from_secs(60), keep: Keep::First };
 /// What is told of that at most.
 const FOUND: usize = 1_000;
+/// How long the owner of the record's partition may take to say how far it is, in milliseconds.
+const LOOK_UP_MS: u64 = 3_000;
 /// The clocks of a publisher, a sidecar and a broker may differ by so much.
 const SKEW_MS: i64 = 60_000;
 
@@ -39,14 +45,14 @@ impl Control {
     pub async fn explain(&self, request: v1::ExplainRequest) -> Result<v1::ExplainResponse, OperationError> {
         let at = request.position.ok_or_else(|| OperationError::Invalid("`position` is missing: say which record".to_owned()))?;
         let at = flow::position(&at);
-        let table = self.active()?;
+        let table = self.whole().await?;
         let _room = self.room().await?;
         let record = self.read_one(&at).await?;
         let admin = self.0.broker.admin();
 
-        let routes = table.compiled.routes_from(&at.partition.topic);
+        let routes = table.routes_from(&at.partition.topic);
         let mut topics: BTreeSet<Arc<str>> = routes.iter().flat_map(|route| written_by(route)).collect();
-        let mut nodes = vec![Node::new(&record, &at, Some(&table.compiled))];
+        let mut nodes = vec![Node::new(&record, &at, Some(&*table))];
         if nodes.iter().any(|node| node.flow.kind() == v1::FlowKind::DeadLetter)
             && let Some(source) = flow::source_of(&record, &at)
         {
@@ -77,10 +83,26 @@ impl Control {
             }
         }
         let scanned = scan.close().await;
-        flow::annotate(&*admin, &table.compiled, &mut nodes).await?;
+        flow::annotate(&*admin, &table, &mut nodes).await?;
+        if let Some(node) = nodes.first_mut() {
+            let under_way = node.flow.routes.iter_mut().filter(|route| matches!(&*route.disposition, "waiting" | "pending"));
+            let asked = under_way.filter(|route| route.verdict == "delivered").map(|route| self.ask_owner(route, &at));
+            join_all(asked).await;
+        }
         let mut flows = nodes.into_iter().map(|node| node.flow);
         let flow = flows.next();
         Ok(v1::ExplainResponse { record: Some(grpc::record(&record, None, None)), flow, found: flows.collect(), scanned, since_ms, more })
+    }
+
+    /// Asks the owner of a record's partition how far it is. Whoever is silent leaves it with what the records tell.
+    async fn ask_owner(&self, of: &mut v1::FlowRoute, at: &Position) {
+        let route: Arc<str> = of.route.as_str().into();
+        let mut owners = Owners::new(&self.0, &route, LOOK_UP_MS);
+        while owners.in_time() && owners.ask(|owner, until| look_up_at(&self.0, owner, &route, at, until)) {
+            if let Some((instance, Ok(Some(held)))) = owners.next().await {
+                return tell(of, instance, held);
+            }
+        }
     }
 
     /// The record at a position.
@@ -111,6 +133,32 @@ impl Control {
             OperationError::Invalid(format!("there is no record {at}: it was compacted away, or the offset is the mark of a transaction"))
         })
     }
+}
+
+/// Adds to what the records tell what the owner says.
+fn tell(of: &mut v1::FlowRoute, instance: String, held: Held) {
+    let Held { stage, attempts, failure, waits_for } = held;
+    let seconds = |time: Duration| format!("{:.1} s", time.as_secs_f64());
+    let (disposition, what) = match stage {
+        RecordStage::Unread => ("pending", "it was not read yet".to_owned()),
+        RecordStage::Waiting => ("waiting", "it waits for its turn".to_owned()),
+        RecordStage::AtService(time) => ("at_service", format!("it has been at the service for {}", seconds(time))),
+        RecordStage::BackingOff(time) => ("retrying", format!("its next attempt is due in {}", seconds(time))),
+        RecordStage::Exhausted => ("parked", "it stopped its partition, and waits to be released".to_owned()),
+        RecordStage::Publishing => ("publishing", "what was made of it is on its way to the broker".to_owned()),
+        RecordStage::Complete => ("done", "it is done, and about to be committed".to_owned()),
+    };
+    let mut note = format!("at instance {instance}: {what}");
+    if attempts > 0 {
+        note += &format!("; attempt {attempts} was begun");
+    }
+    if !failure.is_empty() {
+        note += &format!("; the last that failed: {failure}");
+    }
+    if !waits_for.is_empty() {
+        note += &format!("; the route waits: {waits_for}");
+    }
+    (of.disposition, of.note, of.instance, of.attempts) = (disposition.to_owned(), note, instance, attempts);
 }
 
 /// The topics where a route puts what it makes of records: its destinations, and its dead letters.

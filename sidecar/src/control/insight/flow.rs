@@ -235,6 +235,7 @@ fn tell(table: &CompiledTable, nodes: &mut [Node], commits: &HashMap<(Arc<str>, 
                     committed: commit.map(|commit| commit.offset),
                     disposition: disposition.to_owned(),
                     note,
+                    ..v1::FlowRoute::default()
                 }
             })
             .collect();

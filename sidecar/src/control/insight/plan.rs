@@ -85,11 +85,11 @@ impl Control {
     pub async fn plan(&self, request: v1::PlanRequest, out: mpsc::Sender<v1::PlanProgress>) -> Result<(), OperationError> {
         let source = request.table.unwrap_or_default();
         let candidate = self.check(&source.file, &source.text).await.map_err(|error| OperationError::Invalid(error.to_string()))?;
-        let in_force = self.0.table.borrow().clone();
-        let old = in_force.as_ref().map(|table| &*table.compiled);
+        let generation = self.0.table.borrow().as_ref().map_or(0, |table| table.generation);
+        let old = self.0.whole().await?;
         let samples = if request.samples == 0 { SAMPLES } else { (request.samples as usize).min(MOST_SAMPLES) };
         let _room = self.room().await?;
-        let mut plan = Plan::new(old, &candidate.compiled, &request.route, samples)?;
+        let mut plan = Plan::new(old.as_deref(), &candidate.compiled, &request.route, samples)?;
         let since_ms = match (request.since_ms, request.last_records) {
             (None, 0) => Some(now_ms().saturating_sub(LAST_MS)),
             (since, _) => since,
@@ -113,14 +113,8 @@ impl Control {
         let sources = scan.close().await;
         let replies = plan.ask_replies(&self.0).await?;
         let read = plan.read;
-        let result = v1::PlanResult {
-            generation: in_force.as_ref().map_or(0, |table| table.generation),
-            digest: candidate.compiled.digest.to_string(),
-            sources,
-            replies,
-            since_ms,
-            ..plan.result()
-        };
+        let result =
+            v1::PlanResult { generation, digest: candidate.compiled.digest.to_string(), sources, replies, since_ms, ..plan.result() };
         let last = v1::PlanProgress { read, in_range, finished: true, faults: Vec::new(), result: Some(result) };
         // Whoever listened may be gone.
         drop(out.send(last).await);

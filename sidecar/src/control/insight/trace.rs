@@ -41,10 +41,10 @@ impl Control {
         if id.is_empty() || id.len() > LONGEST {
             return Err(OperationError::Invalid("`id` is to be a trace id (32 hexadecimal digits) or a mesh-id".to_owned()));
         }
-        let table = self.active()?;
+        let table = self.whole().await?;
         let _room = self.room().await?;
         let admin = self.0.broker.admin();
-        let topics = table.compiled.topic_names().iter().map(|topic| topic.name.clone()).collect();
+        let topics = table.topic_names().iter().map(|topic| topic.name.clone()).collect();
         let limits = Limits { since_ms: Some(request.since_ms), ..Limits::default() };
         let ranges = wanted(&*admin, topics, &limits).await?;
 
@@ -65,12 +65,12 @@ impl Control {
             for (offset, record) in &batch.records {
                 let at = Position { partition: batch.partition.clone(), offset: *offset };
                 if found.contains(&at) {
-                    nodes.push(Node::new(record, &at, Some(&table.compiled)));
+                    nodes.push(Node::new(record, &at, Some(&*table)));
                 }
             }
         }
         scan.close().await;
-        flow::annotate(&*admin, &table.compiled, &mut nodes).await?;
+        flow::annotate(&*admin, &table, &mut nodes).await?;
         let records = ordered(nodes);
         let traces: BTreeSet<&str> = records.iter().map(|record| &*record.trace_id).filter(|trace| !trace.is_empty()).collect();
         let traces = traces.into_iter().map(str::to_owned).collect();

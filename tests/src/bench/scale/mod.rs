@@ -110,7 +110,11 @@ fn pieces(services: usize, routes: usize, figure: &mut impl FnMut(String, f64, &
     take("`parse`, the JSON read as YAML", &|| mesh_routing::parse("t", &as_yaml).map(|read| drop(black_box(read))))?;
     take("`parse`, the JSON", &|| mesh_routing::parse("t", &json).map(|read| drop(black_box(read))))?;
     take("`compile`", &|| mesh_routing::compile(&parsed).map(|read| drop(black_box(read))))?;
-    take("`load` (both, checked once), the JSON", &|| mesh_routing::load("t", &json).map(|read| drop(black_box(read))))
+    take("`load` (both, checked once), the JSON", &|| mesh_routing::load("t", &json).map(|read| drop(black_box(read))))?;
+    let (digest, own) = (parsed.digest(), |service: &str| service == "svc-0");
+    take("`load_part`, the JSON, one service's routes", &|| {
+        mesh_routing::load_part("t", &json, &digest, own).map(|read| drop(black_box(read)))
+    })
 }
 
 /// What was measured of one mesh.

@@ -5,6 +5,8 @@
 //! that from the answer to a JoinGroup, librdkafka (2.12) keeps them all the same, joins with the new id, and lets them be given back in good order
 //! later: until then the group takes offsets for them. (A dynamic member is told to ask for an id first, and loses them by that.) All that says so
 //! is a line of its log.
+//!
+//! So is whether a request to join is at the coordinator: one to leave waits behind it there, and librdkafka gives it up after 5 s.
 
 use std::{
     collections::VecDeque,
@@ -49,12 +51,20 @@ pub(super) struct Context {
     closing: AtomicBool,
     /// The group gave this member another id: it was none any more in between.
     replaced: AtomicBool,
+    /// A request is at the group's coordinator that is answered only when all members are there.
+    joining: AtomicBool,
 }
 
 /// Whether a line of the log says that a member id takes the place of another one.
 fn is_replaced(facility: &str, text: &str) -> bool {
     let ids = || text.split_once("updating member id \"")?.1.split_once("\" -> \"");
     facility == "MEMBERID" && ids().is_some_and(|(before, _)| !before.is_empty() && before != "(not-set)")
+}
+
+/// Whether a line of the log says that this member waits for the others of its group, or that it does no longer.
+fn is_joining(facility: &str, text: &str) -> Option<bool> {
+    let (_, state) = text.split_once(" changed join state ").filter(|_| facility == "CGRPJOINSTATE")?.1.split_once(" -> ")?;
+    Some(state.starts_with("wait-join ") || state.starts_with("wait-sync "))
 }
 
 impl Context {
@@ -66,6 +76,7 @@ impl Context {
             served: AtomicU64::new(0),
             closing: AtomicBool::new(false),
             replaced: AtomicBool::new(false),
+            joining: AtomicBool::new(false),
         }
     }
 
@@ -81,6 +92,11 @@ impl Context {
     /// Whether the group gave this member another id since the last call.
     pub(super) fn take_replaced(&self) -> bool {
         self.replaced.swap(false, Ordering::AcqRel)
+    }
+
+    /// Whether this member waits for the others of its group.
+    pub(super) fn is_joining(&self) -> bool {
+        self.joining.load(Ordering::Acquire)
     }
 
     /// The next rebalance that waits.
@@ -109,6 +125,9 @@ impl ClientContext for Context {
         self.count();
         if is_replaced(facility, text) {
             self.replaced.store(true, Ordering::Release);
+        }
+        if let Some(joining) = is_joining(facility, text) {
+            self.joining.store(joining, Ordering::Release);
         }
         self.health.log(level, facility, text);
     }
@@ -157,5 +176,21 @@ mod tests {
         assert!(is_replaced("MEMBERID", &line("a-1", "")) && is_replaced("MEMBERID", &line("a-1", "a-2")));
         assert!(!is_replaced("MEMBERID", &line("", "a-1")) && !is_replaced("MEMBERID", &line("(not-set)", "a-1")));
         assert!(!is_replaced("JOIN", &line("a-1", "")) && !is_replaced("MEMBERID", "something else"));
+    }
+
+    #[test]
+    fn a_member_that_waits_for_the_others_is_seen() {
+        let line = |before: &str, after: &str| format!("[thrd:main]: Group \"g\" changed join state {before} -> {after} (state up)");
+        for (before, after, joining) in [
+            ("init", "wait-join", true),
+            ("wait-join", "wait-metadata", false),
+            ("wait-metadata", "wait-sync", true),
+            ("wait-sync", "wait-assign-call", false),
+            ("wait-join", "init", false),
+        ] {
+            assert_eq!(is_joining("CGRPJOINSTATE", &line(before, after)), Some(joining), "{before} -> {after}");
+        }
+        assert_eq!(is_joining("CGRPSTATE", &line("init", "wait-join")), None);
+        assert_eq!(is_joining("CGRPJOINSTATE", "something else"), None);
     }
 }

@@ -46,6 +46,9 @@ const TICK: Duration = Duration::from_secs(1);
 /// How long the thread leaves librdkafka's queue alone while the partitions have enough. Rebalances wait behind the records there, so a rest
 /// that takes longer ends with a pause.
 const REST: Duration = Duration::from_millis(200);
+/// How long a consumer that is closed waits for the answer to its request to join. librdkafka then waits 5 s for the one to leave: together a session's
+/// length, for which the group would wait for a member that left unheard.
+const JOINED: Duration = Duration::from_secs(5);
 /// How long a consumer that was fenced waits before it joins again.
 const REJOIN: Duration = Duration::from_secs(5);
 
@@ -186,7 +189,24 @@ impl Session {
                 }
             }
         }
+        self.finish_joining();
         self.disconnect();
+    }
+
+    /// Lets a request to join be answered, so that the one to leave is heard.
+    fn finish_joining(&mut self) {
+        let Some(client) = self.client.clone() else { return };
+        let until = Instant::now() + JOINED;
+        loop {
+            // What is told of it comes with everything else.
+            let more = self.pump(&client);
+            if !client.context().is_joining() || Instant::now() >= until {
+                return;
+            }
+            if !more {
+                self.shared.wakeup.wait(until.saturating_duration_since(Instant::now()));
+            }
+        }
     }
 
     fn subscribe(&mut self, client: &Arc<Client>) {
@@ -421,8 +441,10 @@ impl Session {
         *lock(&self.shared.client) = None;
         client.context().close();
         while let Some(rebalance) = client.context().take_rebalance() {
-            if let Rebalance::Revoke { list, .. } = rebalance {
-                self.log_failed("unassign", client.incremental_unassign(&list));
+            match rebalance {
+                // librdkafka waits for the answer; all of it is given back below.
+                Rebalance::Assign(list) => self.log_failed("assign", client.incremental_assign(&list)),
+                Rebalance::Revoke { list, .. } => self.log_failed("unassign", client.incremental_unassign(&list)),
             }
         }
         // With partitions still assigned, the drop would wait for an answer to their revocation.
