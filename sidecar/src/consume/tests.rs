@@ -14,6 +14,7 @@ use crate::{
     broker::{
         ConsumerConfig, Event, NewTopic, Outgoing, StartOffset,
         embedded::{EmbeddedBroker, EmbeddedConfig},
+        fake::Fake,
     },
     config::{BrokerConfig, ControlConfig, Limits, Listen, ListenTls, LogFormat, ServiceConfig, TelemetryConfig},
     outcome::{Answer, Delivery, Disposition, Outcome, Reply, ReplyRecord},
@@ -726,4 +727,45 @@ async fn a_gap_is_counted_by_range_and_stops_the_partition_if_the_route_says_so(
         }
         mesh.end().await;
     }
+}
+
+/// A consumer that leaves while it joins keeps its group waiting: a route that just began is not started anew before it had time to join, and then for the
+/// last of the tables that came meanwhile.
+#[tokio::test(start_paused = true)]
+async fn tables_that_follow_each_other_closely_start_a_route_anew_once() {
+    let of = |order: &str| active(&format!("  - {{ name: work, service: worker, deliver: stream, from: [in], to: void, order: {order} }}"));
+    let fake = Fake::new(&["in"]);
+    let (table, watch) = watch::channel(of("key"));
+    let ((_ask, commands), (_pause, paused)) = (crate::command::channel(), watch::channel(Arc::default()));
+    let context = Context {
+        config: Arc::new(config()),
+        broker: Arc::new(fake.clone()),
+        board: Board::default(),
+        desks: Desks::default(),
+        metrics: Metrics::new(),
+        tracer: Tracer::disabled(),
+        paused,
+    };
+    let stop = CancellationToken::new();
+    let running = tokio::spawn(Supervisor::new(context, watch, commands).run(stop.clone()));
+    let consumers = async |after: Duration| {
+        tokio::time::sleep(after).await;
+        fake.0.lock().unwrap().consumers.len()
+    };
+    assert_eq!(consumers(SETTLE / 5).await, 1);
+    for order in ["partition", "key", "none"] {
+        table.send_replace(of(order));
+        assert_eq!(consumers(SETTLE / 5).await, 1, "{order}");
+    }
+    assert_eq!(consumers(2 * SETTLE).await, 2, "once for all of them");
+    table.send_replace(of("partition"));
+    assert_eq!(consumers(SETTLE / 5).await, 3, "it has run for a while: at once");
+    // There and back: nothing is to be done any more.
+    for order in ["key", "partition"] {
+        table.send_replace(of(order));
+        assert_eq!(consumers(SETTLE / 5).await, 3, "{order}");
+    }
+    assert_eq!(consumers(2 * SETTLE).await, 3);
+    stop.cancel();
+    running.await.unwrap();
 }

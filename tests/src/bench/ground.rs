@@ -80,6 +80,11 @@ impl Bench {
         self.with(effort)
     }
 
+    /// The same with so many rounds of each row.
+    pub fn with_rounds(&self, rounds: usize) -> Self {
+        self.with(Effort { rounds, ..self.effort.clone() })
+    }
+
     fn with(&self, effort: Effort) -> Self {
         Self { broker: self.broker.clone(), kafka: self.kafka.clone(), effort, capacity: OnceCell::new() }
     }

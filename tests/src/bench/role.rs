@@ -142,7 +142,7 @@ pub enum Role {
         routes: usize,
         /// Kafka; without it an embedded broker.
         #[arg(long)]
-        kafka: Option<String>,
+        bootstrap: Option<String>,
     },
     /// Does a fixed piece of work, and measures nothing.
     Work {
@@ -237,7 +237,9 @@ impl Role {
             Self::Subscriber { url, route, credits } => return runtime(1)?.block_on(service::subscriber(url, route, credits)),
             Self::Work { work, records } => return runtime(1)?.block_on(work.run(records)),
             Self::Pipe { bootstrap, from, to } => return kafka::pipe(&bootstrap, &from, &to),
-            Self::MeshScale { sidecars, services, routes, kafka } => return scale::play(sidecars, services, routes, kafka.as_deref()),
+            Self::MeshScale { sidecars, services, routes, bootstrap } => {
+                return scale::play(sidecars, services, routes, bootstrap.as_deref());
+            }
             Self::Collector => return runtime(1)?.block_on(service::collector()),
             Self::LoadHttp { address, path, connections, ca, span } => {
                 runtime(1)?.block_on(load::http(address, path, connections, ca, span.span()?))

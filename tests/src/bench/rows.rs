@@ -55,6 +55,12 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// Whether it is of the design's table of speeds, and measured in rounds beside a floor.
+    pub fn is_of_table(self) -> bool {
+        use Kind::{Hop, PublishHttp, PublishStream, PublishUnary, PushHttp, PushStream};
+        matches!(self, PushHttp | PushStream | PublishHttp | PublishUnary | PublishStream | Hop)
+    }
+
     /// Its name on the command line.
     pub fn name(self) -> String {
         clap::ValueEnum::to_possible_value(&self).map_or_else(String::new, |value| value.get_name().to_owned())

@@ -41,6 +41,9 @@ struct Args {
     /// The short form: one short round of a row, fewer and shorter points of a curve.
     #[arg(long, global = true)]
     quick: bool,
+    /// All rows as BENCHMARKS.md shows them, in a quarter of an hour: five short rounds of each row of the design's table of speeds, one of the others.
+    #[arg(long, conflicts_with_all = ["rows", "rounds", "quick", "guard", "guard_take"])]
+    page: bool,
     /// Rounds of each row; medians of them are shown.
     #[arg(long)]
     rounds: Option<usize>,
@@ -129,12 +132,17 @@ fn main() -> Result<ExitCode> {
 
 /// As much as the arguments say.
 fn effort(args: &Args) -> Effort {
+    let (rounds, records, seconds, warmup, sidecars) = match (args.page, args.quick) {
+        (true, _) => (5, 80_000, 2.0, 0.7, 30),
+        (false, true) => (1, 60_000, 3.0, 1.0, 20),
+        (false, false) => (5, 200_000, 8.0, 2.0, 50),
+    };
     Effort {
-        rounds: args.rounds.unwrap_or(if args.quick { 1 } else { 5 }).max(1),
-        records: args.records.unwrap_or(if args.quick { 60_000 } else { 200_000 }).max(1),
-        seconds: args.seconds.unwrap_or(if args.quick { 3.0 } else { 8.0 }).max(0.1),
-        warmup: if args.quick { 1.0 } else { 2.0 },
-        sidecars: args.sidecars.unwrap_or(if args.quick { 20 } else { 50 }).max(2),
+        rounds: args.rounds.unwrap_or(rounds).max(1),
+        records: args.records.unwrap_or(records).max(1),
+        seconds: args.seconds.unwrap_or(seconds).max(0.1),
+        warmup,
+        sidecars: args.sidecars.unwrap_or(sidecars).max(2),
         routes: args.routes.unwrap_or(1_000).max(1),
         kafka: args.kafka.clone(),
         env: args.env.clone(),
@@ -206,7 +214,9 @@ async fn bench(args: Args) -> Result<ExitCode> {
     let kinds = if args.rows.is_empty() { Kind::value_variants() } else { &args.rows };
     let mut rows = Vec::new();
     for bench in &benches {
+        let once = bench.with_rounds(1);
         for kind in kinds.iter().filter(|kind| bench.can(**kind)) {
+            let bench = if args.page && !kind.is_of_table() { &once } else { bench };
             let row = bench.measure(*kind).await;
             eprintln!("{}", report::markdown(std::slice::from_ref(&row)));
             rows.push(row);
@@ -218,4 +228,18 @@ async fn bench(args: Args) -> Result<ExitCode> {
     }
     let failed = rows.iter().any(|row| row.failed.is_some());
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory as _, Parser as _};
+
+    use super::*;
+
+    #[test]
+    fn the_arguments_of_a_role_do_not_meet_those_of_all() {
+        Args::command().debug_assert();
+        let role = ["bench", "role", "mesh-scale", "2", "2", "10", "--bootstrap", "127.0.0.1:9092"];
+        assert!(matches!(Args::try_parse_from(role), Ok(Args { command: Some(Command::Role { .. }), .. })));
+    }
 }

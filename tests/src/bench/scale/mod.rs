@@ -53,7 +53,7 @@ impl Bench {
         for sidecars in [vec![&"0".to_owned()], meshes].concat() {
             let mut arguments = vec!["mesh-scale", sidecars, &services, &routes];
             if let Some((handle, _)) = &self.kafka {
-                arguments.extend(["--kafka", handle.bootstrap()]);
+                arguments.extend(["--bootstrap", handle.bootstrap()]);
             }
             let found: Vec<Found> = role::answer(&arguments, Duration::from_secs(3_600)).await?;
             for Found { name, value, unit } in found {
