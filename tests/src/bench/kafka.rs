@@ -47,6 +47,8 @@ fn producer_config(bootstrap: &str) -> ClientConfig {
         .set("message.timeout.ms", "0")
         .set("partitioner", "murmur2_random")
         .set("queue.buffering.max.kbytes", "32768")
+        // What a topic takes unless it is told otherwise, with the batch's own bytes.
+        .set("message.max.bytes", "1048000")
         .set("queue.buffering.max.messages", "500000")
         .set("enable.idempotence", "true")
         .set("acks", "all");

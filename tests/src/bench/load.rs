@@ -21,7 +21,7 @@ use mesh_proto::v1::{
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     net::TcpStream,
-    sync::mpsc,
+    sync::{Semaphore, mpsc},
     task::JoinSet,
 };
 use tokio_rustls::{
@@ -413,10 +413,14 @@ pub async fn fill(url: String, topic: &str, filling: Filling) -> Result<()> {
     let mut client = mesh(url).await?;
     let (requests, outgoing) = mpsc::channel(16);
     let topic = topic.to_owned();
+    // The embedded broker takes no more than it can bring to the disk.
+    let under_way = Arc::new(Semaphore::new(16));
+    let room = under_way.clone();
     let feeding = tokio::spawn(async move {
         let mut value = vec![b'x'; size];
         let end = first + records;
         for begin in (first..end).step_by(batch) {
+            room.acquire().await?.forget();
             let numbered = |number: u64| {
                 value[..8].copy_from_slice(&number.to_be_bytes());
                 v1::Record { key: Some(key(number, keys).into()), value: Some(Bytes::copy_from_slice(&value)), ..record(number) }
@@ -432,6 +436,7 @@ pub async fn fill(url: String, topic: &str, filling: Filling) -> Result<()> {
         for result in answer.results {
             result.results.iter().try_for_each(stored)?;
             done += result.results.len() as u64;
+            under_way.add_permits(1);
         }
     }
     feeding.await??;
