@@ -15,7 +15,11 @@ use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use mesh_proto::v1;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::{Control, reset::OperationError, state::now_ms};
+use super::{
+    Control,
+    reset::{OperationError, route_of},
+    state::now_ms,
+};
 use crate::{
     broker::{Admin, Broker, BrokerError, BrokerErrorKind, Commit, ConsumerConfig, Event, StartOffset},
     record::{Position, TopicPartition},
@@ -137,17 +141,17 @@ impl Control {
         known: Option<&BTreeMap<String, usize>>,
     ) -> Result<Vec<Wanted>, OperationError> {
         let nothing_named = request.routes.is_empty() && request.groups.is_empty() && !request.all_groups;
-        let of_table = match self.routes().await {
-            Ok(routes) => routes,
+        let table = match self.whole().await {
+            Ok(table) => Some(table),
             // Groups are told without a table, too.
-            Err(_) if !nothing_named && request.routes.is_empty() => Vec::new(),
+            Err(_) if !nothing_named && request.routes.is_empty() => None,
             Err(error) => return Err(error),
         };
-        for name in &request.routes {
-            self.route(name).await?;
+        if let Some(table) = &table {
+            request.routes.iter().try_for_each(|name| route_of(table, name).map(drop))?;
         }
         let mut wanted = Vec::new();
-        for route in of_table {
+        for route in table.iter().flat_map(|table| &table.routes) {
             let named = request.routes.iter().any(|name| **name == *route.name) || request.groups.iter().any(|name| **name == *route.group);
             if nothing_named || named || request.all_groups {
                 let sources = route.from.iter().flat_map(|topic| partitions_of(topic, existing.get(&**topic).copied().unwrap_or(0)));

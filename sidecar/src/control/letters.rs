@@ -15,7 +15,7 @@ use super::{
     Control,
     range::{Limits, RangeReader, ranges},
     redriven::Marks,
-    reset::OperationError,
+    reset::{OperationError, route_of},
 };
 use crate::{
     deliver::grpc,
@@ -265,10 +265,11 @@ impl Control {
     /// # Errors
     /// If the topic is another route's too and the request does not say that this is known, or the broker refuses.
     pub async fn purge_dead_letters(&self, request: v1::PurgeDeadLettersRequest) -> Result<v1::PurgeDeadLettersResponse, OperationError> {
-        let route = self.route(&request.route).await?;
+        let table = self.whole().await?;
+        let route = route_of(&table, &request.route)?;
         let topic = &*route.dead_letter;
-        let routes = self.routes().await?;
-        let shared: Vec<String> = routes
+        let shared: Vec<String> = table
+            .routes
             .iter()
             .filter(|other| *other.dead_letter == *topic && other.name != route.name)
             .map(|other| other.name.to_string())

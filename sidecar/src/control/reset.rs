@@ -93,14 +93,22 @@ impl Control {
         OperationError::NoTable(self.waiting().unwrap_or_else(|| "`mesh-ctl apply -f FILE` gives it one".into()))
     }
 
-    /// A route of the table in force here.
+    /// A route of the table in force here. One that runs here is asked about most, and needs no other.
     pub(super) async fn route(&self, name: &str) -> Result<Arc<Route>, OperationError> {
-        let table = self.whole().await?;
-        table.route(name).cloned().ok_or_else(|| {
-            let known: Vec<&str> = table.routes.iter().map(|route| &*route.name).collect();
-            OperationError::NoRoute { route: name.to_owned(), known: known.join(", ") }
-        })
+        let own = self.0.table.borrow().as_ref().and_then(|table| table.compiled.route(name).cloned());
+        match own {
+            Some(own) => Ok(own),
+            None => route_of(&*self.whole().await?, name),
+        }
     }
+}
+
+/// A route of a table.
+pub(super) fn route_of(table: &CompiledTable, name: &str) -> Result<Arc<Route>, OperationError> {
+    table.route(name).cloned().ok_or_else(|| {
+        let known: Vec<&str> = table.routes.iter().map(|route| &*route.name).collect();
+        OperationError::NoRoute { route: name.to_owned(), known: known.join(", ") }
+    })
 }
 
 /// What the broker knows of the partitions that are meant.

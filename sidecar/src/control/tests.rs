@@ -59,9 +59,16 @@ async fn start(broker: &Memory, name: &str) -> Instance {
 }
 
 async fn start_in(broker: &Memory, name: &str, state: tempfile::TempDir) -> Instance {
+    start_with(broker, name, state, |_| {}).await
+}
+
+/// With a config that differs.
+async fn start_with(broker: &Memory, name: &str, state: tempfile::TempDir, change: impl FnOnce(&mut Config)) -> Instance {
     let board = Board::default();
     let (commands, _) = crate::command::channel();
-    let config = config(name, state.path(), None);
+    let mut config = Arc::unwrap_or_clone(config(name, state.path(), None));
+    change(&mut config);
+    let config = Arc::new(config);
     let handle = Control::start(Arc::new(broker.clone()), config, board.clone(), commands, CancellationToken::new()).await.unwrap();
     Instance { handle, board, state }
 }

@@ -60,7 +60,7 @@ impl Control {
     /// # Errors
     /// If the table cannot be read as a whole here.
     pub(super) async fn topic_uses(&self) -> Result<Uses, OperationError> {
-        Ok(self.0.whole().await?.map(|table| uses(&table)).unwrap_or_default())
+        Ok(self.0.whole().await?.as_deref().map(uses).unwrap_or_default())
     }
 
     /// Lists the topics.
@@ -91,8 +91,8 @@ impl Control {
             return Err(OperationError::Invalid(no_topic(missing, &existing)));
         }
         let found = admin.describe_topics(names, true).await?;
-        let uses = self.topic_uses().await?;
         let table = self.0.whole().await?;
+        let uses = table.as_deref().map(uses).unwrap_or_default();
         let mut topics = Vec::with_capacity(found.len());
         for topic in found {
             let marks = marks(&*admin, std::slice::from_ref(&topic)).await;

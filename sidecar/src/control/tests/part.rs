@@ -14,12 +14,7 @@ spec:
 ";
 
 async fn start_of(broker: &Memory, name: &str, service: &str) -> Instance {
-    let (board, state) = (Board::default(), tempfile::tempdir().unwrap());
-    let (commands, _) = crate::command::channel();
-    let services = vec![ServiceConfig { name: service.into(), app: None, publish: None, subscribe: None, token_file: None }];
-    let config = Arc::new(Config { services, ..(*config(name, state.path(), None)).clone() });
-    let handle = Control::start(Arc::new(broker.clone()), config, board.clone(), commands, CancellationToken::new()).await.unwrap();
-    Instance { handle, board, state }
+    start_with(broker, name, tempfile::tempdir().unwrap(), |config| config.services[0].name = service.into()).await
 }
 
 fn own(instance: &Instance) -> Vec<String> {

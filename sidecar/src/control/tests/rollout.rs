@@ -19,12 +19,11 @@ fn promoting(generation: u64) -> ApplyOptions {
 
 /// An instance with a label, in a folder; it may trust a key.
 async fn labelled(broker: &Memory, name: &str, zone: &str, state: tempfile::TempDir, key: Option<PublicKey>) -> Instance {
-    let mut config = Arc::unwrap_or_clone(config(name, state.path(), None));
-    config.labels = [("zone".to_owned(), zone.to_owned())].into();
-    config.control.trusted_keys = key.into_iter().collect();
-    let (board, commands) = (Board::default(), crate::command::channel().0);
-    let handle = Control::start(Arc::new(broker.clone()), Arc::new(config), board.clone(), commands, CancellationToken::new()).await;
-    let instance = Instance { handle: handle.unwrap(), board, state };
+    let instance = start_with(broker, name, state, |config| {
+        config.labels = [("zone".to_owned(), zone.to_owned())].into();
+        config.control.trusted_keys = key.into_iter().collect();
+    });
+    let instance = instance.await;
     instance.ready().await;
     instance
 }

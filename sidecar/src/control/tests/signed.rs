@@ -6,11 +6,7 @@ use super::*;
 use crate::control::{TrustError, snapshot::About, trust::Seal};
 
 async fn start_trusting(broker: &Memory, name: &str, state: tempfile::TempDir, keys: &[PublicKey]) -> Instance {
-    let mut config = Arc::unwrap_or_clone(config(name, state.path(), None));
-    config.control.trusted_keys = keys.to_vec();
-    let (board, commands) = (Board::default(), crate::command::channel().0);
-    let handle = Control::start(Arc::new(broker.clone()), Arc::new(config), board.clone(), commands, CancellationToken::new()).await;
-    Instance { handle: handle.unwrap(), board, state }
+    start_with(broker, name, state, |config| config.control.trusted_keys = keys.to_vec()).await
 }
 
 fn key(seed: u8) -> SigningKey {
