@@ -266,9 +266,9 @@ impl<T> Lanes<T> {
         self.waiting
     }
 
-    /// Whether a job may be handed out. May be `true` for a queue that holds only cleared jobs.
-    pub fn has_ready(&self) -> bool {
-        !self.ready.is_empty()
+    /// How many jobs may be handed out. Cleared ones may still be counted.
+    pub fn ready(&self) -> usize {
+        self.ready.len()
     }
 
     /// Drops the jobs that match and were not handed out; those that are out stay the heads of their lanes. Costs O(jobs).

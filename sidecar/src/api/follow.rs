@@ -224,7 +224,8 @@ pub(super) async fn open(api: &Api, caller: Caller, topics: &[String], group: &s
         // Static membership is the routes': the same name in another group would be another member.
         instance: None,
         start,
-        buffer_bytes: config.limits.buffer_bytes,
+        // There may be hundreds of them, each with a client of the broker of its own.
+        buffer_bytes: (config.limits.buffer_bytes / 4).max(config.limits.record_bytes),
         transactional_id: None,
     };
     Ok(Subscription::open(&api.inner.broker, consumer, &api.inner.tasks)?)

@@ -40,6 +40,10 @@ const ROOM_BYTES: usize = 16 << 20;
 /// The pause before a publication is sent again.
 const PAUSE: Duration = Duration::from_millis(500);
 
+/// How long a publication waits for others that leave with it, at most, while records wait for the service anyway: broker and librdkafka work by
+/// request, and one of a few records costs as much as one of a hundred.
+const GATHER: Duration = Duration::from_millis(5);
+
 /// One record's way out of the route.
 #[derive(Debug)]
 pub(crate) struct Publication {
@@ -140,6 +144,8 @@ pub(crate) struct Outbox {
     /// What has to be sent again, by sequence, and when.
     again: BTreeMap<u64, Pending>,
     pause_until: Option<Instant>,
+    /// Until when what is in the queue waits for more.
+    gather_until: Option<Instant>,
     trouble: Option<ProduceError>,
     count: usize,
     bytes: usize,
@@ -158,6 +164,7 @@ impl Outbox {
             sending: FuturesUnordered::new(),
             again: BTreeMap::new(),
             pause_until: None,
+            gather_until: None,
             trouble: None,
             count: 0,
             bytes: 0,
@@ -183,7 +190,10 @@ impl Outbox {
 
     /// When [`Outbox::flush`] has something to do again.
     pub(crate) fn wake(&self) -> Option<Instant> {
-        self.pause_until.filter(|_| self.sending.is_empty())
+        match self.again.is_empty() {
+            true => self.gather_until,
+            false => self.pause_until.filter(|_| self.sending.is_empty()),
+        }
     }
 
     /// Adds a publication; it leaves with the next flush.
@@ -200,8 +210,8 @@ impl Outbox {
         }
     }
 
-    /// Sends all that may be sent, as one batch. What is sent while the broker is busy gathers in the producer.
-    pub(crate) fn flush(&mut self, now: Instant) {
+    /// Sends all that may be sent, as one batch. If it is `patient`, what came first waits up to [`GATHER`] for more, unless much waits already.
+    pub(crate) fn flush(&mut self, now: Instant, patient: bool) {
         if !self.again.is_empty() {
             // What fails later must go in front of what was put later: first everything comes back.
             if !self.sending.is_empty() || self.pause_until.is_some_and(|until| now < until) {
@@ -216,6 +226,11 @@ impl Outbox {
         if self.queue.is_empty() {
             return;
         }
+        let much = self.count >= ROOM / 2 || self.bytes >= ROOM_BYTES / 2;
+        if patient && !much && now < *self.gather_until.get_or_insert(now + GATHER) {
+            return;
+        }
+        self.gather_until = None;
         let mut batch = self.sendable();
         if mutation::is(Mutation::SwapReplies) && batch.len() > 1 {
             let last = batch.len() - 1;
@@ -473,22 +488,62 @@ pub(super) mod tests {
         fake.set(Mode::FailTopic(ProduceErrorKind::Unavailable, "two"));
         outbox.put(publication(0));
         outbox.put(publication(1));
-        outbox.flush(Instant::now());
+        outbox.flush(Instant::now(), false);
         assert!(acknowledged(&mut outbox).await.is_empty());
         assert_eq!(outbox.trouble().map(|trouble| trouble.kind), Some(ProduceErrorKind::Unavailable));
         // What is put later waits behind what failed.
         fake.set(Mode::Store);
         outbox.put(publication(2));
-        outbox.flush(Instant::now());
+        outbox.flush(Instant::now(), false);
         assert!(acknowledged(&mut outbox).await.is_empty());
         assert_eq!(outbox.len(), 3);
         tokio::time::advance(PAUSE).await;
         assert!(outbox.wake().is_some_and(|wake| wake <= Instant::now()));
-        outbox.flush(Instant::now());
+        outbox.flush(Instant::now(), false);
         assert_eq!(acknowledged(&mut outbox).await, [0, 1, 2]);
         assert_eq!((outbox.len(), outbox.trouble().is_none(), outbox.has_room()), (0, true, true));
         assert_eq!(values(&fake.records("one")), ["0", "1", "2"], "what was acknowledged is not sent twice");
         assert_eq!(values(&fake.records("two")), ["0", "1", "2"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_patient_gather_for_a_while_and_never_behind_what_is_sent_again() {
+        let fake = Fake::new(&["one", "two"]);
+        let mut outbox = outbox(&fake);
+        outbox.put(publication(0));
+        outbox.flush(Instant::now(), true);
+        let due = Instant::now() + GATHER;
+        assert_eq!((outbox.wake(), fake.records("one").len()), (Some(due), 0));
+        tokio::time::advance(GATHER / 2).await;
+        outbox.put(publication(1));
+        outbox.flush(Instant::now(), true);
+        assert_eq!((outbox.wake(), fake.records("one").len()), (Some(due), 0), "the first one decides");
+        tokio::time::advance(GATHER / 2).await;
+        outbox.flush(Instant::now(), true);
+        assert_eq!((outbox.wake(), acknowledged(&mut outbox).await), (None, vec![0, 1]));
+        // Who is not patient any more does not wait; nor does much.
+        outbox.put(publication(2));
+        outbox.flush(Instant::now(), true);
+        outbox.flush(Instant::now(), false);
+        assert_eq!((outbox.wake(), acknowledged(&mut outbox).await), (None, vec![2]));
+        (3..3 + ROOM as i64 / 2).for_each(|number| outbox.put(publication(number)));
+        outbox.flush(Instant::now(), true);
+        assert_eq!(acknowledged(&mut outbox).await.len(), ROOM / 2);
+        // What is sent again has its own pause, and takes along what gathered.
+        fake.set(Mode::Fail(ProduceErrorKind::Unavailable));
+        outbox.put(publication(-2));
+        outbox.flush(Instant::now(), false);
+        outbox.put(publication(-1));
+        outbox.flush(Instant::now(), true);
+        assert!(acknowledged(&mut outbox).await.is_empty());
+        fake.set(Mode::Store);
+        tokio::time::advance(GATHER).await;
+        outbox.flush(Instant::now(), true);
+        assert!(outbox.wake().is_some_and(|wake| wake > Instant::now()), "a time that is over would keep the loop busy");
+        tokio::time::advance(PAUSE).await;
+        outbox.flush(Instant::now(), true);
+        assert_eq!(acknowledged(&mut outbox).await, [-2, -1]);
+        assert_eq!((outbox.len(), outbox.wake()), (0, None));
     }
 
     /// A batch fails while the next one of the same lane could be sent: without a lane the second would be stored before the first.
@@ -499,18 +554,18 @@ pub(super) mod tests {
         let mut outbox = outbox(&fake);
         fake.set(Mode::Fail(ProduceErrorKind::QueueFull));
         outbox.put(Publication { lane: lane(1), ..publication(0) });
-        outbox.flush(Instant::now());
+        outbox.flush(Instant::now(), false);
         // The failure is not known yet.
         fake.set(Mode::Store);
         outbox.put(Publication { lane: lane(1), ..publication(1) });
         outbox.put(Publication { lane: lane(2), ..publication(2) });
-        outbox.flush(Instant::now());
+        outbox.flush(Instant::now(), false);
         assert_eq!(values(&fake.records("one")), ["2"], "another lane goes on");
         assert_eq!(acknowledged(&mut outbox).await, [2]);
         tokio::time::advance(PAUSE).await;
-        outbox.flush(Instant::now());
+        outbox.flush(Instant::now(), false);
         assert_eq!(acknowledged(&mut outbox).await, [0]);
-        outbox.flush(Instant::now());
+        outbox.flush(Instant::now(), false);
         assert_eq!(acknowledged(&mut outbox).await, [1]);
         assert_eq!(values(&fake.records("one")), ["2", "0", "1"]);
         assert_eq!((outbox.len(), outbox.busy.len()), (0, 0));
@@ -531,16 +586,16 @@ pub(super) mod tests {
         outbox.put(aside(1, "retry"));
         outbox.put(aside(2, "park"));
         outbox.put(Publication { lane: lane(2), ..publication(3) });
-        outbox.flush(Instant::now());
+        outbox.flush(Instant::now(), false);
         assert!(acknowledged(&mut outbox).await.is_empty());
         outbox.put(aside(4, "park"));
         assert_eq!(values(&fake.records("one")), ["0", "3"], "other lanes go on");
         assert!(fake.records("retry").is_empty() && fake.records("park").is_empty());
         fake.set(Mode::Store);
         tokio::time::advance(PAUSE).await;
-        outbox.flush(Instant::now());
+        outbox.flush(Instant::now(), false);
         assert_eq!(acknowledged(&mut outbox).await, [0, 3]);
-        outbox.flush(Instant::now());
+        outbox.flush(Instant::now(), false);
         assert_eq!(acknowledged(&mut outbox).await, [1, 2, 4], "what goes aside goes together");
         assert_eq!((fake.records("retry").len(), fake.records("park").len()), (1, 2));
         assert_eq!((outbox.len(), outbox.busy.len()), (0, 0));
@@ -557,10 +612,10 @@ pub(super) mod tests {
         let what = What::DeadLetter { reason: Reason::Status, detail: "no".to_owned() };
         outbox.put(Publication { delivery, what, ..publication(7) });
         fake.set(Mode::FailTopic(ProduceErrorKind::TooLarge, "work.dlq"));
-        outbox.flush(Instant::now());
+        outbox.flush(Instant::now(), false);
         assert!(acknowledged(&mut outbox).await.is_empty());
         fake.set(Mode::Store);
-        outbox.flush(Instant::now());
+        outbox.flush(Instant::now(), false);
         assert_eq!(acknowledged(&mut outbox).await, [7]);
         let letters = fake.records("work.dlq");
         assert_eq!((letters[0].value.as_ref(), letters[0].key.as_deref()), (None, Some(&b"k"[..])));
@@ -573,9 +628,9 @@ pub(super) mod tests {
         let mut outbox = outbox(&fake);
         fake.set(Mode::FailTopic(ProduceErrorKind::TooLarge, "two"));
         outbox.put(publication(7));
-        outbox.flush(Instant::now());
+        outbox.flush(Instant::now(), false);
         assert!(acknowledged(&mut outbox).await.is_empty());
-        outbox.flush(Instant::now());
+        outbox.flush(Instant::now(), false);
         let mut done = Vec::new();
         outbox.acknowledged(&mut done).await;
         assert_eq!((done[0].end, outbox.len()), (End::Ended(Disposition::DeadLettered, "reply"), 0));

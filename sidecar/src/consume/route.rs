@@ -1,7 +1,7 @@
 //! A route's loop: one task that owns everything of its route, so that nothing here is locked.
 //!
 //! Batches come in, each offset enters its partition's watermark, the lanes decide what may run, the leaf delivers, answers are judged,
-//! publications are acknowledged, offsets complete, watermarks are committed back to back.
+//! publications are acknowledged, offsets complete, watermarks are committed, one commit after the other.
 //!
 //! Invariant: an offset completes only when its record has its disposition: replies and dead letters are acknowledged before.
 //! Invariant: what belongs to an assignment that ended (another epoch) changes no offset.
@@ -59,6 +59,8 @@ use crate::{
 
 /// How often lag is measured.
 const LAG: Duration = Duration::from_secs(2);
+/// So many records that could be handed to the service, if it had room, are a backlog.
+const BEHIND: usize = 64;
 
 /// What a route's loop needs.
 pub(crate) struct Parts {
@@ -455,7 +457,7 @@ impl RouteLoop {
             self.dispatch(now);
         }
         if !self.transactional || mutation::is(Mutation::OutsideTransaction) {
-            self.outbox.flush(now);
+            self.outbox.flush(now, self.is_behind());
         }
         self.serve_commands(now);
         if self.transactional {
@@ -472,6 +474,11 @@ impl RouteLoop {
         if now >= self.post_due {
             self.post(now);
         }
+    }
+
+    /// Whether a backlog waits for the service, so that what its answers wait delays nobody; and not the end of what is out is waited for.
+    fn is_behind(&self) -> bool {
+        self.lanes.ready() >= BEHIND && self.revoke.is_none() && self.draining.is_none()
     }
 
     pub(super) fn owned(&self) -> impl Iterator<Item = (u32, &Slot)> {
@@ -520,7 +527,7 @@ impl RouteLoop {
         at(self.draining);
         if let Allowance::Wait(until) = self.breaker.allowance(now)
             && self.paused.is_none()
-            && (self.lanes.has_ready() || self.has_gathered())
+            && (self.lanes.ready() > 0 || self.has_gathered())
         {
             at(Some(until));
         }

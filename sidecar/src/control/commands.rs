@@ -13,11 +13,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures_util::{
-    FutureExt as _, StreamExt as _,
-    future::{BoxFuture, Either},
-    stream::FuturesUnordered,
-};
+use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use mesh_proto::v1::{self, command_record::Content, owner_command::Action};
 use prost::Message as _;
 use tokio::{sync::oneshot, time::Instant};
@@ -408,29 +404,42 @@ impl Owner {
     }
 }
 
-/// What an instance is asked: over the mesh, or here.
+/// Asks an instance: this one by `here`, another one by `action`, over the mesh. Comes with the instance's name.
+fn ask_one<T: Send + 'static>(
+    shared: &Arc<Shared>,
+    instance: &str,
+    route: &Arc<str>,
+    until: Instant,
+    here: impl Future<Output = T> + Send + 'static,
+    action: Action,
+    read: fn(v1::OwnerAnswer) -> T,
+) -> BoxFuture<'static, (String, Result<T, String>)> {
+    let name = instance.to_owned();
+    let asked = if *instance == *shared.instance {
+        here.map(Ok).boxed()
+    } else {
+        ask(shared.clone(), name.clone(), route.clone(), action, until).map(move |answer| answer.map(read)).boxed()
+    };
+    asked.map(|answered| (name, answered)).boxed()
+}
+
+/// Asks an instance to set offsets of the partitions that it owns.
 pub(super) fn reset_at(
     shared: &Arc<Shared>,
     instance: &str,
     route: &Arc<str>,
     partitions: Vec<(TopicPartition, i64)>,
     until: Instant,
-) -> impl Future<Output = (String, Answered)> + use<> {
-    let (name, route) = (instance.to_owned(), route.clone());
-    let asked = if *instance == *shared.instance {
-        let commands = shared.commands.clone();
-        let wait = until.saturating_duration_since(Instant::now());
-        Either::Left(async move { Ok(commands.reset(&route, partitions, wait).await) })
-    } else {
-        let offset = |(partition, offset): (TopicPartition, i64)| v1::PartitionOffset {
-            topic: partition.topic.to_string(),
-            partition: partition.partition,
-            offset,
-        };
-        let action = Action::Reset(v1::ResetPartitions { partitions: partitions.into_iter().map(offset).collect() });
-        Either::Right(ask(shared.clone(), name.clone(), route, action, until).map(|answer| answer.map(read_answer)))
+) -> BoxFuture<'static, (String, Answered)> {
+    let offset = |(partition, offset): &(TopicPartition, i64)| v1::PartitionOffset {
+        topic: partition.topic.to_string(),
+        partition: partition.partition,
+        offset: *offset,
     };
-    asked.map(|answered| (name, answered))
+    let action = Action::Reset(v1::ResetPartitions { partitions: partitions.iter().map(offset).collect() });
+    let (commands, own) = (shared.commands.clone(), route.clone());
+    let wait = until.saturating_duration_since(Instant::now());
+    ask_one(shared, instance, route, until, async move { commands.reset(&own, partitions, wait).await }, action, read_answer)
 }
 
 /// Tells another instance to drain; its answer says what is at its services.
@@ -438,41 +447,28 @@ pub(super) async fn drain_at(shared: &Arc<Shared>, instance: &str, until: Instan
     ask(shared.clone(), instance.to_owned(), "".into(), Action::Drain(v1::DrainInstance {}), until).await
 }
 
-/// The same for a release.
+/// Asks an instance to release the parked records of the partitions that it owns.
 pub(super) fn release_at(
     shared: &Arc<Shared>,
     instance: &str,
     route: &Arc<str>,
     wish: v1::ReleaseRecords,
     until: Instant,
-) -> impl Future<Output = (String, AnsweredRelease)> + use<> {
-    let (name, route) = (instance.to_owned(), route.clone());
-    let asked = if *instance == *shared.instance {
-        let commands = shared.commands.clone();
-        let (key, how) = read_wish(&wish);
-        Either::Left(async move { Ok(commands.release(&route, key, how).await) })
-    } else {
-        Either::Right(ask(shared.clone(), name.clone(), route, Action::Release(wish), until).map(|answer| answer.map(read_release)))
-    };
-    asked.map(|answered| (name, answered))
+) -> BoxFuture<'static, (String, AnsweredRelease)> {
+    let (key, how) = read_wish(&wish);
+    let (commands, own) = (shared.commands.clone(), route.clone());
+    ask_one(shared, instance, route, until, async move { commands.release(&own, key, how).await }, Action::Release(wish), read_release)
 }
 
-/// The same for a record that is looked up.
+/// Asks an instance how far a record is, if it owns its partition.
 pub(super) fn look_up_at(
     shared: &Arc<Shared>,
     instance: &str,
     route: &Arc<str>,
     at: &Position,
     until: Instant,
-) -> impl Future<Output = (String, AnsweredLookUp)> + use<> {
-    let (name, route, at) = (instance.to_owned(), route.clone(), at.clone());
-    let asked = if *instance == *shared.instance {
-        let commands = shared.commands.clone();
-        Either::Left(async move { Ok(commands.look_up(&route, at).await) })
-    } else {
-        let Position { partition, offset } = at;
-        let record = v1::LookUpRecord { topic: partition.topic.to_string(), partition: partition.partition, offset };
-        Either::Right(ask(shared.clone(), name.clone(), route, Action::LookUp(record), until).map(|answer| answer.map(read_held)))
-    };
-    asked.map(|answered| (name, answered))
+) -> BoxFuture<'static, (String, AnsweredLookUp)> {
+    let record = v1::LookUpRecord { topic: at.partition.topic.to_string(), partition: at.partition.partition, offset: at.offset };
+    let (commands, own, at) = (shared.commands.clone(), route.clone(), at.clone());
+    ask_one(shared, instance, route, until, async move { commands.look_up(&own, at).await }, Action::LookUp(record), read_held)
 }

@@ -15,6 +15,8 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_util::task::TaskTracker;
 
+use crate::record::detached;
+
 /// Where a service listens.
 #[derive(Clone, Debug)]
 pub(crate) enum Target {
@@ -148,7 +150,7 @@ where
         if first.len() + rest.len() + data.len() > limit {
             return Ok(None);
         }
-        // Most answers are one frame: it is kept as it is.
+        // Most answers are one frame.
         if first.is_empty() && rest.is_empty() {
             first = data;
         } else {
@@ -158,5 +160,5 @@ where
             rest.extend_from_slice(&data);
         }
     }
-    Ok(Some(if rest.is_empty() { first } else { rest.into() }))
+    Ok(Some(if rest.is_empty() { detached(first) } else { rest.into() }))
 }

@@ -41,10 +41,10 @@ const IDENTITY: HeaderValue = HeaderValue::from_static("identity");
 /// What a header's value does not carry as it is, as in CloudEvents' HTTP binding: controls, space, `"`, `%` itself, and all that is not ASCII.
 const VALUE: &AsciiSet = &CONTROLS.add(b' ').add(b'"').add(b'%');
 
-/// The request for a delivery. `uri` is the service's address with the route's handler.
-pub(crate) fn request(delivery: &Delivery, method_uri: Uri, host: Option<&HeaderValue>) -> Request<Full<Bytes>> {
+/// The request for a delivery. `uri` is the service's address with the route's handler; `headers` is an empty map, in whose room its headers go.
+pub(crate) fn request(delivery: &Delivery, method_uri: Uri, host: Option<&HeaderValue>, mut headers: HeaderMap) -> Request<Full<Bytes>> {
     let record = &delivery.record;
-    let mut headers = HeaderMap::with_capacity(18 + record.headers.len());
+    headers.reserve(18 + record.headers.len());
     if let Some(host) = host {
         headers.insert(header::HOST, host.clone());
     }

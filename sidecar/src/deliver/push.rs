@@ -11,7 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderValue, Request, Uri, response::Parts};
+use http::{HeaderMap, HeaderValue, Request, Uri, response::Parts};
 use http_body_util::Full;
 use hyper::client::conn::http2;
 use mesh_proto::v1::handler_client::HandlerClient;
@@ -140,10 +140,15 @@ impl Worker {
         answers.all(|(delivery, outcome)| self.answers.try_send(Answer { id: delivery.id, outcome }).is_ok())
     }
 
-    /// Answers with what came over HTTP.
-    fn answer_http(&self, call: Call, answered: Answered) -> bool {
+    /// Answers with what came over HTTP. The answer's map of headers is left for the next request, empty: making one costs as much as filling it.
+    fn answer_http(&self, call: Call, answered: Answered, room: &mut HeaderMap) -> bool {
         match (call, answered) {
-            (Call::One(delivery), Ok((head, body))) => self.answer(delivery.id, http_form::outcome(head.status, &head.headers, body)),
+            (Call::One(delivery), Ok((mut head, body))) => {
+                let outcome = http_form::outcome(head.status, &head.headers, body);
+                head.headers.clear();
+                *room = head.headers;
+                self.answer(delivery.id, outcome)
+            }
             (Call::One(delivery), Err(failed)) => self.answer(
                 delivery.id,
                 match failed {
@@ -177,7 +182,7 @@ impl Worker {
     }
 
     async fn http1(mut self, target: Target, host: HeaderValue) {
-        let mut uris = Uris::new(String::new());
+        let (mut uris, mut room) = (Uris::new(String::new()), HeaderMap::new());
         let mut connection: Option<Http1> = None;
         loop {
             let call = tokio::select! {
@@ -189,7 +194,8 @@ impl Worker {
             let Some(call) = call else { return };
             let Some((route, uri)) = aim(&call, &mut uris) else { continue };
             let timeout = route.timeout;
-            let answering = call_http1(&mut connection, &target, || request(&call, uri.clone(), Some(&host)), self.limit(&call));
+            let request = || request(&call, uri.clone(), Some(&host), std::mem::take(&mut room));
+            let answering = call_http1(&mut connection, &target, request, self.limit(&call));
             let answered = match tokio::time::timeout(timeout, answering).await {
                 Ok(answered) => answered,
                 Err(_) => {
@@ -198,7 +204,7 @@ impl Worker {
                     Err(no_answer(&target, timeout))
                 }
             };
-            if !self.answer_http(call, answered) {
+            if !self.answer_http(call, answered, &mut room) {
                 return;
             }
         }
@@ -211,7 +217,7 @@ impl Worker {
         shared: Arc<tokio::sync::Mutex<Option<http2::SendRequest<Full<Bytes>>>>>,
         tasks: TaskTracker,
     ) {
-        let mut uris = Uris::new(base);
+        let (mut uris, mut room) = (Uris::new(base), HeaderMap::new());
         while let Some(call) = self.calls.recv().await {
             let Some((route, uri)) = aim(&call, &mut uris) else { continue };
             let (timeout, limit) = (route.timeout, self.limit(&call));
@@ -219,7 +225,7 @@ impl Worker {
                 let mut sender =
                     h2c_sender(&shared, &target, &tasks).await.map_err(|error| Failed::NoService(format!("{target}: {error}")))?;
                 sender.ready().await.map_err(|error| Failed::NoService(format!("{target}: {error}")))?;
-                match sender.try_send_request(request(&call, uri, None)).await {
+                match sender.try_send_request(request(&call, uri, None, std::mem::take(&mut room))).await {
                     Ok(response) => answered(response, &target, limit).await,
                     Err(mut error) => Err(match error.take_message() {
                         Some(_) => Failed::NoService(format!("{target}: {}", error.error())),
@@ -228,7 +234,7 @@ impl Worker {
                 }
             };
             let answered = tokio::time::timeout(timeout, answering).await.unwrap_or_else(|_| Err(no_answer(&target, timeout)));
-            if !self.answer_http(call, answered) {
+            if !self.answer_http(call, answered, &mut room) {
                 return;
             }
         }
@@ -273,10 +279,10 @@ fn aim<'a>(call: &'a Call, uris: &mut Uris) -> Option<(&'a Route, Uri)> {
     Some((route, uris.get(route.handler.as_deref().unwrap_or("/"))))
 }
 
-fn request(call: &Call, uri: Uri, host: Option<&HeaderValue>) -> Request<Full<Bytes>> {
+fn request(call: &Call, uri: Uri, host: Option<&HeaderValue>, room: HeaderMap) -> Request<Full<Bytes>> {
     match call {
-        Call::One(delivery) => http_form::request(delivery, uri, host),
-        Call::Many(batch) => batch::request(batch, uri, host),
+        Call::One(delivery) => http_form::request(delivery, uri, host, room),
+        Call::Many(batch) => batch::request(batch, uri, host, room),
     }
 }
 
@@ -305,7 +311,12 @@ async fn h2c_sender(
 
 /// One call. A connection that was kept alive may turn out closed: the service gave it up as idle while the request was on its way, and most
 /// likely never saw it. Then the call is made once more, on a new connection, and that one's word counts.
-async fn call_http1(connection: &mut Option<Http1>, target: &Target, request: impl Fn() -> Request<Full<Bytes>>, limit: usize) -> Answered {
+async fn call_http1(
+    connection: &mut Option<Http1>,
+    target: &Target,
+    mut request: impl FnMut() -> Request<Full<Bytes>>,
+    limit: usize,
+) -> Answered {
     for _ in 0..2 {
         let reused = connection.as_mut().is_some_and(Http1::usable);
         if !reused {

@@ -96,7 +96,7 @@ fn lanes(records: u64) -> Result<()> {
         let key = (number % load::KEYS).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         lanes.push(Some(Lane { slot: u32::try_from(slot)?, key }), (slot, offset));
         let last = number + 1 == records;
-        while out.len() >= OUT || (last && (lanes.has_ready() || !out.is_empty())) || (out.len() < OUT && lanes.has_ready()) {
+        while out.len() >= OUT || (last && (lanes.ready() > 0 || !out.is_empty())) || (out.len() < OUT && lanes.ready() > 0) {
             if out.len() < OUT
                 && let Some(id) = lanes.next_ready()
             {
