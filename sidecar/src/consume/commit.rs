@@ -1,4 +1,4 @@
-//! How records end, and how that is committed: completion, commits one after the other, revokes, and the drain.
+//! How records end, and how that is committed: completion, commits back to back, revokes, and the drain.
 
 use std::{cmp::Reverse, time::Duration};
 
@@ -19,9 +19,6 @@ use crate::{
 
 /// How long a revoke waits for what is at the service. The consumer's own deadline is longer.
 const REVOKE: Duration = Duration::from_millis(1_800);
-/// From the start of a commit to that of the next one, at least: each costs the broker and librdkafka as much as many records. What completes
-/// after a pause is committed at once.
-const COMMIT_EVERY: Duration = Duration::from_millis(5);
 /// The pause before a commit that failed is tried again.
 const COMMIT_PAUSE: Duration = Duration::from_millis(200);
 /// What of a drain's time is kept for its end, at most: the last commit, and leaving the group.
@@ -113,7 +110,7 @@ impl RouteLoop {
         commits.collect()
     }
 
-    /// Starts the next commit, if there is something to commit, none is under way, and the last one is some time ago.
+    /// Starts the next commit, if there is something to commit and none is under way.
     pub(super) fn start_commit(&mut self, now: Instant) {
         if self.commit.is_some() || self.commit_again.is_some_and(|again| now < again) {
             return;
@@ -123,7 +120,6 @@ impl RouteLoop {
         if due.is_empty() {
             return;
         }
-        self.commit_again = Some(now + COMMIT_EVERY);
         let mut span = self.commit_span();
         let commit = self.consumer.commit(self.as_commits(&due));
         self.commit = Some(

@@ -1,7 +1,7 @@
 //! A route's loop: one task that owns everything of its route, so that nothing here is locked.
 //!
 //! Batches come in, each offset enters its partition's watermark, the lanes decide what may run, the leaf delivers, answers are judged,
-//! publications are acknowledged, offsets complete, watermarks are committed, one commit after the other.
+//! publications are acknowledged, offsets complete, watermarks are committed back to back.
 //!
 //! Invariant: an offset completes only when its record has its disposition: replies and dead letters are acknowledged before.
 //! Invariant: what belongs to an assignment that ended (another epoch) changes no offset.

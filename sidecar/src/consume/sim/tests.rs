@@ -46,7 +46,7 @@ fn simulation_holds() {
 #[test]
 fn simulation_finds_every_mutation() {
     for fault in built_in::ALL {
-        let (found, totals) = search(1, 2_000, 1, |seed| {
+        let (found, totals) = search(1, 500, 1, |seed| {
             built_in::set(Some(fault));
             let run = simulate(seed, false);
             built_in::set(None);
