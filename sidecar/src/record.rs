@@ -44,14 +44,6 @@ pub mod header {
     pub const MESH_PREFIX: &str = "mesh-";
 }
 
-/// A payload that was read from a connection, without the rest of the buffer into which it was read. A piece of that buffer would keep all of it,
-/// mostly 8 KiB, as long as the record is kept, and the next read would need a new one.
-pub fn detached(read: Bytes) -> Bytes {
-    /// From here on a copy costs more than it saves.
-    const LARGE: usize = 4096;
-    if read.len() < LARGE { Bytes::copy_from_slice(&read) } else { read }
-}
-
 /// One header. Names may repeat within a record, and their order is kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Header {

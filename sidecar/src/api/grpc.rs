@@ -26,17 +26,11 @@ const GROUP_RECORDS: usize = 2048;
 
 const SERVICE: &str = "mesh.v1.Mesh";
 
-/// What the paths of the API's own service begin with.
-pub(super) const PATHS: &str = "/mesh.v1.Mesh/";
-
-/// The API's own service.
-pub(super) fn mesh(api: &Api) -> mesh_server::MeshServer<Mesh> {
+/// The services of the API port.
+pub(super) fn routes(api: &Api) -> (Routes, tonic_health::server::HealthReporter) {
     let largest = batch::batch_bytes(api);
-    mesh_server::MeshServer::new(Mesh { api: api.clone() }).max_decoding_message_size(largest).max_encoding_message_size(usize::MAX)
-}
-
-/// All services of the API port.
-pub(super) fn routes(mesh: mesh_server::MeshServer<Mesh>) -> (Routes, tonic_health::server::HealthReporter) {
+    let mesh =
+        mesh_server::MeshServer::new(Mesh { api: api.clone() }).max_decoding_message_size(largest).max_encoding_message_size(usize::MAX);
     let reporter = tonic_health::server::HealthReporter::new();
     let health =
         tonic_health::pb::health_server::HealthServer::new(tonic_health::server::HealthService::from_health_reporter(reporter.clone()));

@@ -10,7 +10,6 @@ use axum::body::Body;
 use futures_util::future::BoxFuture;
 use http::{Request, Response, header};
 use hyper::body::Incoming;
-use mesh_proto::v1::mesh_server::MeshServer;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 use tower::Service;
@@ -95,8 +94,7 @@ impl Api {
     /// Serves until `shutdown`, then drains under `limits.drain_timeout`. Returns how many connections had to be cut. Once.
     pub async fn serve(self, listener: impl Into<listen::Listener>, shutdown: CancellationToken) -> usize {
         let drain = self.inner.publisher.config().limits.drain_timeout;
-        let mesh = grpc::mesh(&self);
-        let (grpc, health) = grpc::routes(mesh.clone());
+        let (routes, health) = grpc::routes(&self);
         let ended = shutdown.clone();
         let api = self.clone();
         let housekeeping = async move {
@@ -109,7 +107,7 @@ impl Api {
             api.inner.closing.cancel();
             grpc::end_health(health).await;
         };
-        let dispatch = Dispatch { api: self.clone(), mesh, grpc };
+        let dispatch = Dispatch { api: self.clone(), grpc: routes };
         let options = listen::Options::new("api").drain(drain);
         let (cut, ()) = tokio::join!(listen::serve(listener, dispatch, options, shutdown), housekeeping);
         self.inner.tasks.close();
@@ -122,8 +120,6 @@ impl Api {
 #[derive(Clone)]
 struct Dispatch {
     api: Api,
-    /// Without the router, which costs a call several boxes.
-    mesh: MeshServer<grpc::Mesh>,
     grpc: Routes,
 }
 
@@ -135,10 +131,6 @@ impl hyper::service::Service<Request<Incoming>> for Dispatch {
     fn call(&self, request: Request<Incoming>) -> Self::Future {
         let is_grpc = |value: &http::HeaderValue| value.as_bytes().starts_with(b"application/grpc");
         if request.headers().get(header::CONTENT_TYPE).is_some_and(is_grpc) {
-            if request.uri().path().starts_with(grpc::PATHS) {
-                let mut mesh = self.mesh.clone();
-                return Box::pin(async move { Ok(mesh.call(request).await?.map(Body::new)) });
-            }
             let mut grpc = self.grpc.clone();
             return Box::pin(async move { Ok(grpc.call(request).await?.map(Body::new)) });
         }

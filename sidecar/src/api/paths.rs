@@ -14,7 +14,7 @@ use super::{Api, batch, fields, follow, lines::Lines, outcomes, problem::ApiErro
 use crate::{
     json,
     publish::{Caller, Draft, PublishError, Published, TraceHeaders},
-    record::{Record, detached},
+    record::Record,
 };
 
 pub(super) const JSON: HeaderValue = HeaderValue::from_static("application/json");
@@ -30,16 +30,9 @@ const DISCARD_TIME: Duration = Duration::from_secs(5);
 
 /// Answers a request that is not gRPC.
 pub(super) async fn answer(api: &Api, request: Request<Incoming>) -> Response<Body> {
-    let (mut parts, mut body) = request.into_parts();
+    let (parts, mut body) = request.into_parts();
     match route(api, &parts, &mut body).await {
-        Ok(Answer::Whole(mut response)) => {
-            // hyper reads the next request's headers into the map of this answer: with the room of the last one it need not grow.
-            let mut headers = std::mem::replace(&mut parts.headers, std::mem::take(response.headers_mut()));
-            headers.clear();
-            headers.extend(parts.headers.drain());
-            *response.headers_mut() = headers;
-            response
-        }
+        Ok(Answer::Whole(response)) => response,
         Ok(Answer::Lines(lines)) => lines.answer(&parts, body).await,
         Err(error) => {
             // A peer that waits for `100 continue` has not begun to send.
@@ -260,8 +253,8 @@ pub(super) async fn read_body(body: &mut Incoming, limit: usize) -> Result<Bytes
     let first = match next_data(body).await? {
         None => return Ok(Bytes::new()),
         Some(first) if first.len() > limit => return too_large(),
-        // The common case: one frame.
-        Some(first) if body.is_end_stream() => return Ok(detached(first)),
+        // The common case: one frame, and not a copy.
+        Some(first) if body.is_end_stream() => return Ok(first),
         Some(first) => first,
     };
     let expected = hint.exact().and_then(|size| usize::try_from(size).ok()).unwrap_or(first.len() * 2);

@@ -476,7 +476,7 @@ impl RouteLoop {
         }
     }
 
-    /// Whether a backlog waits for the service, so that what its answers wait delays nobody; and not the end of what is out is waited for.
+    /// Whether a backlog waits for the service, so that nobody is delayed by what answers wait, and nothing waits for the last of them.
     fn is_behind(&self) -> bool {
         self.lanes.ready() >= BEHIND && self.revoke.is_none() && self.draining.is_none()
     }

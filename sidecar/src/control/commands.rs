@@ -13,7 +13,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
+use futures_util::{
+    FutureExt as _, StreamExt as _,
+    future::{BoxFuture, Either},
+    stream::FuturesUnordered,
+};
 use mesh_proto::v1::{self, command_record::Content, owner_command::Action};
 use prost::Message as _;
 use tokio::{sync::oneshot, time::Instant};
@@ -416,9 +420,9 @@ fn ask_one<T: Send + 'static>(
 ) -> BoxFuture<'static, (String, Result<T, String>)> {
     let name = instance.to_owned();
     let asked = if *instance == *shared.instance {
-        here.map(Ok).boxed()
+        Either::Left(here.map(Ok))
     } else {
-        ask(shared.clone(), name.clone(), route.clone(), action, until).map(move |answer| answer.map(read)).boxed()
+        Either::Right(ask(shared.clone(), name.clone(), route.clone(), action, until).map(move |answer| answer.map(read)))
     };
     asked.map(|answered| (name, answered)).boxed()
 }

@@ -29,8 +29,8 @@ const MESH_RECORDS: HeaderName = HeaderName::from_static("mesh-records");
 /// How many times a batch's answer may be as long as that of one record.
 pub(super) const ANSWER: usize = 4;
 
-/// The request for a batch of one route; `headers` is an empty map, in whose room its headers go.
-pub(super) fn request(batch: &[Delivery], uri: Uri, host: Option<&HeaderValue>, mut headers: HeaderMap) -> Request<Full<Bytes>> {
+/// The request for a batch of one route.
+pub(super) fn request(batch: &[Delivery], uri: Uri, host: Option<&HeaderValue>) -> Request<Full<Bytes>> {
     let size: usize = batch.iter().map(|delivery| 192 + delivery.record.size()).sum();
     let mut body = Vec::with_capacity(size);
     body.push(b'{');
@@ -51,6 +51,7 @@ pub(super) fn request(batch: &[Delivery], uri: Uri, host: Option<&HeaderValue>, 
     let mut request = Request::new(Full::new(Bytes::from(body)));
     *request.method_mut() = Method::POST;
     *request.uri_mut() = uri;
+    let headers = request.headers_mut();
     if let Some(host) = host {
         headers.insert(header::HOST, host.clone());
     }
@@ -61,7 +62,6 @@ pub(super) fn request(batch: &[Delivery], uri: Uri, host: Option<&HeaderValue>, 
         headers.insert(MESH_ROUTE, route);
     }
     headers.insert(MESH_RECORDS, HeaderValue::from(batch.len()));
-    *request.headers_mut() = headers;
     request
 }
 
@@ -213,7 +213,7 @@ pub(super) mod tests {
 
     #[tokio::test]
     async fn the_request_carries_all_records_in_order() {
-        let request = request(&batch(3), Uri::from_static("/work"), None, HeaderMap::new());
+        let request = request(&batch(3), Uri::from_static("/work"), None);
         assert_eq!(request.headers()["content-type"], "application/vnd.mesh.deliveries+json");
         assert_eq!(
             (&request.headers()["mesh-route"], &request.headers()["mesh-records"]),

@@ -15,8 +15,6 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_util::task::TaskTracker;
 
-use crate::record::detached;
-
 /// Where a service listens.
 #[derive(Clone, Debug)]
 pub(crate) enum Target {
@@ -161,4 +159,12 @@ where
         }
     }
     Ok(Some(if rest.is_empty() { detached(first) } else { rest.into() }))
+}
+
+/// A payload without the rest of the buffer into which it was read. A piece of that buffer would keep all of it, mostly 8 KiB, as long as the answer
+/// is kept, and the next read would need a new one.
+fn detached(read: Bytes) -> Bytes {
+    /// From here on a copy costs more than it saves.
+    const LARGE: usize = 4096;
+    if read.len() < LARGE { Bytes::copy_from_slice(&read) } else { read }
 }

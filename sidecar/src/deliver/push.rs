@@ -140,7 +140,8 @@ impl Worker {
         answers.all(|(delivery, outcome)| self.answers.try_send(Answer { id: delivery.id, outcome }).is_ok())
     }
 
-    /// Answers with what came over HTTP. The answer's map of headers is left for the next request, empty: making one costs as much as filling it.
+    /// Answers with what came over HTTP. The map of headers of one record's answer is left for the next request, empty: making one costs as much
+    /// as filling it.
     fn answer_http(&self, call: Call, answered: Answered, room: &mut HeaderMap) -> bool {
         match (call, answered) {
             (Call::One(delivery), Ok((mut head, body))) => {
@@ -194,7 +195,7 @@ impl Worker {
             let Some(call) = call else { return };
             let Some((route, uri)) = aim(&call, &mut uris) else { continue };
             let timeout = route.timeout;
-            let request = || request(&call, uri.clone(), Some(&host), std::mem::take(&mut room));
+            let request = || request(&call, uri.clone(), Some(&host), &mut room);
             let answering = call_http1(&mut connection, &target, request, self.limit(&call));
             let answered = match tokio::time::timeout(timeout, answering).await {
                 Ok(answered) => answered,
@@ -225,7 +226,7 @@ impl Worker {
                 let mut sender =
                     h2c_sender(&shared, &target, &tasks).await.map_err(|error| Failed::NoService(format!("{target}: {error}")))?;
                 sender.ready().await.map_err(|error| Failed::NoService(format!("{target}: {error}")))?;
-                match sender.try_send_request(request(&call, uri, None, std::mem::take(&mut room))).await {
+                match sender.try_send_request(request(&call, uri, None, &mut room)).await {
                     Ok(response) => answered(response, &target, limit).await,
                     Err(mut error) => Err(match error.take_message() {
                         Some(_) => Failed::NoService(format!("{target}: {}", error.error())),
@@ -279,10 +280,10 @@ fn aim<'a>(call: &'a Call, uris: &mut Uris) -> Option<(&'a Route, Uri)> {
     Some((route, uris.get(route.handler.as_deref().unwrap_or("/"))))
 }
 
-fn request(call: &Call, uri: Uri, host: Option<&HeaderValue>, room: HeaderMap) -> Request<Full<Bytes>> {
+fn request(call: &Call, uri: Uri, host: Option<&HeaderValue>, room: &mut HeaderMap) -> Request<Full<Bytes>> {
     match call {
-        Call::One(delivery) => http_form::request(delivery, uri, host, room),
-        Call::Many(batch) => batch::request(batch, uri, host, room),
+        Call::One(delivery) => http_form::request(delivery, uri, host, std::mem::take(room)),
+        Call::Many(batch) => batch::request(batch, uri, host),
     }
 }
 
