@@ -6,6 +6,7 @@
 //!
 //! Invariant: before the first record of a source partition runs, its retry and park topics were looked through up to their ends.
 //! Invariant: a record that goes to a retry or park topic is complete where it was only when it is acknowledged there.
+//! Invariant: what comes into a retry or park topic is read by the owner of its partition, also what somebody else put there late.
 //! Invariant: what is remembered of a partition ([`TRACKED`]), and what of it is in memory, is bounded; beyond that the source is held.
 
 use std::{
@@ -41,6 +42,9 @@ pub(super) const TRACKED: usize = 100_000;
 pub(super) const LONGEST: Duration = Duration::from_secs(31 * 86_400);
 /// The pause before retry topics are looked for again.
 pub(super) const AGAIN: Duration = Duration::from_millis(500);
+/// How often it is looked whether something came into retry and park topics that are not read: what was on its way there when its partition was given
+/// away may be stored after the next owner looked through them.
+const LATE: Duration = Duration::from_secs(30);
 /// The pause before a record is looked at again that is due, and behind another one that lies elsewhere: after a crash only.
 const BEHIND: Duration = Duration::from_millis(200);
 
@@ -116,6 +120,8 @@ pub(super) struct Sides {
     /// Sources whose retry and park topics are to be looked for.
     pub(super) wanted: BTreeSet<u32>,
     pub(super) again: Option<Instant>,
+    /// When it is looked again whether something came into those that are not read.
+    late: Option<Instant>,
     /// Why records cannot be handed over, or read.
     pub(super) trouble: Option<String>,
 }
@@ -443,6 +449,25 @@ impl RouteLoop {
         }
     }
 
+    /// The retry and park topics that are not read, if it is time to look at them again.
+    pub(super) fn unread_sides(&mut self, now: Instant) -> Vec<(u32, TopicPartition)> {
+        if self.sides.late.is_some_and(|late| now < late) {
+            return Vec::new();
+        }
+        self.sides.late = Some(now + LATE);
+        let unread = self.owned().filter(|(_, slot)| slot.side().is_some_and(|side| !side.reading));
+        unread.map(|(index, slot)| (index, slot.partition.clone())).collect()
+    }
+
+    /// Reads what came into a retry or park topic after it was looked through.
+    pub(super) fn came_late(&mut self, index: u32, high: i64) {
+        let Some(slot) = self.slots.get(index as usize) else { return };
+        let Some(side) = slot.side().filter(|side| side.cursor < high) else { return };
+        if self.slots[side.of as usize].source().is_some_and(|source| source.stage == Stage::Ready) {
+            self.ensure_reading(index);
+        }
+    }
+
     // What is given away.
 
     /// Forgets what waits of these slots, and reads no more of them.
@@ -493,5 +518,18 @@ mod tests {
         fake.0.lock().unwrap().readable = false;
         tokio::time::sleep(QUIET * 3).await;
         assert!(!is_held(), "only marks are left");
+    }
+
+    /// As what a former owner of the partition sent before it lost it, and the broker stored later.
+    #[tokio::test(start_paused = true)]
+    async fn what_comes_late_into_a_topic_that_is_not_read_is_read() {
+        let fake = Fake::new(&["in", "work.in.retry-1", "work.in.park"]);
+        let _running = fixture_on(&fake, "retry: { topics: [10m] }").await;
+        let readers = || fake.0.lock().unwrap().consumers.len() - 1;
+        tokio::time::sleep(3 * LATE).await;
+        assert_eq!(readers(), 0, "there is nothing to read");
+        fake.0.lock().unwrap().high = 1;
+        tokio::time::sleep(2 * LATE).await;
+        assert_eq!(readers(), 1);
     }
 }

@@ -24,6 +24,8 @@ pub(super) struct Measured {
     epoch: u64,
     ends: Vec<(u32, i64, Option<End>)>,
     complete: bool,
+    /// Of retry and park topics.
+    sides: Vec<(u32, i64)>,
 }
 
 /// From `from` to `high` there is no record: markers of transactions.
@@ -65,8 +67,13 @@ impl Asked {
     }
 }
 
-/// Asks the broker for the newest offsets of partitions; one that it does not tell is left out.
-pub(super) fn watch_lag(admin: Arc<dyn Admin>, epoch: u64, partitions: Vec<Asked>) -> BoxFuture<'static, Measured> {
+/// Asks the broker for the newest offsets of partitions; one that it does not tell is left out. Those of `sides` are told together or not at all.
+pub(super) fn watch_lag(
+    admin: Arc<dyn Admin>,
+    epoch: u64,
+    partitions: Vec<Asked>,
+    sides: Vec<(u32, TopicPartition)>,
+) -> BoxFuture<'static, Measured> {
     async move {
         let (at_ms, asked) = (now_ms(), partitions.len());
         let mut ends = Vec::with_capacity(asked);
@@ -77,7 +84,14 @@ pub(super) fn watch_lag(admin: Arc<dyn Admin>, epoch: u64, partitions: Vec<Asked
             }
         }
         let complete = ends.len() == asked;
-        Measured { at_ms, epoch, ends, complete }
+        let (slots, sides): (Vec<u32>, Vec<TopicPartition>) = sides.into_iter().unzip();
+        let marks = if sides.is_empty() { Ok(Vec::new()) } else { admin.all_watermarks(sides).await };
+        let marks = marks.unwrap_or_else(|error| {
+            tracing::debug!(%error, "not known whether something came late into a retry topic");
+            Vec::new()
+        });
+        let sides = slots.into_iter().zip(marks).map(|(slot, (_, high))| (slot, high)).collect();
+        Measured { at_ms, epoch, ends, complete, sides }
     }
     .boxed()
 }
@@ -104,6 +118,7 @@ impl RouteLoop {
         if measured.complete && measured.epoch == self.epoch {
             self.lag_measured_ms = measured.at_ms;
         }
+        measured.sides.into_iter().for_each(|(index, high)| self.came_late(index, high));
     }
 
     /// Posts with the next turn.

@@ -469,7 +469,8 @@ impl RouteLoop {
         if self.lag.is_none() && now >= self.lag_due {
             self.lag_due = now + LAG;
             let owned = self.sources().map(|(index, slot)| Asked::new(index, slot)).collect();
-            self.lag = Some(watch_lag(self.parts.broker.admin(), self.epoch, owned));
+            let unread = self.unread_sides(now);
+            self.lag = Some(watch_lag(self.parts.broker.admin(), self.epoch, owned, unread));
         }
         if now >= self.post_due {
             self.post(now);
