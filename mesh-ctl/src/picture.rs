@@ -108,16 +108,17 @@ const fn number(name: &'static str, goes: u8) -> Heading {
     Heading { name, right: true, goes }
 }
 
-const ROUTES: [Heading; 11] = [
+const ROUTES: [Heading; 12] = [
     text("ROUTE"),
     text("STATE"),
+    Heading { name: "BREAKER", right: false, goes: 4 },
     number("IN/S", 0),
     number("FWD/S", 3),
-    number("DEAD/S", 6),
+    number("DEAD/S", 7),
     number("LAG", 0),
     number("BEHIND", 2),
-    number("FLIGHT", 4),
-    number("PARKED", 5),
+    number("FLIGHT", 5),
+    number("PARKED", 6),
     number("DEAD", 1),
     text("REASON"),
 ];
@@ -186,6 +187,10 @@ fn head(view: &View<'_>) -> Vec<Vec<Cell>> {
     let known = view.flows.iter().any(|flow| flow.rate.is_some());
     let sum = |of: fn(&Flow) -> f64| known.then(|| view.flows.iter().map(of).sum::<f64>());
     let total = |of: fn(&Flow) -> u64| view.flows.iter().map(of).sum::<u64>();
+    let open = view.flows.iter().filter(|flow| flow.breaker_open).count();
+    if open > 0 {
+        first.push((format!("  {} open", count(open as u64, "breaker")), Style::Bad));
+    }
     let all = format!(
         "{}  in {}/s  forwarded {}/s  dead letters {}/s  lag {}  in flight {}  parked {}",
         count(view.flows.len() as u64, "route"),
@@ -240,6 +245,7 @@ fn route_row(flow: &Flow) -> Vec<Cell> {
     vec![
         plain(flow.route.clone()),
         (flow.state.to_owned(), style),
+        if flow.breaker_open { ("open".to_owned(), Style::Bad) } else { plain("closed".to_owned()) },
         plain(rate(flow.rate)),
         plain(rate(flow.rate_of("forwarded"))),
         (rate(dead), if dead.is_some_and(|rate| rate > 0.0) { Style::Bad } else { Style::Plain }),
@@ -407,6 +413,7 @@ mod tests {
         let mut waits = report("b", 1, 100, 0, 0);
         waits.routes[0].route = "a-route-with-quite-a-long-name-that-says-what-it-does".into();
         waits.routes[0].state = v1::RouteState::WaitingForService.into();
+        waits.routes[0].breaker_open = true;
         waits.routes[0].reason = "service pricing is not there: 127.0.0.1:8080: Connection refused (os error 111)\x1b[2J".into();
         let mut lost = report("c", 1, 5, 0, 0);
         lost.state = InstanceState::Lost.into();
@@ -434,7 +441,7 @@ mod tests {
         assert_eq!(
             lines[..11],
             [
-                "mesh shop  generation 3  3 instances  1 not well",
+                "mesh shop  generation 3  3 instances  1 not well  1 breaker open",
                 "2 routes  in 315/s  forwarded 312/s  dead letters 3.1/s  lag 80  in flight 2  p…",
                 "",
                 "ROUTE                     STATE                IN/S  FWD/S  LAG  BEHIND  DEAD  …",
@@ -459,9 +466,9 @@ mod tests {
         assert_eq!(
             lines[3..6],
             [
-                "ROUTE                                                  STATE                IN/S  FWD/S  DEAD/S  LAG  BEHIND  FLIGHT  PARKED  DEAD  REASON",
-                "price                                                  RUNNING               315    312     3.1   40      3s       1       0    31",
-                "a-route-with-quite-a-long-name-that-says-what-it-does  WAITING_FOR_SERVICE     0      0       0   40      3s       1       0     0  service pricing is not ther…",
+                "ROUTE                                                  STATE                BREAKER  IN/S  FWD/S  DEAD/S  LAG  BEHIND  FLIGHT  PARKED  DEAD  REASON",
+                "price                                                  RUNNING              closed    315    312     3.1   40      3s       1       0    31",
+                "a-route-with-quite-a-long-name-that-says-what-it-does  WAITING_FOR_SERVICE  open        0      0       0   40      3s       1       0     0  service pricing is…",
             ]
         );
         assert_eq!(lines[48], "price: service pricing, 2 partitions at 1 instance");

@@ -106,6 +106,8 @@ pub(crate) struct Flow {
     pub(crate) state: &'static str,
     /// Why it waits.
     pub(crate) reason: String,
+    /// Whether its breaker is open at one of them.
+    pub(crate) breaker_open: bool,
     /// The live instances that run it.
     pub(crate) instances: u32,
     pub(crate) partitions: u32,
@@ -189,6 +191,7 @@ pub(crate) fn flows(mesh: &v1::GetStatusResponse, table: Option<&Table>, rates: 
             } else if flow.reason.is_empty() && state == flow.state {
                 flow.reason.clone_from(&route.reason);
             }
+            flow.breaker_open |= route.breaker_open;
             flow.instances += 1;
             flow.partitions += route.partitions;
             flow.lag_records += route.lag_records;

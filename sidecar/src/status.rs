@@ -53,6 +53,8 @@ pub struct RouteStatus {
     pub lag_measured_ms: i64,
     /// Age of the oldest record that is not complete, in seconds.
     pub lag_seconds: f64,
+    /// Whether its breaker is open.
+    pub breaker_open: bool,
     /// Deliveries at the service now.
     pub in_flight: u64,
     /// Records that ended since the start, by disposition.

@@ -122,6 +122,9 @@ fn notes(flow: &Flow) -> Notes {
     if flow.state != "RUNNING" {
         route.push(flow.state.to_owned());
     }
+    if flow.breaker_open {
+        route.push("breaker open".to_owned());
+    }
     if flow.in_flight > 0 {
         route.push(format!("{} in flight", flow.in_flight));
     }

@@ -2369,6 +2369,9 @@ pub struct RouteStatus {
     /// When the next record in a retry topic is due, in milliseconds since 1970-01-01 UTC; 0 if none waits.
     #[prost(int64, tag = "15")]
     pub next_retry_ms: i64,
+    /// Whether its breaker is open: the service is not there or fails, and one delivery at a time is tried, with pauses.
+    #[prost(bool, tag = "16")]
+    pub breaker_open: bool,
 }
 /// Asks for a drain.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -150,6 +150,7 @@ impl RouteLoop {
             lag_records,
             lag_measured_ms: self.lag_measured_ms,
             lag_seconds,
+            breaker_open: self.breaker.is_open(),
             in_flight: self.out as u64,
             dispositions: self.dispositions.clone(),
             parked_records: waiting.parked as u64,

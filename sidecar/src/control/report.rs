@@ -374,6 +374,7 @@ fn route(status: &RouteStatus) -> v1::RouteStatus {
         exhausted_records: status.exhausted_records,
         waiting_keys: status.waiting_keys,
         next_retry_ms: status.next_retry_ms,
+        breaker_open: status.breaker_open,
     }
 }
 

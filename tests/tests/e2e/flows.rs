@@ -14,7 +14,7 @@ use mesh_tests::{
     sidecar::{disposition, routes_of},
     stage::Stage,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -184,6 +184,10 @@ async fn flow_c(stage: Stage) -> Result<()> {
         .await?;
     let shown = sidecar.ctl(&["status"]).await?.success()?;
     ensure!(shown.contains("service-d") && shown.contains("237"), "mesh-ctl status does not name D and how far behind it is:\n{shown}");
+    let top: Value = serde_json::from_str(&sidecar.ctl(&["top", "--once", "-o", "json"]).await?.success()?)?;
+    let is_open =
+        |route: &str| top["routes"].as_array().into_iter().flatten().find(|flow| flow["route"] == route)?["breaker_open"].as_bool();
+    ensure!((is_open("route-d"), is_open("route-e")) == (Some(true), Some(false)), "{top}");
     let metrics = {
         let mut text = String::new();
         for sidecar in &sidecars {
