@@ -173,7 +173,8 @@ fn text(context: &Context, said: &Said) -> String {
     }
     out += &columns.render(context.colours);
     if !context.quiet {
-        let sum = |of: fn(&Partition) -> u64| said.partitions.iter().map(of).sum();
+        // Where it failed nothing is known to come again, or to be skipped.
+        let sum = |of: fn(&Partition) -> u64| said.partitions.iter().filter(|one| one.failed.is_empty()).map(of).sum();
         let (again, skipped) = (count(sum(|one| one.again), "record"), count(sum(|one| one.skipped), "record"));
         let would = if said.executed { "" } else { "would be " };
         out += &format!("\n{again} {would}delivered again, {skipped} {would}skipped\n");

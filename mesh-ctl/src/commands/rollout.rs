@@ -135,7 +135,7 @@ async fn promote(context: &Context, flags: &RolloutPromote) -> Result<Code, Fail
     let (generation, instances) = open(client::status(&mut client, false).await?, flags.generation)?;
     let behind = instances.iter().filter(|one| one.target_generation == generation && one.state() != v1::InstanceState::Synced).count();
     if behind > 0 {
-        context.note(&format!("{} of the canary do not run it yet", count(behind as u64, "instance")));
+        context.note(&format!("not run yet by {} of the canary", count(behind as u64, "instance")));
     }
     let request = client::request(v1::GetTableRequest { generation: Some(generation) }, client::ASK);
     let table = client.get_table(request).await.map_err(|status| client::refused(&status))?.into_inner();

@@ -1,6 +1,8 @@
 //! The binary as its users meet it: output, exit codes, hints. The sidecar at the other end is a script.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test panics on purpose")]
 
+mod documents;
+mod exact;
 mod fake;
 mod operations;
 mod records;

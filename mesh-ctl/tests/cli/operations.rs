@@ -2,7 +2,7 @@
 
 use mesh_proto::v1;
 
-use crate::fake::{Bench, instance, mesh};
+use crate::fake::{Bench, Said, exactly, instance, mesh};
 
 #[tokio::test]
 async fn an_absent_sidecar_and_wrong_flags_come_with_hints() {
@@ -197,4 +197,184 @@ async fn the_doctor_ends_with_one_when_something_does_not_work() {
         (&1.into(), &"error".into(), &"start it".into())
     );
     assert_eq!(bench.run(&["-q", "doctor"]).await.ends(1).out.lines().count(), 2);
+}
+
+#[tokio::test]
+async fn what_is_printed_of_topics_that_are_made_and_deleted() {
+    let bench = Bench::new().await;
+    exactly(&bench.run(&["topics", "create", "fresh", "--partitions", "3"]).await, 0, "created fresh with 3 partitions\n", "");
+    exactly(
+        &bench.run(&["topics", "create", "fresh", "-o", "yaml"]).await,
+        0,
+        "\
+created: true
+partitions: 1
+topic: fresh
+",
+        "",
+    );
+    exactly(&bench.run(&["topics", "create", "orders"]).await, 1, "", "error: topic orders exists, with 12 partitions\n");
+    exactly(
+        &bench.run(&["topics", "delete", "a", "b"]).await,
+        0,
+        "\
+TOPIC  PARTITIONS  REPLICATION  RECORDS  SIZE  USED BY
+a      1           0            -        -
+b      1           0            -        -
+preview: nothing is deleted; --execute does it, for good
+",
+        "",
+    );
+    exactly(
+        &bench.run(&["topics", "delete", "a", "--execute"]).await,
+        0,
+        "\
+TOPIC  PARTITIONS  REPLICATION  RECORDS  SIZE  USED BY
+a      1           0            -        -
+1 topic deleted
+",
+        "",
+    );
+    exactly(
+        &bench.run(&["topics", "delete", "a", "-o", "json"]).await,
+        0,
+        r#"{
+  "executed": false,
+  "topics": [
+    {
+      "bytes": null,
+      "partitions": 1,
+      "records": null,
+      "replication": 0,
+      "topic": "a",
+      "uses": []
+    }
+  ]
+}
+"#,
+        "",
+    );
+}
+
+#[tokio::test]
+async fn what_a_reset_that_was_carried_out_prints() {
+    let bench = Bench::new().await;
+    let partition = |number, by: &str, failed: &str| v1::PartitionReset {
+        topic: "orders".to_owned(),
+        partition: number,
+        from: Some(12),
+        to: 2,
+        high: 20,
+        again: 10,
+        done_by: by.to_owned(),
+        failed: failed.to_owned(),
+        ..v1::PartitionReset::default()
+    };
+    let done = v1::ResetResponse {
+        route: "price".to_owned(),
+        group: "shop.price".to_owned(),
+        partitions: vec![partition(0, "a", ""), partition(1, "b", "")],
+        executed: true,
+    };
+    bench.script.set(|state| state.reset = Some(Ok(done.clone())));
+    let reset = ["reset", "price", "--to-datetime", "2026-11-21T10:00:00Z", "--execute"];
+    exactly(
+        &bench.run(&reset).await,
+        0,
+        "\
+route price, group shop.price: reset
+time 2026-11-21T10:00:00Z (UTC, from the zone that was named)
+
+TOPIC   PARTITION  FROM  TO  OLDEST  END  AGAIN  SKIPPED  NOTE
+orders  0          12    2   0       20   10     0        done by a
+orders  1          12    2   0       20   10     0        done by b
+
+20 records delivered again, 0 records skipped
+",
+        "",
+    );
+    exactly(
+        &bench.run(&[&reset[..], &["-o", "json"]].concat()).await,
+        0,
+        r#"{
+  "route": "price",
+  "group": "shop.price",
+  "executed": true,
+  "time": "2026-11-21T10:00:00Z (UTC, from the zone that was named)",
+  "partitions": [
+    {
+      "topic": "orders",
+      "partition": 0,
+      "from": 12,
+      "to": 2,
+      "low": 0,
+      "high": 20,
+      "again": 10,
+      "skipped": 0,
+      "refused": "",
+      "done_by": "a",
+      "failed": "",
+      "unclear": false
+    },
+    {
+      "topic": "orders",
+      "partition": 1,
+      "from": 12,
+      "to": 2,
+      "low": 0,
+      "high": 20,
+      "again": 10,
+      "skipped": 0,
+      "refused": "",
+      "done_by": "b",
+      "failed": "",
+      "unclear": false
+    }
+  ]
+}
+"#,
+        "",
+    );
+    // One of two failed.
+    let half = v1::ResetResponse { partitions: vec![partition(0, "a", ""), partition(1, "", "no answer from b")], ..done };
+    bench.script.set(|state| state.reset = Some(Ok(half)));
+    exactly(
+        &bench.run(&reset).await,
+        1,
+        "\
+route price, group shop.price: reset
+time 2026-11-21T10:00:00Z (UTC, from the zone that was named)
+
+TOPIC   PARTITION  FROM  TO  OLDEST  END  AGAIN  SKIPPED  NOTE
+orders  0          12    2   0       20   10     0        done by a
+orders  1          12    2   0       20   10     0        FAILED: no answer from b
+
+10 records delivered again, 0 records skipped
+",
+        "\
+error: 1 partition not reset: orders/1: no answer from b
+hint: the others are; the same command may be given again, --timeout gives more time
+",
+    );
+}
+
+#[tokio::test]
+async fn what_keys_generate_prints() {
+    let bench = Bench::new().await;
+    let said = bench.run(&["keys", "generate", "--out", "mesh.key"]).await;
+    // A key is another one each time: its name and its text are put for what is drawn.
+    let words: Vec<&str> = said.out.split_whitespace().collect();
+    let [.., id, _, _, public, _, _, _] = words[..] else { panic!("{said:?}") };
+    assert!(id.len() == 16 && id.bytes().all(|byte| byte.is_ascii_hexdigit()), "{said:?}");
+    let out = said.out.replace(public, "PUBLIC").replace(id, "ID");
+    exactly(
+        &Said { out, ..said },
+        0,
+        "\
+key id       ID
+public key   PUBLIC
+private key  mesh.key
+",
+        "keep the file secret; the public key belongs into `control.trusted_keys` of every sidecar's config\n",
+    );
 }
