@@ -9,6 +9,10 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use base64::{Engine as _, prelude::BASE64_STANDARD};
+use rdkafka::{
+    ClientConfig,
+    producer::{BaseProducer, BaseRecord, Producer as _},
+};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -172,6 +176,22 @@ impl Stage {
     /// If it does not start.
     pub async fn flask(&self, python: &Python, scenario: Scenario) -> Result<Service> {
         Service::python(python, "flask_service.py", self.folder(), scenario).await
+    }
+
+    /// Appends a record to the first partition of a topic, past the mesh: of the mesh's own topics, too.
+    ///
+    /// # Errors
+    /// If this stage is not on Kafka, or it is not stored.
+    pub async fn append(&self, topic: &str, key: &str, value: Vec<u8>) -> Result<()> {
+        let bootstrap = self.broker.bootstrap().context("this stage is not on Kafka")?.to_owned();
+        let (topic, key) = (topic.to_owned(), key.to_owned());
+        let send = move || {
+            let producer: BaseProducer = ClientConfig::new().set("bootstrap.servers", bootstrap).create()?;
+            let record = BaseRecord::to(&topic).partition(0).key(&key).payload(&value);
+            producer.send(record).map_err(|(error, _)| error)?;
+            Ok(producer.flush(Duration::from_secs(10))?)
+        };
+        tokio::task::spawn_blocking(send).await?
     }
 
     /// All records that a topic has now, read by a client that is not the mesh's own where the broker is Kafka (`python` is required

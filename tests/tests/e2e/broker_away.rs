@@ -16,6 +16,8 @@ use mesh_tests::{
     stage::Stage,
 };
 
+use crate::operate::{findings, has};
+
 const MINUTE: Duration = Duration::from_secs(60);
 const AWAY: Duration = Duration::from_secs(30);
 
@@ -224,8 +226,15 @@ async fn an_advertised_address_that_leads_nowhere_is_named_and_waited_for() -> R
         // The address to begin with still answers now and then, and then says truly that there is no such topic.
         ensure!(answer.status == 404 || (answer.status == 503 && named(&answer.text())), "{} {}", answer.status, answer.text());
 
+        // The doctor, too, and says what to correct.
+        let said = sidecar.ctl(&["doctor", "-o", "json"]).await?.ends(1)?.json()?;
+        let what = format!("it is advertised as {address}, and does not answer there");
+        has(&said, ["brokers", "error", "broker 1", &what, "`advertised.listeners` names an address that cannot be reached from here"])?;
+
         let proxy = Proxy::start(port.address(), target).await?;
         sidecar.wait_ready().await?;
+        let said = sidecar.ctl(&["doctor", "-o", "json"]).await?.json()?;
+        ensure!(findings(&said, "brokers").count() == 0, "{said:#}");
         sidecar
             .apply("{ topics: { %in: { partitions: 1 } }, routes: [{ name: work, service: work, from: [%in], handler: /work, to: void }] }")
             .await?;

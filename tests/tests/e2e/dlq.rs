@@ -134,6 +134,91 @@ async fn letters(stage: Stage) -> Result<()> {
     sidecar.finish().await
 }
 
+/// A time in between, as flags take it: later than what was stored, and earlier than what will be.
+async fn now() -> Result<String> {
+    // Times of records and of flags are whole milliseconds, which no event tells.
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    let time = humantime::format_rfc3339_millis(std::time::SystemTime::now()).to_string();
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    Ok(time)
+}
+
+on_both!(parts_of_the_letters_are_chosen_by_time_key_and_place, parts);
+
+async fn parts(stage: Stage) -> Result<()> {
+    let failing = || [Rule::status(400)];
+    let mut service = Service::native(Scenario::new().on("/work", failing()).on("/other", failing())).await?;
+    let sidecar = stage.sidecar("sidecar").service("work", &service).start().await?;
+    // Both write into one topic.
+    sidecar.apply(&ROUTES.replace("%other.dlq", "%work.dlq")).await?;
+    sidecar.wait_running(&["work", "other"]).await?;
+    let dead = |count| move |status: &_| ["work", "other"].iter().all(|route| disposition(status, route, "dead_lettered") == count);
+    publish(&sidecar, &stage, 0..14).await?;
+    sidecar.wait_status("28 dead letters", MINUTE, dead(14)).await?;
+    let between = now().await?;
+    publish(&sidecar, &stage, 14..20).await?;
+    sidecar.wait_status("40 dead letters", MINUTE, dead(20)).await?;
+
+    // By time and key, of this route alone.
+    let numbers = async |arguments: &[&str]| -> Result<Vec<i64>> {
+        let shown = sidecar.ctl(&[&["dlq", "show", "work", "--limit", "0", "-o", "json"], arguments].concat()).await?;
+        let of = |letter: &Value| {
+            ensure!(letter["route"] == "work", "{letter}");
+            let value: Value = serde_json::from_str(letter["value"].as_str().context("a value")?)?;
+            value["n"].as_i64().context("n")
+        };
+        let mut numbers = lines(&shown)?.iter().map(of).collect::<Result<Vec<_>>>()?;
+        numbers.sort_unstable();
+        Ok(numbers)
+    };
+    let late: Vec<i64> = (14..20).collect();
+    ensure!(numbers(&["--since", &between]).await? == late);
+    ensure!(numbers(&["--until", &between]).await? == (0..14).collect::<Vec<_>>());
+    ensure!(numbers(&["--since", "1h", "--until", &between, "--key", "k3"]).await? == [3, 10]);
+
+    service.set(Scenario::new()).await?;
+    service.reset().await?;
+    let redrive = async |arguments: &[&str]| -> Result<Value> {
+        sidecar.ctl(&[&["dlq", "redrive", "work", "--execute", "-o", "json"], arguments].concat()).await?.ends(0)?.json()
+    };
+    let said = redrive(&["--until", &between, "--key", "k3"]).await?;
+    ensure!(said["matched"] == 2 && said["redriven"] == 2, "{said}");
+    let said = redrive(&["--since", &between]).await?;
+    ensure!(said["matched"] == 6 && said["redriven"] == 6, "{said}");
+    service.wait(8, MINUTE).await?;
+    sidecar.wait_status("the other route passes them over", MINUTE, |status| disposition(status, "other", "filtered") == 8).await?;
+    let sent: Vec<i64> = delivered(&service, "/work").await?.into_keys().collect();
+    ensure!(sent == [&[3, 10], &late[..]].concat() && service.total().await? == 8, "{sent:?}");
+
+    // Deleted: what lies there of both, and only if that is said.
+    let purge = async |arguments: &[&str]| sidecar.ctl(&[&["dlq", "purge", "work", "-o", "json"], arguments].concat()).await;
+    let left = async || -> Result<Vec<Value>> {
+        let listed = sidecar.ctl(&["dlq", "list", "-o", "json"]).await?.json()?;
+        Ok(listed.as_array().context("a list")?.iter().map(|one| one["letters"].clone()).collect())
+    };
+    let preview = purge(&["--until", &between]).await?.ends(0)?.json()?;
+    ensure!(preview["offsets"] == 28 && preview["shared_with"] == json!(["other"]) && preview["executed"] == false, "{preview}");
+    let refused = purge(&["--until", &between, "--execute"]).await?;
+    ensure!(refused.status == Some(1) && refused.stderr.contains("holds the dead letters of other too"), "{refused:?}");
+    ensure!(refused.stderr.contains("--shared") && left().await? == [20, 20], "{refused:?}");
+    let said = purge(&["--until", &between, "--shared", "--execute"]).await?.ends(0)?.json()?;
+    ensure!(said["offsets"] == 28 && said["executed"] == true && left().await? == [6, 6], "{said}");
+    ensure!(numbers(&[]).await? == late);
+
+    // One partition, below a place.
+    let all = lines(&sidecar.ctl(&["dlq", "show", "work", "--limit", "0", "-o", "json"]).await?)?;
+    let place = |letter: &Value| (letter["place"]["partition"].as_i64(), letter["place"]["offset"].as_i64());
+    let (partition, offset) = all.iter().map(place).max().context("a letter")?;
+    let (partition, offset) = (partition.context("its partition")?, offset.context("its offset")?);
+    let below = format!("{partition}/{offset}");
+    let said = purge(&["--before", &below, "--shared", "--execute"]).await?.ends(0)?.json()?;
+    ensure!(said["partitions"].as_array().is_some_and(|all| all.len() == 1 && all[0]["until"] == offset), "{said}");
+    let kept = lines(&sidecar.ctl(&["dlq", "show", "work", "--limit", "0", "-o", "json"]).await?)?;
+    let due: Vec<_> = all.iter().map(place).filter(|at| *at >= (Some(partition), Some(offset)) || at.0 != Some(partition)).collect();
+    ensure!(kept.iter().map(place).collect::<Vec<_>>() == due && kept.len() < all.len(), "{kept:#?}");
+    sidecar.finish().await
+}
+
 on_both!(a_redrive_that_is_cut_goes_on_and_sends_nothing_twice, cut);
 
 async fn cut(stage: Stage) -> Result<()> {
@@ -247,6 +332,18 @@ async fn replay(stage: Stage) -> Result<()> {
         ensure!(source.value == copy.value && source.key == copy.key, "{copy:?}");
         ensure!(copy.header("content-type") == source.header("content-type"), "{copy:?}");
     }
+    // A range of time, at a rate.
+    let between = now().await?;
+    publish(&sidecar, &stage, 40..50).await?;
+    service.wait(100, MINUTE).await?;
+    let said = run(&["--to", &to, "--until", &between]).await?;
+    ensure!(said["copied"] == 40, "{said}");
+    let begin = std::time::Instant::now();
+    let said = run(&["--to", &to, "--since", &between, "--rate", "5", "--execute"]).await?;
+    ensure!(said["copied"] == 10 && begin.elapsed() >= Duration::from_millis(1_800), "{said} in {:?}", begin.elapsed());
+    let mut copied: Vec<_> = stage.read(&sidecar, None, &to, 23).await?.iter().filter_map(|copy| copy.json()["n"].as_i64()).collect();
+    copied.sort_unstable();
+    ensure!(copied.len() == 23 && copied[13..] == (40..50).collect::<Vec<_>>(), "{copied:?}");
     // A range of one partition, to one route alone.
     service.reset().await?;
     let said = run(&["--partition", "0", "--from-offset", "1", "--to-offset", "3", "--route", "work", "--execute"]).await?;

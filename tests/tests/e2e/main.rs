@@ -17,6 +17,7 @@ mod faults;
 mod flow_control;
 mod flows;
 mod insight;
+mod lag;
 mod newer;
 mod operate;
 mod pitfalls;

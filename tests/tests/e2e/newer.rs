@@ -12,12 +12,10 @@ use mesh_tests::{
     sidecar::Sidecar,
     stage::Stage,
 };
-use rdkafka::{
-    ClientConfig,
-    producer::{BaseProducer, BaseRecord, Producer as _},
-};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
+
+use crate::operate::{findings, has};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -62,14 +60,7 @@ async fn append(stage: &Stage, generation: u64, table: String) -> Result<()> {
     });
     let value = zstd::bulk::compress(&serde_json::to_vec(&envelope)?, 3)?;
     let key = format!("{}/{generation}/{}", stage.mesh(), uuid::Uuid::new_v4().simple());
-    let bootstrap = stage.broker().bootstrap().context("Kafka")?.to_owned();
-    let send = move || {
-        let producer: BaseProducer = ClientConfig::new().set("bootstrap.servers", bootstrap).create()?;
-        let record = BaseRecord::to("__mesh.control").partition(0).key(&key).payload(&value);
-        producer.send(record).map_err(|(error, _)| error)?;
-        anyhow::Ok(producer.flush(Duration::from_secs(10))?)
-    };
-    tokio::task::spawn_blocking(send).await?
+    stage.append("__mesh.control", &key, value).await
 }
 
 /// Waits until both sidecars refuse a generation, run an older one, and say why.
@@ -137,6 +128,14 @@ async fn not_compiled(stage: Stage) -> Result<()> {
             let shown = sidecar.ctl(&["status"]).await?.ends(0)?;
             ensure!(shown.stdout.contains("NACKED") && shown.stdout.contains("did you mean `record.json`?"), "{shown:?}");
             ensure!(sidecar.metric("mesh_table_refused").await? >= 1.0);
+            // Whoever is asked names both, and what mends it.
+            let said = sidecar.ctl(&["doctor", "-o", "json"]).await?.ends(1)?.json()?;
+            for name in ROUTES {
+                has(
+                    &said,
+                    ["instances", "error", name, "it refuses generation 3 and runs 1: ", "apply a table that it can run, or update it"],
+                )?;
+            }
         }
         anyhow::Ok(())
     };
@@ -173,6 +172,8 @@ async fn not_compiled(stage: Stage) -> Result<()> {
     sidecars[0].wait_status("generation 4 everywhere", MINUTE, synced).await?;
     for sidecar in &sidecars {
         ensure!(sidecar.metric("mesh_table_refused").await? < 1.0);
+        let said = sidecar.ctl(&["doctor", "-o", "json"]).await?.json()?;
+        ensure!(findings(&said, "instances").count() == 0, "{said:#}");
     }
     running(&sidecars).await?;
     sidecars[0].publish(&stage.topic("in"), Some("new"), "application/json", "{}").await?;

@@ -1,9 +1,12 @@
 //! Looking after sidecars that run: drained, found ill, watched.
 
-use std::{pin::pin, time::Duration};
+use std::{
+    pin::pin,
+    time::{Duration, SystemTime},
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use mesh_proto::v1::RouteState;
+use mesh_proto::v1::{DiagnoseRequest, InstanceState, InstanceStatus, RouteState, Severity, TableOrigin, control_client::ControlClient};
 use mesh_tests::{
     broker::Broker,
     on_both,
@@ -12,6 +15,7 @@ use mesh_tests::{
     sidecar::{Sidecar, routes_of},
     stage::Stage,
 };
+use prost::Message as _;
 use serde_json::{Value, json};
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -79,8 +83,18 @@ async fn drained(stage: Stage) -> Result<()> {
 on_both!(the_doctor_names_what_is_wrong_with_its_fix, diagnosed);
 
 /// The findings of a check that deserve something.
-fn findings<'a>(said: &'a Value, check: &'a str) -> impl Iterator<Item = &'a Value> {
+pub(crate) fn findings<'a>(said: &'a Value, check: &'a str) -> impl Iterator<Item = &'a Value> {
     said["findings"].as_array().into_iter().flatten().filter(move |finding| finding["check"] == check && finding["severity"] != "ok")
+}
+
+/// Expects a finding: its check and severity, and parts of its subject, of what it says, and of its fix.
+pub(crate) fn has(said: &Value, [check, severity, subject, what, fix]: [&str; 5]) -> Result<()> {
+    let found = findings(said, check).any(|finding| {
+        let has = |field: &str, part: &str| finding[field].as_str().is_some_and(|text| text.contains(part));
+        finding["severity"] == severity && has("subject", subject) && has("what", what) && has("fix", fix)
+    });
+    ensure!(found, "no {severity} {check} of {subject} with {what:?} and {fix:?}: {said:#}");
+    Ok(())
 }
 
 async fn diagnosed(stage: Stage) -> Result<()> {
@@ -113,14 +127,7 @@ async fn diagnosed(stage: Stage) -> Result<()> {
     let output = sidecar.ctl(&["doctor", "-o", "json"]).await?;
     ensure!(output.status == Some(1), "{output:?}");
     let said = output.json()?;
-    let has = |check: &str, severity: &str, subject: &str, what: &str, fix: &str| {
-        let found = findings(&said, check).any(|finding| {
-            let text = |field: &str| finding[field].as_str().unwrap_or_default().to_owned();
-            text("severity") == severity && text("subject").contains(subject) && text("what").contains(what) && text("fix").contains(fix)
-        });
-        ensure!(found, "no {severity} {check} of {subject} with {what:?} and {fix:?}: {said:#}");
-        Ok(())
-    };
+    let has = |check: &str, severity: &str, subject: &str, what: &str, fix: &str| has(&said, [check, severity, subject, what, fix]);
     has("routes", "error", "waits", "WAITING_FOR_SERVICE", "start service away")?;
     has("routes", "error", "unserved", "no live instance serves service nowhere", "name: nowhere")?;
     has("routes", "warning", "paused", "for a test", "mesh-ctl resume paused")?;
@@ -149,6 +156,47 @@ async fn diagnosed(stage: Stage) -> Result<()> {
         lonely.kill9().await?;
     }
     sidecar.finish().await
+}
+
+/// What another instance reports that runs another table, by another clock: told with what mends it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_doctor_names_drift_and_clocks_that_are_apart() -> Result<()> {
+    let Some(broker) = Broker::kafka().await? else { return Ok(()) };
+    Stage::run(broker, async |stage| {
+        let service = Service::native(Scenario::light()).await?;
+        let sidecar = stage.sidecar("sidecar").service("work", &service).start().await?;
+        sidecar.apply(ROUTE).await?;
+        sidecar.wait_running(&["work"]).await?;
+        // No instance drifts by itself: this is what one would report whose control topic was made anew.
+        let now = || anyhow::Ok(i64::try_from(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_millis())?);
+        let report = InstanceStatus {
+            instance: "drifter".into(),
+            generation: 7,
+            digest: "sha256:7".into(),
+            origin: TableOrigin::Mesh.into(),
+            version: "0.0.1".into(),
+            reported_ms: now()? - 60_000,
+            ..InstanceStatus::default()
+        };
+        let value = zstd::bulk::compress(&report.encode_to_vec(), 3)?;
+        stage.append("__mesh.status", &format!("{}/drifter", stage.mesh()), value).await?;
+        sidecar.wait_status("it is heard", MINUTE, |status| status.instances.iter().any(|one| one.state() == InstanceState::Drift)).await?;
+        let output = sidecar.ctl(&["doctor", "-o", "json"]).await?.ends(1)?;
+        let said = output.json()?;
+        has(&said, ["instances", "error", "drifter", "it runs another table under generation 7", "apply the table again"])?;
+        has(&said, ["clocks", "warning", "drifter", "s behind this sidecar's", "synchronise the clocks"])?;
+        has(&said, ["instances", "warning", "", "different versions: 0.0.1 (drifter)", "end the update"])?;
+        ensure!(sidecar.ctl(&["status"]).await?.success()?.contains("DRIFT"));
+
+        // The clock of whoever asks, too; that of mesh-ctl here is this machine's.
+        let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{}", sidecar.admin_address()))?;
+        let mut control = ControlClient::new(endpoint.connect().await?);
+        let findings = control.diagnose(DiagnoseRequest { now_ms: now()? + 60_000 }).await?.into_inner().findings;
+        let ahead = findings.iter().find(|finding| finding.check == "clocks" && finding.subject == "mesh-ctl").context("a finding")?;
+        ensure!(ahead.what.contains("s ahead of this sidecar's") && ahead.severity() == Severity::Warning, "{ahead:?}");
+        sidecar.finish().await
+    })
+    .await
 }
 
 /// One of three brokers is killed: nothing hangs, and the doctor says which it is.
@@ -278,48 +326,128 @@ async fn on_a_terminal(python: &Python, sidecar: &Sidecar, flags: &[&str], comma
     Ok(serde_json::from_str(&python.run("terminal.py", &arguments, Vec::new(), MINUTE).await?.success()?)?)
 }
 
+on_both!(top_gives_the_terminal_back, full_screen);
+
 /// The full screen: keys are obeyed, nothing is wider or higher than the terminal, and the terminal is given back as it was.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn top_gives_the_terminal_back() -> Result<()> {
+async fn full_screen(stage: Stage) -> Result<()> {
     let Some(python) = python().await? else { return Ok(()) };
-    Stage::run(Broker::Embedded, async |stage| {
-        let service = Service::native(Scenario::light()).await?;
-        let sidecar = stage.sidecar("sidecar").service("work", &service).start().await?;
-        sidecar.apply(ROUTE).await?;
-        sidecar.wait_running(&["work"]).await?;
-        for (end, columns, lines) in [("q", "80", "24"), ("SIGTERM", "20", "6")] {
-            let flags = ["--columns", columns, "--lines", lines, "--keys", "sjp", "--end", end];
-            let said = on_a_terminal(&python, &sidecar, &flags, &["top", "--interval", "500ms"]).await?;
-            ensure!(said["status"] == 0 && said["restored"] == true && said["left"] == true, "{end:?}: {said:#}");
-            let rows: Vec<&str> = said["screen"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-            let (columns, lines): (usize, usize) = (columns.parse()?, lines.parse()?);
-            ensure!(rows.len() <= lines && rows.iter().all(|row| row.chars().count() <= columns), "{said:#}");
-            ensure!(rows.iter().any(|row| row.starts_with("work")), "{said:#}");
-            // `s` sorts by what comes next, and `p` holds it.
-            ensure!(columns < 80 || rows.last().is_some_and(|foot| foot.contains("s sort (name)") && foot.ends_with("held")), "{said:#}");
-        }
-        sidecar.finish().await
-    })
-    .await
+    let service = Service::native(Scenario::light()).await?;
+    let sidecar = stage.sidecar("sidecar").service("work", &service).start().await?;
+    sidecar.apply(ROUTE).await?;
+    sidecar.wait_running(&["work"]).await?;
+    for (end, columns, lines) in [("q", "80", "24"), ("SIGTERM", "20", "6")] {
+        let flags = ["--columns", columns, "--lines", lines, "--keys", "sjp", "--end", end];
+        let said = on_a_terminal(&python, &sidecar, &flags, &["top", "--interval", "500ms"]).await?;
+        ensure!(said["status"] == 0 && said["restored"] == true && said["left"] == true, "{end:?}: {said:#}");
+        let rows: Vec<&str> = said["screen"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        let (columns, lines): (usize, usize) = (columns.parse()?, lines.parse()?);
+        ensure!(rows.len() <= lines && rows.iter().all(|row| row.chars().count() <= columns), "{said:#}");
+        ensure!(rows.iter().any(|row| row.starts_with("work")), "{said:#}");
+        // `s` sorts by what comes next, and `p` holds it.
+        ensure!(columns < 80 || rows.last().is_some_and(|foot| foot.contains("s sort (name)") && foot.ends_with("held")), "{said:#}");
+    }
+    sidecar.finish().await
 }
 
+on_both!(a_terminal_shows_colours_unless_they_are_not_wanted, coloured);
+
 /// Colours are there on a terminal, unless they are not wanted; a look takes the place of the last one all the same.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_terminal_shows_colours_unless_they_are_not_wanted() -> Result<()> {
+async fn coloured(stage: Stage) -> Result<()> {
     let Some(python) = python().await? else { return Ok(()) };
-    Stage::run(Broker::Embedded, async |stage| {
-        let service = Service::native(Scenario::light()).await?;
-        let sidecar = stage.sidecar("sidecar").service("work", &service).start().await?;
-        sidecar.apply(ROUTE).await?;
-        sidecar.wait_running(&["work"]).await?;
-        for (flags, colours) in [(&["--whole", "--colours"][..], true), (&["--whole"], false)] {
-            let said = on_a_terminal(&python, &sidecar, flags, &["status", "--watch", "500ms", "--count", "2"]).await?;
-            let output = said["output"].as_str().context("its output")?;
-            ensure!(said["status"] == 0 && output.matches("\x1b[H\x1b[2J").count() == 2, "{said:#}");
-            ensure!(output.contains("\x1b[1mROUTE\x1b[0m") == colours && output.contains("\x1b[32mRUNNING\x1b[0m") == colours, "{said:#}");
-            ensure!(output.replace("\x1b[H\x1b[2J", "").contains('\x1b') == colours, "{said:#}");
-        }
-        sidecar.finish().await
-    })
-    .await
+    let service = Service::native(Scenario::light()).await?;
+    let sidecar = stage.sidecar("sidecar").service("work", &service).start().await?;
+    sidecar.apply(ROUTE).await?;
+    sidecar.wait_running(&["work"]).await?;
+    for (flags, colours) in [(&["--whole", "--colours"][..], true), (&["--whole"], false)] {
+        let said = on_a_terminal(&python, &sidecar, flags, &["status", "--watch", "500ms", "--count", "2"]).await?;
+        let output = said["output"].as_str().context("its output")?;
+        ensure!(said["status"] == 0 && output.matches("\x1b[H\x1b[2J").count() == 2, "{said:#}");
+        ensure!(output.contains("\x1b[1mROUTE\x1b[0m") == colours && output.contains("\x1b[32mRUNNING\x1b[0m") == colours, "{said:#}");
+        ensure!(output.replace("\x1b[H\x1b[2J", "").contains('\x1b') == colours, "{said:#}");
+    }
+    sidecar.finish().await
+}
+
+on_both!(routes_are_drawn_and_instances_watched, drawn);
+
+async fn drawn(stage: Stage) -> Result<()> {
+    let service = Service::native(Scenario::light()).await?;
+    let sidecar = stage.sidecar("sidecar").service("work", &service).start().await?;
+    sidecar
+        .apply(
+            "
+            topics: { %in: { partitions: 2 } }
+            routes:
+            - { name: work, service: work, from: [%in], handler: /work, to: [%out], cases: [{ status: 202, to: void }] }
+            - { name: next, service: work, from: [%out], handler: /next, to: void, filter: 'record.json.n > 1' }
+            ",
+        )
+        .await?;
+    sidecar.wait_running(&["work", "next"]).await?;
+    let mesh = stage.mesh();
+    let draw = async |format: &str| -> Result<String> {
+        // Mesh and topics have names that were drawn.
+        let drawn = sidecar.ctl(&["graph", "--format", format]).await?.success()?;
+        Ok(drawn.replace(&format!("{mesh}."), "").replace(mesh, "MESH"))
+    };
+    let text = "\
+mesh MESH
+
+work (work)
+  from in
+  to   out
+  to   void  [202]
+  dead dlq
+
+next (work)
+  from out
+  if   record.json.n > 1
+  to   void
+  dead dlq
+";
+    let mermaid = r#"flowchart LR
+  t0[("dlq")]
+  t1[("in")]
+  t2[("out")]
+  t3[("void")]
+  r0["work (work)"]
+  t1 --> r0
+  r0 --> t2
+  r0 -->|"202"| t3
+  r0 -.-> t0
+  r1["next (work)"]
+  t2 --> r1
+  r1 --> t3
+  r1 -.-> t0
+"#;
+    let dot = r#"digraph "MESH" {
+  rankdir=LR;
+  "route work" [shape=box, label="work\nwork"];
+  "in" -> "route work";
+  "route work" -> "out";
+  "route work" -> "void" [label="202"];
+  "route work" -> "dlq" [style=dashed];
+  "route next" [shape=box, label="next\nwork"];
+  "out" -> "route next";
+  "route next" -> "void";
+  "route next" -> "dlq" [style=dashed];
+}
+"#;
+    for (format, expected) in [("text", text), ("mermaid", mermaid), ("dot", dot)] {
+        let drawn = draw(format).await?;
+        ensure!(drawn == expected, "{format}:\n{drawn}");
+    }
+
+    // Looked at twice: each look is a line, of a later moment.
+    let output = sidecar.ctl(&["status", "--watch", "1s", "--count", "2", "-o", "json"]).await?.success()?;
+    let looks: Vec<Value> = output.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    ensure!(looks.len() == 2, "{output}");
+    for look in &looks {
+        let instance = &look["instances"][0];
+        ensure!(look["mesh"] == json!(mesh) && look["generation"] == 1 && look["unserved"] == json!([]), "{look:#}");
+        ensure!(instance["state"] == "SYNCED" && instance["routes"].as_array().map(Vec::len) == Some(2), "{look:#}");
+    }
+    let reported = |look: &Value| look["instances"][0]["reported"].as_str().map(str::to_owned);
+    ensure!(reported(&looks[0]) < reported(&looks[1]), "{looks:#?}");
+    sidecar.finish().await
 }
