@@ -48,6 +48,8 @@ pub enum Task {
         key: Option<Option<Bytes>>,
         /// Again, or to the dead letters.
         how: Release,
+        /// On these partitions alone; none: on all.
+        only: Vec<TopicPartition>,
         /// The answer.
         answer: oneshot::Sender<Released>,
     },
@@ -141,11 +143,11 @@ impl Commands {
         }
     }
 
-    /// Releases records of a route whose attempts are used up (`on_exhausted: park` and `stop`), on the partitions that this process owns.
-    /// Dropping the future does not take the command back.
-    pub async fn release(&self, route: &str, key: Option<Option<Bytes>>, how: Release) -> Released {
+    /// Releases records of a route whose attempts are used up (`on_exhausted: park` and `stop`), on the partitions that this process owns, or on
+    /// `only` those of them, if there are some. Dropping the future does not take the command back.
+    pub async fn release(&self, route: &str, key: Option<Option<Bytes>>, how: Release, only: Vec<TopicPartition>) -> Released {
         let (answer, answered) = oneshot::channel();
-        let command = Command { route: route.into(), task: Task::Release { key, how, answer } };
+        let command = Command { route: route.into(), task: Task::Release { key, how, only, answer } };
         match self.0.send(command).await {
             Ok(()) => answered.await.unwrap_or_default(),
             Err(_) => Released::default(),

@@ -1312,7 +1312,7 @@ pub struct WatchStatus {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DrainInstance {}
 /// Records to release: those whose attempts are used up (`on_exhausted: park` and `stop`).
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ReleaseRecords {
     /// Of one key alone.
     #[prost(bool, tag = "1")]
@@ -1323,6 +1323,9 @@ pub struct ReleaseRecords {
     /// To the dead letters, in place of another attempt.
     #[prost(bool, tag = "3")]
     pub discard: bool,
+    /// Only on these partitions, whatever the offset; none: on all that the instance owns.
+    #[prost(message, repeated, tag = "4")]
+    pub partitions: ::prost::alloc::vec::Vec<PartitionOffset>,
 }
 /// Partitions to read from elsewhere.
 #[derive(Clone, PartialEq, ::prost::Message)]

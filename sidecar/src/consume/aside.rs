@@ -21,7 +21,7 @@ use crate::{
     lanes::JobId,
     mutation::{self, Mutation},
     parking::{Meeting, Release, Sizes},
-    record::now_ms,
+    record::{TopicPartition, now_ms},
     telemetry::trace::TraceContext,
     tiers::{Kind, Why},
 };
@@ -281,8 +281,8 @@ impl RouteLoop {
     }
 
     /// Releases records whose attempts are used up (`on_exhausted: park` and `stop`), of one key or of all, on the partitions owned here of which
-    /// it is known what lies elsewhere.
-    pub(super) fn release(&mut self, key: Option<&Option<Bytes>>, how: Release) -> Released {
+    /// it is known what lies elsewhere; on `only` those of them, if there are some.
+    pub(super) fn release(&mut self, key: Option<&Option<Bytes>>, how: Release, only: &[TopicPartition]) -> Released {
         let mut released = Released::default();
         for of in 0..self.slots.len() as u32 {
             let wanted = match (key, self.route.order) {
@@ -292,7 +292,8 @@ impl RouteLoop {
             };
             let Some(slot) = self.slots.get_mut(of as usize).filter(|slot| slot.owned && !slot.revoking) else { continue };
             let Role::Source(source) = &mut slot.role else { continue };
-            if source.stage != Stage::Ready {
+            let meant = only.is_empty() || only.contains(&slot.partition);
+            if !meant || source.stage != Stage::Ready {
                 continue;
             }
             released.partitions.push(slot.partition.clone());

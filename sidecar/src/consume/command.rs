@@ -44,8 +44,8 @@ impl RouteLoop {
         }
         let (reset, deadline, answer) = match command.task {
             Task::Reset { partitions, deadline, answer } => (partitions, deadline, answer),
-            Task::Release { key, how, answer } => {
-                let released = self.release(key.as_ref(), how);
+            Task::Release { key, how, only, answer } => {
+                let released = self.release(key.as_ref(), how, &only);
                 // Whoever asked may be gone.
                 return drop(answer.send(released));
             }

@@ -114,7 +114,7 @@ mod tests {
         let held = after(|stage| stage == RecordStage::Exhausted).await;
         assert!(held.attempts == 2 && held.failure.contains("not yet") && !held.waits_for.is_empty(), "{held:?}");
 
-        assert_eq!(mesh.ask.release("work", None, crate::parking::Release::Retry).await.records, 1);
+        assert_eq!(mesh.ask.release("work", None, crate::parking::Release::Retry, Vec::new()).await.records, 1);
         for offset in 0..2 {
             let delivery = take().await;
             assert_eq!(delivery.position.offset, offset);

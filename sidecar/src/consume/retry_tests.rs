@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     broker::{NewTopic, Outgoing, embedded::EmbeddedBroker},
-    command::Reset,
+    command::{Released, Reset},
     outcome::{Answer, Delivery, Disposition, Outcome},
     parking::Release,
     record::{Header, Record, TopicPartition},
@@ -268,15 +268,19 @@ async fn what_is_parked_waits_for_somebody_over_restarts_and_its_key_with_it() {
     mesh.publish("in", [("k0".to_owned(), "8".to_owned())]).await;
     assert_eq!(serve(&mesh, only(2)).await, []);
     assert_eq!(status(&mesh).parked_records, 4);
-    assert_eq!(mesh.ask.release("work", Some(Some("k1".into())), Release::Retry).await.records, 0);
-    assert_eq!(mesh.ask.release("work", Some(Some("k0".into())), Release::Retry).await.records, 1);
+    assert_eq!(mesh.ask.release("work", Some(Some("k1".into())), Release::Retry, Vec::new()).await.records, 0);
+    // Who asks again for what other instances own asks nothing of this partition.
+    let elsewhere = mesh.ask.release("work", None, Release::Retry, vec![TopicPartition::new("in", 1)]).await;
+    assert_eq!(elsewhere, Released::default());
+    let here = mesh.ask.release("work", Some(Some("k0".into())), Release::Retry, vec![TopicPartition::new("in", 0)]).await;
+    assert_eq!((here.records, here.partitions), (1, vec![TopicPartition::new("in", 0)]));
     let seen = serve(&mesh, only(99)).await;
     assert_eq!(seen, [(2, 1), (4, 1), (6, 1), (8, 1)], "released, in order, from the first attempt on");
     settled(&mesh, "work").await;
     // Discarded.
     mesh.publish("in", [("k0".to_owned(), "2".to_owned()), ("k0".to_owned(), "10".to_owned())]).await;
     assert_eq!(serve(&mesh, only(2)).await.len(), 3);
-    assert_eq!(mesh.ask.release("work", None, Release::Discard).await.records, 1);
+    assert_eq!(mesh.ask.release("work", None, Release::Discard, Vec::new()).await.records, 1);
     assert_eq!(serve(&mesh, only(2)).await, [(10, 1)]);
     settled(&mesh, "work").await;
     let dead = read(&broker, "work.dlq").await;
@@ -363,12 +367,12 @@ async fn a_partition_stops_at_an_exhausted_record_until_somebody_or_the_table_le
     let stopped = status(&mesh);
     assert_eq!(stopped.state, RouteState::Stopped);
     assert!(stopped.reason.contains("in/0/2") && stopped.reason.contains("not yet"), "{}", stopped.reason);
-    assert_eq!(mesh.ask.release("work", None, Release::Retry).await.records, 1);
+    assert_eq!(mesh.ask.release("work", None, Release::Retry, Vec::new()).await.records, 1);
     assert_eq!(serve(&mesh, only(2)).await.iter().filter(|(n, _)| *n == 2).count(), 2, "from the first attempt on");
     mesh.table.send_replace(active(&routes.replace("attempts: 2", "attempts: 3")));
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(serve(&mesh, only(2)).await.iter().filter(|(n, _)| *n == 2).count(), 3);
-    assert_eq!(mesh.ask.release("work", None, Release::Discard).await.records, 1);
+    assert_eq!(mesh.ask.release("work", None, Release::Discard, Vec::new()).await.records, 1);
     serve(&mesh, only(2)).await;
     settled(&mesh, "work").await;
     let ends = status(&mesh).dispositions;
@@ -394,7 +398,7 @@ async fn where_a_partition_stands_still_a_key_waits_for_its_record_in_a_retry_to
     desk.answer(vec![Answer { id: other.id, outcome: failed() }]);
     drop(desk);
     assert_eq!(serve(&mesh, only(99)).await, []);
-    assert_eq!(mesh.ask.release("work", None, Release::Retry).await.records, 1);
+    assert_eq!(mesh.ask.release("work", None, Release::Retry, Vec::new()).await.records, 1);
     let seen = serve(&mesh, only(99)).await;
     let of_key = |key: usize| seen.iter().copied().filter(|(n, _)| n % 2 == key).collect::<Vec<_>>();
     assert_eq!((of_key(0), of_key(1)), (vec![(0, 1), (2, 1)], vec![(1, 2), (3, 1)]), "{seen:?}");
@@ -413,7 +417,7 @@ async fn a_reset_delivers_again_all_but_what_is_parked_and_what_is_parked_still_
     let seen = serve(&mesh, only(2)).await;
     assert_eq!(seen.iter().copied().collect::<BTreeSet<_>>(), BTreeSet::from([(0, 1), (1, 1), (3, 1), (5, 1), (7, 1)]));
     assert_eq!((seen.len(), status(&mesh).parked_records), (5, 3), "{seen:?}");
-    assert_eq!(mesh.ask.release("work", None, Release::Retry).await.records, 1);
+    assert_eq!(mesh.ask.release("work", None, Release::Retry, Vec::new()).await.records, 1);
     assert_eq!(serve(&mesh, only(99)).await, [(2, 1), (4, 1), (6, 1)]);
     settled(&mesh, "work").await;
     // The same while records are in a retry topic, and their key waits behind them.

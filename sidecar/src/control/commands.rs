@@ -176,10 +176,11 @@ fn write_release(released: Released) -> v1::OwnerAnswer {
     v1::OwnerAnswer { partitions, released: released.records, ..v1::OwnerAnswer::default() }
 }
 
-/// Which records are meant, and what becomes of them.
-fn read_wish(wish: &v1::ReleaseRecords) -> (Option<Option<Bytes>>, Release) {
+/// Which records are meant, what becomes of them, and on which partitions.
+fn read_wish(wish: &v1::ReleaseRecords) -> (Option<Option<Bytes>>, Release, Vec<TopicPartition>) {
     let how = if wish.discard { Release::Discard } else { Release::Retry };
-    (wish.one_key.then(|| wish.key.clone()), how)
+    let only = wish.partitions.iter().map(|at| TopicPartition::new(at.topic.clone(), at.partition));
+    (wish.one_key.then(|| wish.key.clone()), how, only.collect())
 }
 
 fn read_held(answer: v1::OwnerAnswer) -> Option<Held> {
@@ -354,8 +355,8 @@ impl Owner {
             }
             Action::Release(wish) => {
                 tracing::info!(from, route, "a command: release");
-                let (key, how) = read_wish(&wish);
-                async move { Some((id, from, write_release(commands.release(&route, key, how).await))) }.boxed()
+                let (key, how, only) = read_wish(&wish);
+                async move { Some((id, from, write_release(commands.release(&route, key, how, only).await))) }.boxed()
             }
             Action::LookUp(record) => {
                 let at = Position { partition: TopicPartition::new(record.topic, record.partition), offset: record.offset };
@@ -459,9 +460,17 @@ pub(super) fn release_at(
     wish: v1::ReleaseRecords,
     until: Instant,
 ) -> BoxFuture<'static, (String, AnsweredRelease)> {
-    let (key, how) = read_wish(&wish);
+    let (key, how, only) = read_wish(&wish);
     let (commands, own) = (shared.commands.clone(), route.clone());
-    ask_one(shared, instance, route, until, async move { commands.release(&own, key, how).await }, Action::Release(wish), read_release)
+    ask_one(
+        shared,
+        instance,
+        route,
+        until,
+        async move { commands.release(&own, key, how, only).await },
+        Action::Release(wish),
+        read_release,
+    )
 }
 
 /// Asks an instance how far a record is, if it owns its partition.

@@ -1,6 +1,7 @@
 //! Records whose attempts are used up, and that are to go on: having it done by the owners of their partitions.
 //!
 //! Invariant: every partition of the route's sources was looked through by its owner, or is named in the answer.
+//! Invariant: none is looked through again: what fails anew while other owners are waited for is not released again and again.
 
 use std::collections::BTreeSet;
 
@@ -23,11 +24,15 @@ impl Control {
             (0..count).map(move |partition| TopicPartition { topic: topic.clone(), partition })
         };
         let mut left: BTreeSet<TopicPartition> = route.from.iter().flat_map(partitions).collect();
-        let wish = v1::ReleaseRecords { one_key: request.one_key, key: request.key, discard: request.discard };
+        let wish = |left: &BTreeSet<TopicPartition>| {
+            let at = |at: &TopicPartition| v1::PartitionOffset { topic: at.topic.to_string(), partition: at.partition, offset: 0 };
+            let partitions = left.iter().map(at).collect();
+            v1::ReleaseRecords { one_key: request.one_key, key: request.key.clone(), discard: request.discard, partitions }
+        };
         let (mut released, mut trouble) = (0, String::new());
         let mut owners = Owners::new(&self.0, &route.name, request.wait_ms);
         while !left.is_empty() && owners.in_time() {
-            owners.ask(|owner, until| release_at(&self.0, owner, &route.name, wish.clone(), until));
+            owners.ask(|owner, until| release_at(&self.0, owner, &route.name, wish(&left), until));
             match owners.next().await {
                 Some((_, Ok(answer))) => {
                     released += answer.records;

@@ -21,6 +21,7 @@ mod lag;
 mod newer;
 mod operate;
 mod pitfalls;
+mod release;
 mod reset;
 mod retries;
 mod rollout;

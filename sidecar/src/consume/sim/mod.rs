@@ -251,7 +251,7 @@ impl Stage {
         self.world.state().ledger.released(how);
         for actor in self.running.values() {
             let (commands, key) = (actor.commands.clone(), key.clone());
-            tokio::spawn(async move { commands.release("work", key, how).await });
+            tokio::spawn(async move { commands.release("work", key, how, Vec::new()).await });
         }
     }
 
