@@ -545,9 +545,23 @@ impl Sidecar {
     /// # Errors
     /// If it cannot be started, or does not end.
     pub async fn ctl_with(&self, arguments: &[&str], input: Vec<u8>) -> Result<Output> {
+        run(self.ctl_command(arguments), input, Duration::from_secs(60)).await
+    }
+
+    /// Runs `mesh-ctl` against this sidecar, with these variables in its environment.
+    ///
+    /// # Errors
+    /// If it cannot be started, or does not end.
+    pub async fn ctl_env(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Result<Output> {
+        let mut command = self.ctl_command(arguments);
+        command.envs(environment.iter().copied());
+        run(command, Vec::new(), Duration::from_secs(60)).await
+    }
+
+    fn ctl_command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(self.binaries.join("mesh-ctl"));
         command.args(arguments).env("MESH_ADMIN", format!("http://{}", self.admin_address()));
-        run(command, input, Duration::from_secs(60)).await
+        command
     }
 
     /// Starts `mesh-ctl` against this sidecar, and does not wait for it. It ends with the test at the latest.

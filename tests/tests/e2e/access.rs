@@ -30,6 +30,13 @@ fn has(audit: &[Value], who: &str, asked: &str, message: &str) -> bool {
     audit.iter().any(|line| line["who"] == who && line["asked"] == asked && line["message"] == message)
 }
 
+/// What the audit record says of tables that were applied: by whom, as which generation, with which digest.
+fn applied(audit: &[Value]) -> Vec<(String, u64, String)> {
+    let text = |line: &Value, field: &str| line[field].as_str().unwrap_or_default().to_owned();
+    let lines = audit.iter().filter(|line| line["asked"] == "Apply" && line["message"] == "a routing table was applied");
+    lines.map(|line| (text(line, "who"), line["generation"].as_u64().unwrap_or_default(), text(line, "digest"))).collect()
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_token_allows_to_look_or_to_change() -> Result<()> {
     Stage::run(Broker::Embedded, async |stage| {
@@ -48,8 +55,15 @@ async fn a_token_allows_to_look_or_to_change() -> Result<()> {
         sidecar.ctl(&[&["status"][..], &with(&read)?].concat()).await?.success()?;
         let refused = sidecar.ctl(&[&apply[..], &with(&read)?].concat()).await?;
         ensure!(refused.status == Some(1) && refused.stderr.contains("Apply needs the role write, and board has read"), "{refused:?}");
+        // By the environment; a flag goes before it. One that is applied already is not applied again.
+        let by_variable = [("MESH_TOKEN_FILE", text(&read)?)];
+        sidecar.ctl_env(&["status"], &by_variable).await?.success()?;
+        ensure!(sidecar.ctl_env(&apply, &by_variable).await?.ends(1)?.stderr.contains("board has read"));
+        let said = sidecar.ctl_env(&[&apply[..], &with(&write)?, &["-o", "json"]].concat(), &by_variable).await?.ends(0)?.json()?;
         sidecar.ctl(&[&apply[..], &with(&write)?].concat()).await?.success()?;
         let audit = audit(&sidecar);
+        let digest = said["digest"].as_str().context("a digest")?.to_owned();
+        ensure!(digest.starts_with("sha256:") && applied(&audit) == [("deploy".to_owned(), 1, digest)], "{said}\n{audit:#?}");
         ensure!(has(&audit, "deploy", "Apply", "answered") && has(&audit, "board", "Apply", "refused"), "{audit:#?}");
         ensure!(has(&audit, "unknown", "GetStatus", "refused"), "{audit:#?}");
         ensure!(!sidecar.log_text().contains("to-change"), "a token in the log");
@@ -106,7 +120,17 @@ async fn listeners_speak_tls_and_ask_for_certificates() -> Result<()> {
         };
         let apply = ["apply", "-f", text(&table)?];
         ctl(Some(&deploy), &apply).await?.success()?;
-        ctl(Some(&board), &["status"]).await?.success()?;
+        let digest = ctl(Some(&board), &["status", "-o", "json"]).await?.ends(0)?.json()?["instances"][0]["digest"].clone();
+        let digest = digest.as_str().context("a digest")?.to_owned();
+        ensure!(applied(&audit(&sidecar)) == [("deploy.shop".to_owned(), 1, digest)], "{:#?}", audit(&sidecar));
+        // By the environment.
+        let shown = [("MESH_ADMIN", admin.as_str()), ("MESH_CA", text(&ca)?)];
+        let by_variable = [shown[0], shown[1], ("MESH_CLIENT_CERT", text(&board.0)?), ("MESH_CLIENT_KEY", text(&board.1)?)];
+        sidecar.ctl_env(&["status"], &by_variable).await?.success()?;
+        ensure!(sidecar.ctl_env(&apply, &by_variable).await?.ends(1)?.stderr.contains("board.shop has read"));
+        sidecar.ctl_env(&["status"], &shown).await?.ends(2)?;
+        let half = sidecar.ctl_env(&["status"], &by_variable[..3]).await?.ends(2)?;
+        ensure!(half.stderr.contains("--client-key"), "{half:?}");
         let refused = ctl(Some(&board), &apply).await?;
         ensure!(refused.status == Some(1) && refused.stderr.contains("board.shop has read"), "{refused:?}");
         for (what, output, says) in [
