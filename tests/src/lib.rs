@@ -13,6 +13,7 @@ pub mod http;
 pub mod kafka;
 pub mod load;
 pub mod mesh;
+pub mod newer;
 pub mod oracle;
 pub mod otlp;
 pub mod ports;
