@@ -7,6 +7,7 @@ mod access;
 mod api;
 mod batch;
 mod broker_away;
+mod canary;
 mod clients;
 mod control;
 mod crash;
