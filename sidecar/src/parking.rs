@@ -388,18 +388,18 @@ impl Parking {
         lost
     }
 
-    /// Releases the records whose attempts are used up, of one key or of all; says how many.
-    pub fn release(&mut self, key: Option<u64>, how: Release) -> usize {
+    /// Releases the records whose attempts are used up, of one key or of all; says where they lie in the park topic.
+    pub fn release(&mut self, key: Option<u64>, how: Release) -> Vec<i64> {
         let keys: Vec<u64> = match key {
             Some(key) => self.keys.contains_key(&key).then_some(key).into_iter().collect(),
             None => self.keys.keys().copied().collect(),
         };
-        let mut released = 0;
+        let mut released = Vec::new();
         for key in keys {
             self.edit(key, |key| {
                 for parked in key.parked.values_mut().filter(|parked| parked.kept == Kept::Yes) {
                     parked.kept = Kept::Released(how);
-                    released += 1;
+                    released.push(parked.offset);
                 }
             });
         }
@@ -568,8 +568,8 @@ mod tests {
         assert_eq!(parking.found(1, 10, 0, 4, true, true), Found::Stays);
         assert_eq!(parking.found(1, 11, 1, 0, false, true), Found::Stays);
         assert_eq!((parking.sizes(), parking.wanted()), (Sizes { tracked: 2, parked: 2, kept: 1, loaded: 0 }, None));
-        assert_eq!(parking.release(Some(2), Release::Retry), 0);
-        assert_eq!(parking.release(None, Release::Retry), 1);
+        assert!(parking.release(Some(2), Release::Retry).is_empty());
+        assert_eq!(parking.release(None, Release::Retry), [0]);
         assert_eq!(parking.wanted(), Some(0));
         assert_eq!(parking.found(1, 10, 0, 4, true, true), Found::Released(Release::Retry));
         parking.hand_over(1, 10, 0, 1);

@@ -7,9 +7,10 @@ use std::{cmp::Reverse, hash::BuildHasher as _, time::Duration};
 
 use bytes::Bytes;
 use mesh_routing::{OnExhausted, Order};
-use tokio::time::Instant;
+use tokio::{sync::oneshot, time::Instant};
 
 use super::{
+    command::{Moving, Releasing},
     outbox::{Publication, What},
     park::{AGAIN, LONGEST, Role, Stage, Stopped, Waiting},
     route::{Behind, Job, RouteLoop, Slot, parent},
@@ -281,9 +282,16 @@ impl RouteLoop {
     }
 
     /// Releases records whose attempts are used up (`on_exhausted: park` and `stop`), of one key or of all, on the partitions owned here of which
-    /// it is known what lies elsewhere; on `only` those of them, if there are some.
-    pub(super) fn release(&mut self, key: Option<&Option<Bytes>>, how: Release, only: &[TopicPartition]) -> Released {
-        let mut released = Released::default();
+    /// it is known what lies elsewhere; on `only` those of them, if there are some. Answered is what stays released, so not before it is stored where
+    /// it goes.
+    pub(super) fn release(
+        &mut self,
+        key: Option<&Option<Bytes>>,
+        how: Release,
+        only: &[TopicPartition],
+        answer: oneshot::Sender<Released>,
+    ) {
+        let (mut released, mut moving, mut records) = (Released::default(), Vec::new(), 0);
         for of in 0..self.slots.len() as u32 {
             let wanted = match (key, self.route.order) {
                 (Some(key), Order::Key) => Some(self.hasher.hash_one(key)),
@@ -296,18 +304,27 @@ impl RouteLoop {
             if !meant || source.stage != Stage::Ready {
                 continue;
             }
-            released.partitions.push(slot.partition.clone());
-            released.records += source.parking.release(wanted, how) as u64;
+            let (partition, epoch) = (slot.partition.clone(), slot.watermark.epoch());
+            let parked = source.parking.release(wanted, how);
+            records += parked.len();
             let first = source.stopped.as_ref().and_then(|stopped| stopped.aside.first());
             if first.is_some_and(|job| wanted.is_none_or(|wanted| wanted == job.key)) {
+                records += 1;
                 released.records += 1;
                 self.resume(of, how);
             }
+            // Without a retry topic there is nowhere to go: they run, and are parked again where that is cut.
+            if parked.is_empty() || (how == Release::Retry && self.side_of(of, Kind::Retry(1)).is_none()) {
+                released.records += parked.len() as u64;
+                released.partitions.push(partition);
+            } else {
+                moving.push(Moving { of, epoch, parked, due: None });
+            }
             self.pump_park(of);
         }
-        tracing::info!(route = %self.route.name, records = released.records, ?how, "records released");
+        tracing::info!(route = %self.route.name, records, ?how, "records released");
         self.post_now();
-        released
+        self.releasing.push(Releasing { moving, released, answer });
     }
 
     /// Why partitions stand still, if some do.

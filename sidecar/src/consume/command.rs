@@ -5,7 +5,8 @@
 //! its retry and park topics stays there, and is looked through again first.
 //!
 //! Invariant: a reset whose commit failed, or that waited too long, changes nothing: reading goes on at the watermark.
-//! Invariant: a partition that is given away meanwhile is not reset; its next owner has to be asked.
+//! Invariant: a partition that is given away meanwhile is not reset; its next owner has to be asked. The same goes for released records that were not
+//! stored yet where they stay released.
 
 use futures_util::FutureExt as _;
 use tokio::{sync::oneshot, time::Instant};
@@ -16,8 +17,9 @@ use super::{
 };
 use crate::{
     broker::{BrokerError, BrokerErrorKind, Commit},
-    command::{Command, Reset, Task},
+    command::{Command, Released, Reset, Task},
     record::TopicPartition,
+    tiers::Kind,
     watermark::Watermark,
 };
 
@@ -27,6 +29,26 @@ pub(super) struct Ordered {
     deadline: Instant,
     answers: Vec<(TopicPartition, Reset)>,
     answer: oneshot::Sender<Vec<(TopicPartition, Reset)>>,
+}
+
+/// A release that is not answered yet.
+pub(super) struct Releasing {
+    /// What is on its way to where it stays released.
+    pub(super) moving: Vec<Moving>,
+    /// What is there.
+    pub(super) released: Released,
+    pub(super) answer: oneshot::Sender<Released>,
+}
+
+/// Released records of a source.
+pub(super) struct Moving {
+    /// The source's slot, and its epoch.
+    pub(super) of: u32,
+    pub(super) epoch: u64,
+    /// Where they lie in the park topic.
+    pub(super) parked: Vec<i64>,
+    /// Once none does any more: what a commit has to record of the park topic, since what lies there counts else after a crash.
+    pub(super) due: Option<u64>,
 }
 
 /// A partition that drains before it is reset.
@@ -45,9 +67,7 @@ impl RouteLoop {
         let (reset, deadline, answer) = match command.task {
             Task::Reset { partitions, deadline, answer } => (partitions, deadline, answer),
             Task::Release { key, how, only, answer } => {
-                let released = self.release(key.as_ref(), how, &only);
-                // Whoever asked may be gone.
-                return drop(answer.send(released));
+                return self.release(key.as_ref(), how, &only, answer);
             }
             Task::LookUp { at, answer } => return drop(answer.send(self.look_up(&at, Instant::now()))),
         };
@@ -93,6 +113,7 @@ impl RouteLoop {
 
     /// Commits the partitions that have drained, gives up those that take too long, and answers what is done.
     pub(super) fn serve_commands(&mut self, now: Instant) {
+        self.serve_releases();
         if self.ordered.is_empty() {
             return;
         }
@@ -141,6 +162,33 @@ impl RouteLoop {
                 drop(ordered.answer.send(ordered.answers));
             } else {
                 self.ordered.push(ordered);
+            }
+        }
+    }
+
+    /// Answers releases whose records are where they stay released. Who does not wait any more is not answered.
+    fn serve_releases(&mut self) {
+        for mut releasing in std::mem::take(&mut self.releasing) {
+            let Releasing { moving, released, .. } = &mut releasing;
+            moving.retain_mut(|Moving { of, epoch, parked, due }| {
+                let source = self.slots.get(*of as usize).filter(|slot| slot.owned && slot.watermark.epoch() == *epoch);
+                let park = self.side_of(*of, Kind::Park).and_then(|park| self.slots.get(park as usize));
+                let Some((source, park)) = source.zip(park) else { return false };
+                while parked.last().is_some_and(|offset| park.watermark.is_complete(*offset)) {
+                    parked.pop();
+                    released.records += 1;
+                }
+                if !parked.is_empty() || park.recorded < *due.get_or_insert(park.watermark.completed()) {
+                    return true;
+                }
+                released.partitions.push(source.partition.clone());
+                false
+            });
+            if releasing.moving.is_empty() {
+                // Whoever asked may be gone.
+                drop(releasing.answer.send(releasing.released));
+            } else if !releasing.answer.is_closed() {
+                self.releasing.push(releasing);
             }
         }
     }

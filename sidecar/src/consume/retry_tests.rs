@@ -346,6 +346,22 @@ async fn parked_records_that_come_back_are_bounded_in_bytes_and_told() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_is_said_to_be_released_is_so_after_a_crash() {
+    let (mesh, routes) = one("retry: { attempts: 1, topics: [1s] }, on_exhausted: park").await;
+    mesh.publish("in", records(8, 2)).await;
+    serve(&mesh, only(2)).await;
+    assert_eq!(status(&mesh).exhausted_records, 1);
+    assert_eq!(mesh.ask.release("work", None, Release::Retry, Vec::new()).await.records, 1);
+    let broker = mesh.broker.clone();
+    mesh.running.abort();
+    drop(mesh.running.await);
+    let mesh = Mesh::on(broker, &routes);
+    assert_eq!(serve(&mesh, only(99)).await, [(2, 1), (4, 1), (6, 1)]);
+    settled(&mesh, "work").await;
+    mesh.end().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_table_that_parks_no_more_releases_what_is_parked() {
     let (mesh, routes) = one("retry: { attempts: 1 }, on_exhausted: park").await;
     mesh.publish("in", records(3, 1)).await;

@@ -28,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     batch::{Gathered, OutCall},
-    command::Ordered,
+    command::{Ordered, Releasing},
     flow::Flow,
     outbox::{Done, Outbox},
     park::{Looked, Role, Sides},
@@ -250,6 +250,8 @@ pub(crate) struct RouteLoop {
     pub(super) revoke: Option<Revoke>,
     /// Commands that are not answered yet.
     pub(super) ordered: Vec<Ordered>,
+    /// Releases that are not answered yet.
+    pub(super) releasing: Vec<Releasing>,
     /// Set while somebody wants nothing to be delivered.
     pub(super) paused: Option<Pause>,
     /// Draining, until this time.
@@ -332,6 +334,7 @@ impl RouteLoop {
             lag_due: now,
             revoke: None,
             ordered: Vec::new(),
+            releasing: Vec::new(),
             paused: None,
             draining: None,
             commit_failed: None,

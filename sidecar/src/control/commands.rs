@@ -356,7 +356,9 @@ impl Owner {
             Action::Release(wish) => {
                 tracing::info!(from, route, "a command: release");
                 let (key, how, only) = read_wish(&wish);
-                async move { Some((id, from, write_release(commands.release(&route, key, how, only).await))) }.boxed()
+                // Later nobody waits for it.
+                let work = async move { tokio::time::timeout(wait, commands.release(&route, key, how, only)).await };
+                work.map(|released| Some((id, from, write_release(released.unwrap_or_default())))).boxed()
             }
             Action::LookUp(record) => {
                 let at = Position { partition: TopicPartition::new(record.topic, record.partition), offset: record.offset };

@@ -23,12 +23,12 @@ const PARTITIONS: u32 = 4;
 const PARK: &str = "
     topics: { %in: { partitions: 4 }, %out: { partitions: 4 } }
     routes:
-    - { name: work, service: work, from: [%in], handler: /work, to: [%out], breaker: { failures: 1000 },
+    - { name: work, service: work, from: [%in], handler: /work, to: [%out], breaker: { failures: 10000 },
         retry: { attempts: 2, initial: 20ms, topics: [100ms] }, on_exhausted: park }
     ";
 /// Beside it one whose partitions stand still in place of that.
 const STOP: &str = "
-    - { name: still, service: work, from: [%still], handler: /work, to: [%moved], breaker: { failures: 1000 },
+    - { name: still, service: work, from: [%still], handler: /work, to: [%moved], breaker: { failures: 10000 },
         retry: { attempts: 2, initial: 20ms }, on_exhausted: stop }
     ";
 
@@ -93,6 +93,7 @@ macro_rules! on_kafka {
 
 on_kafka! {
     a_release_reaches_the_owners_through_a_sidecar_that_owns_nothing, remote;
+    what_is_said_to_be_released_is_so_after_a_kill_9, killed;
     a_silent_owner_of_parked_records_is_named_and_the_next_one_releases_them, silent;
     a_release_in_the_middle_of_a_rebalance_reaches_the_new_owner, moving;
 }
@@ -224,4 +225,26 @@ async fn moving(stage: Stage) -> Result<()> {
         sidecar.finish().await?;
     }
     Ok(())
+}
+
+/// The owner is killed as soon as it has answered, long before all is processed.
+async fn killed(stage: Stage) -> Result<()> {
+    const KEYS: usize = 200;
+    let mut service = Service::native(poison()).await?;
+    let mut owner = worker(&stage, "owner", &service)?.start().await?;
+    let asked = stage.sidecar("asked").start().await?;
+    asked.apply(PARK).await?;
+    owner.wait_running(&["work"]).await?;
+    let oracle = Load::new(stage.topic("in"), 2 * KEYS, KEYS).http(&asked).await?;
+    asked.wait_status("all keys are parked", MINUTE, waits(KEYS as u64, 2 * KEYS as u64)).await?;
+    service.set(Scenario::new().on("/work", [Rule::echo().after(Duration::from_millis(200))])).await?;
+    ensure!(release(&asked, "work", &[]).await? == KEYS as u64);
+    owner.kill9().await?;
+    service.set(Scenario::new()).await?;
+    owner.start().await?;
+    owner.wait_status("nothing waits", MINUTE, |status| waits(0, 0)(status) && routes_of(status).any(|route| route.partitions > 0)).await?;
+    let found = stage.read(&asked, None, &stage.topic("out"), oracle.len()).await?;
+    oracle.judge(&sightings(&found)?).at_most(oracle.len())?;
+    owner.finish().await?;
+    asked.finish().await
 }
