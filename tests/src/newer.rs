@@ -1,10 +1,6 @@
 //! What a sidecar of a newer version does to a mesh of this one: it takes tables into the control log that this version cannot compile.
 
-use std::{
-    net::SocketAddr,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{net::SocketAddr, sync::Arc, time::SystemTime};
 
 use anyhow::{Context as _, Result, ensure};
 use axum::{

@@ -223,7 +223,7 @@ pub(super) async fn run(context: &Context, client: &mut Client, generation: u64,
             return Err(Failure::Said {
                 code: Code::No,
                 message: format!(
-                    "{} refused generation {generation}; the last good table stays there:\n  {}",
+                    "{} refused generation {generation}, and the last good table stays in force there:\n  {}",
                     count(refused as u64, "instance"),
                     reasons.join("\n  ")
                 ),

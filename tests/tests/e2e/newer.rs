@@ -205,7 +205,7 @@ async fn one_of_three(stage: Stage) -> Result<()> {
     let publishing = tokio::spawn(load.stubborn(sidecars[0].client(), stop.clone()));
     services[0].wait(50, MINUTE).await?;
     let said = sidecars[1].ctl(&["apply", "-f", file.to_str().context("a path")?, "--wait", "--admin", &newer.url()]).await?.ends(1)?;
-    let named = format!("1 instance refused generation 2; the last good table stays there:\n  {}-work: ", stage.mesh());
+    let named = format!("1 instance refused generation 2, and the last good table stays in force there:\n  {}-work: ", stage.mesh());
     ensure!(said.stderr.contains(&named) && reason.iter().all(|part| said.stderr.contains(part)), "{said:?}");
     ensure!(said.stderr.contains("SYNCED   2 of 3: ") && said.stderr.contains("NACKED   1 of 3: "), "{said:?}");
     let status = sidecars[1].status().await?;
