@@ -44,12 +44,25 @@ macro_rules! on_both {
                 $crate::stage::Stage::run($crate::broker::Broker::Embedded, |stage| super::$body(stage)).await
             }
 
-            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn on_kafka() -> anyhow::Result<()> {
-                match $crate::broker::Broker::kafka().await? {
-                    Some(broker) => $crate::stage::Stage::run(broker, |stage| super::$body(stage)).await,
-                    None => Ok(()),
-                }
+            $crate::on_kafka!(on_kafka, super::$body);
+        }
+    };
+}
+
+/// Makes a test of a body that takes Kafka: of topics that others read or write, of several processes.
+///
+/// ```text
+/// on_kafka!(partitions_move, moved);
+/// async fn moved(stage: Stage) -> Result<()> { … }
+/// ```
+#[macro_export]
+macro_rules! on_kafka {
+    ($name:ident, $body:path) => {
+        #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        async fn $name() -> anyhow::Result<()> {
+            match $crate::broker::Broker::kafka().await? {
+                Some(broker) => $crate::stage::Stage::run(broker, |stage| $body(stage)).await,
+                None => Ok(()),
             }
         }
     };

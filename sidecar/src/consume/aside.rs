@@ -291,7 +291,7 @@ impl RouteLoop {
         only: &[TopicPartition],
         answer: oneshot::Sender<Released>,
     ) {
-        let (mut released, mut moving, mut records) = (Released::default(), Vec::new(), 0);
+        let (mut released, mut moving) = (Released::default(), Vec::new());
         for of in 0..self.slots.len() as u32 {
             let wanted = match (key, self.route.order) {
                 (Some(key), Order::Key) => Some(self.hasher.hash_one(key)),
@@ -306,10 +306,8 @@ impl RouteLoop {
             }
             let (partition, epoch) = (slot.partition.clone(), slot.watermark.epoch());
             let parked = source.parking.release(wanted, how);
-            records += parked.len();
             let first = source.stopped.as_ref().and_then(|stopped| stopped.aside.first());
             if first.is_some_and(|job| wanted.is_none_or(|wanted| wanted == job.key)) {
-                records += 1;
                 released.records += 1;
                 self.resume(of, how);
             }
@@ -322,6 +320,7 @@ impl RouteLoop {
             }
             self.pump_park(of);
         }
+        let records = released.records + moving.iter().map(|moving| moving.parked.len() as u64).sum::<u64>();
         tracing::info!(route = %self.route.name, records, ?how, "records released");
         self.post_now();
         self.releasing.push(Releasing { moving, released, answer });

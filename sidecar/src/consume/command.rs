@@ -66,9 +66,7 @@ impl RouteLoop {
         }
         let (reset, deadline, answer) = match command.task {
             Task::Reset { partitions, deadline, answer } => (partitions, deadline, answer),
-            Task::Release { key, how, only, answer } => {
-                return self.release(key.as_ref(), how, &only, answer);
-            }
+            Task::Release { key, how, only, answer } => return self.release(key.as_ref(), how, &only, answer),
             Task::LookUp { at, answer } => return drop(answer.send(self.look_up(&at, Instant::now()))),
         };
         let mut ordered = Ordered { targets: Vec::with_capacity(reset.len()), deadline, answers: Vec::new(), answer };

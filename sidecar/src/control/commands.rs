@@ -430,6 +430,11 @@ fn ask_one<T: Send + 'static>(
     asked.map(|answered| (name, answered)).boxed()
 }
 
+/// A place in a partition, as commands tell it.
+pub(super) fn write_place(partition: &TopicPartition, offset: i64) -> v1::PartitionOffset {
+    v1::PartitionOffset { topic: partition.topic.to_string(), partition: partition.partition, offset }
+}
+
 /// Asks an instance to set offsets of the partitions that it owns.
 pub(super) fn reset_at(
     shared: &Arc<Shared>,
@@ -438,12 +443,8 @@ pub(super) fn reset_at(
     partitions: Vec<(TopicPartition, i64)>,
     until: Instant,
 ) -> BoxFuture<'static, (String, Answered)> {
-    let offset = |(partition, offset): &(TopicPartition, i64)| v1::PartitionOffset {
-        topic: partition.topic.to_string(),
-        partition: partition.partition,
-        offset: *offset,
-    };
-    let action = Action::Reset(v1::ResetPartitions { partitions: partitions.iter().map(offset).collect() });
+    let offsets = partitions.iter().map(|(partition, offset)| write_place(partition, *offset)).collect();
+    let action = Action::Reset(v1::ResetPartitions { partitions: offsets });
     let (commands, own) = (shared.commands.clone(), route.clone());
     let wait = until.saturating_duration_since(Instant::now());
     ask_one(shared, instance, route, until, async move { commands.reset(&own, partitions, wait).await }, action, read_answer)

@@ -7,7 +7,12 @@ use std::collections::BTreeSet;
 
 use mesh_proto::v1;
 
-use super::{Control, commands::release_at, owners::Owners, reset::OperationError};
+use super::{
+    Control,
+    commands::{release_at, write_place},
+    owners::Owners,
+    reset::OperationError,
+};
 use crate::record::TopicPartition;
 
 impl Control {
@@ -25,8 +30,7 @@ impl Control {
         };
         let mut left: BTreeSet<TopicPartition> = route.from.iter().flat_map(partitions).collect();
         let wish = |left: &BTreeSet<TopicPartition>| {
-            let at = |at: &TopicPartition| v1::PartitionOffset { topic: at.topic.to_string(), partition: at.partition, offset: 0 };
-            let partitions = left.iter().map(at).collect();
+            let partitions = left.iter().map(|partition| write_place(partition, 0)).collect();
             v1::ReleaseRecords { one_key: request.one_key, key: request.key.clone(), discard: request.discard, partitions }
         };
         let (mut released, mut trouble) = (0, String::new());

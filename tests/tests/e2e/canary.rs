@@ -5,17 +5,17 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use mesh_proto::v1::{GetStatusResponse, InstanceState, InstanceStatus};
 use mesh_tests::{
-    broker::Broker,
     load::Load,
     newer::Newer,
-    on_both,
+    on_both, on_kafka,
     oracle::deliveries,
     service::{Scenario, Service},
     sidecar::Sidecar,
     stage::Stage,
 };
-use serde_json::Value;
 use sha2::{Digest as _, Sha256};
+
+use crate::rollout::until;
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -31,21 +31,6 @@ fn table(handler: &str, to: &str, more: &str) -> String {
 
 fn file(stage: &Stage, name: &str, spec: &str) -> Result<String> {
     stage.file(name, &stage.table(spec))?.to_str().map(str::to_owned).context("a path")
-}
-
-/// Waits for a state of the rollout.
-async fn until(sidecar: &Sidecar, what: &str, holds: impl Fn(&Value) -> bool) -> Result<Value> {
-    let looked = tokio::time::timeout(MINUTE, async {
-        loop {
-            let rollout = sidecar.ctl(&["rollout", "status", "-o", "json"]).await?.ends(0)?.json()?;
-            if holds(&rollout) {
-                return anyhow::Ok(rollout);
-            }
-            // Another process has no event to await.
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-    });
-    looked.await.with_context(|| format!("{what} does not come"))?
 }
 
 /// Waits until these instances run a generation, and refuse another one or none.
@@ -65,13 +50,7 @@ async fn stand(sidecar: &Sidecar, expected: &[(&str, u64, u64)]) -> Result<()> {
     Ok(())
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_canary_that_more_instances_refuse_than_may_ends_by_itself() -> Result<()> {
-    match Broker::kafka().await? {
-        Some(broker) => Stage::run(broker, refused).await,
-        None => Ok(()),
-    }
-}
+on_kafka!(a_canary_that_more_instances_refuse_than_may_ends_by_itself, refused);
 
 async fn refused(stage: Stage) -> Result<()> {
     let service = Service::native(Scenario::new()).await?;

@@ -5,10 +5,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use mesh_proto::v1::RouteState;
 use mesh_tests::{
-    broker::Broker,
     full,
     load::Load,
-    on_both,
+    on_both, on_kafka,
     oracle::sightings,
     service::{BatchAnswer, BatchService, Rule, Scenario, Service},
     sidecar::{disposition, routes_of},
@@ -115,13 +114,7 @@ async fn delete_before(bootstrap: &str, topic: &str, offset: i64) -> Result<()> 
     Ok(())
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn records_that_kafka_deleted_unread_stop_a_partition_or_are_counted_by_range() -> Result<()> {
-    match Broker::kafka().await? {
-        Some(broker) => Stage::run(broker, gap).await,
-        None => Ok(()),
-    }
-}
+on_kafka!(records_that_kafka_deleted_unread_stop_a_partition_or_are_counted_by_range, gap);
 
 async fn gap(stage: Stage) -> Result<()> {
     let bootstrap = stage.broker().bootstrap().context("Kafka")?.to_owned();
@@ -173,13 +166,7 @@ async fn gap(stage: Stage) -> Result<()> {
     sidecar.finish().await
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_newer_group_protocol_shares_and_hands_over_under_load() -> Result<()> {
-    match Broker::kafka().await? {
-        Some(broker) => Stage::run(broker, newer_protocol).await,
-        None => Ok(()),
-    }
-}
+on_kafka!(the_newer_group_protocol_shares_and_hands_over_under_load, newer_protocol);
 
 /// `group.protocol: consumer` (KIP-848): a second sidecar comes and goes under load.
 async fn newer_protocol(stage: Stage) -> Result<()> {

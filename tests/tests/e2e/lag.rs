@@ -4,8 +4,7 @@ use std::{process::Stdio, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use mesh_tests::{
-    broker::Broker,
-    on_both,
+    on_both, on_kafka,
     service::{Scenario, Service},
     sidecar::Sidecar,
     stage::Stage,
@@ -95,15 +94,9 @@ async fn produce(sidecar: &Sidecar, topic: &str, count: usize) -> Result<()> {
     Ok(())
 }
 
-/// It is told beside the routes', and judged by what it commits and whether somebody is there.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_group_that_is_none_of_the_meshs_is_told_and_judged() -> Result<()> {
-    match Broker::kafka().await? {
-        Some(broker) => Stage::run(broker, foreign).await,
-        None => Ok(()),
-    }
-}
+on_kafka!(a_group_that_is_none_of_the_meshs_is_told_and_judged, foreign);
 
+/// It is told beside the routes', and judged by what it commits and whether somebody is there.
 async fn foreign(stage: Stage) -> Result<()> {
     let sidecar = stage.sidecar("sidecar").start().await?;
     let (topic, group) = (stage.topic("in"), format!("{}-connector", stage.mesh()));

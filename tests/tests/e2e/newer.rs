@@ -5,9 +5,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use mesh_proto::v1::{GetStatusResponse, InstanceState};
 use mesh_tests::{
-    broker::Broker,
     load::Load,
     newer::{Newer, append},
+    on_kafka,
     oracle::deliveries,
     service::{Rule, Scenario, Service},
     sidecar::Sidecar,
@@ -66,13 +66,7 @@ async fn told(sidecar: &Sidecar, generation: u64) -> Result<String> {
     Ok(entry["refused"].as_str().unwrap_or_default().to_owned())
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_table_that_cannot_be_compiled_is_refused_by_all_and_the_last_good_one_serves() -> Result<()> {
-    match Broker::kafka().await? {
-        Some(broker) => Stage::run(broker, not_compiled).await,
-        None => Ok(()),
-    }
-}
+on_kafka!(a_table_that_cannot_be_compiled_is_refused_by_all_and_the_last_good_one_serves, not_compiled);
 
 async fn not_compiled(stage: Stage) -> Result<()> {
     let slow = || [Rule::echo().after(Duration::from_millis(5))];
@@ -164,13 +158,7 @@ async fn not_compiled(stage: Stage) -> Result<()> {
     Ok(())
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_that_cannot_compile_its_part_is_named_and_serves_on_while_the_others_take_the_table() -> Result<()> {
-    match Broker::kafka().await? {
-        Some(broker) => Stage::run(broker, one_of_three).await,
-        None => Ok(()),
-    }
-}
+on_kafka!(one_that_cannot_compile_its_part_is_named_and_serves_on_while_the_others_take_the_table, one_of_three);
 
 async fn one_of_three(stage: Stage) -> Result<()> {
     const SERVICES: [&str; 3] = ["work", "other", "third"];

@@ -8,8 +8,8 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use mesh_proto::v1::{GetStatusResponse, RouteState};
 use mesh_tests::{
-    broker::Broker,
     load::Load,
+    on_kafka,
     oracle::{Oracle, sightings},
     service::{Condition, Rule, Scenario, Service},
     sidecar::{Builder, Sidecar, routes_of},
@@ -81,22 +81,7 @@ async fn all_went(stage: &Stage, asked: &Sidecar, to: &str, oracle: &Oracle) -> 
     oracle.judge(&sightings(&found)?).exactly_once()
 }
 
-macro_rules! on_kafka {
-    ($($name:ident, $body:ident;)*) => { $(
-        #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-        async fn $name() -> Result<()> {
-            let Some(broker) = Broker::kafka().await? else { return Ok(()) };
-            Stage::run(broker, $body).await
-        }
-    )* };
-}
-
-on_kafka! {
-    a_release_reaches_the_owners_through_a_sidecar_that_owns_nothing, remote;
-    what_is_said_to_be_released_is_so_after_a_kill_9, killed;
-    a_silent_owner_of_parked_records_is_named_and_the_next_one_releases_them, silent;
-    a_release_in_the_middle_of_a_rebalance_reaches_the_new_owner, moving;
-}
+on_kafka!(a_release_reaches_the_owners_through_a_sidecar_that_owns_nothing, remote);
 
 async fn remote(stage: Stage) -> Result<()> {
     let mut service = Service::native(poison()).await?;
@@ -139,6 +124,8 @@ async fn remote(stage: Stage) -> Result<()> {
     }
     Ok(())
 }
+
+on_kafka!(a_silent_owner_of_parked_records_is_named_and_the_next_one_releases_them, silent);
 
 async fn silent(stage: Stage) -> Result<()> {
     let mut service = Service::native(poison()).await?;
@@ -195,6 +182,8 @@ async fn silent(stage: Stage) -> Result<()> {
     first.finish().await
 }
 
+on_kafka!(a_release_in_the_middle_of_a_rebalance_reaches_the_new_owner, moving);
+
 /// Each key has a release of its own, and partitions move meanwhile.
 async fn moving(stage: Stage) -> Result<()> {
     const KEYS: usize = 40;
@@ -226,6 +215,8 @@ async fn moving(stage: Stage) -> Result<()> {
     }
     Ok(())
 }
+
+on_kafka!(what_is_said_to_be_released_is_so_after_a_kill_9, killed);
 
 /// The owner is killed as soon as it has answered, long before all is processed.
 async fn killed(stage: Stage) -> Result<()> {

@@ -5,8 +5,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use mesh_proto::v1::{GetStatusResponse, InstanceState, RouteState};
 use mesh_tests::{
-    broker::Broker,
-    on_both,
+    on_both, on_kafka,
     service::{Entry, Rule, Scenario, Service},
     sidecar::Sidecar,
     stage::Stage,
@@ -31,7 +30,7 @@ async fn rollout(sidecar: &Sidecar) -> Result<Value> {
 }
 
 /// Waits for a state of the rollout.
-async fn until(sidecar: &Sidecar, what: &str, holds: impl Fn(&Value) -> bool) -> Result<Value> {
+pub(crate) async fn until(sidecar: &Sidecar, what: &str, holds: impl Fn(&Value) -> bool) -> Result<Value> {
     let looked = tokio::time::timeout(MINUTE, async {
         loop {
             let rollout = rollout(sidecar).await?;
@@ -221,13 +220,7 @@ impl Zones {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_canary_over_three_processes_is_ended_by_one_that_was_not_asked() -> Result<()> {
-    match Broker::kafka().await? {
-        Some(broker) => Stage::run(broker, three_zones).await,
-        None => Ok(()),
-    }
-}
+on_kafka!(a_canary_over_three_processes_is_ended_by_one_that_was_not_asked, three_zones);
 
 async fn three_zones(stage: Stage) -> Result<()> {
     let mut zones = Zones::start(&stage).await?;
