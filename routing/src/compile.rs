@@ -6,13 +6,12 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use crate::check::{Checked, check};
 use crate::expression::{Expression, ExpressionError};
 use crate::fault::Faults;
-use crate::part::Elsewhere;
 use crate::record::{RecordView, ReplyView};
 use crate::schema::{Mismatch, Schema};
 use crate::table::{
@@ -34,9 +33,12 @@ pub struct CompiledTable {
     by_name: HashMap<Arc<str>, usize>,
     by_topic: HashMap<Arc<str>, Vec<Arc<Route>>>,
     by_service: HashMap<Arc<str>, Vec<Arc<Route>>>,
-    /// The routes that were left out.
-    pub(crate) elsewhere: Elsewhere,
+    /// Whose the consumer groups are, of all routes, if some were left out.
+    pub(crate) elsewhere: Option<Groups>,
 }
+
+/// The routes of consumer groups, read when somebody asks.
+type Groups = LazyLock<HashMap<Box<str>, Box<str>>, Box<dyn FnOnce() -> HashMap<Box<str>, Box<str>> + Send>>;
 
 /// A topic that a table names.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -366,13 +368,14 @@ impl CompiledTable {
 
     /// Whether all routes of the table are here.
     pub fn is_whole(&self) -> bool {
-        self.elsewhere.is_empty()
+        self.elsewhere.is_none()
     }
 
-    /// The name of the route that has a consumer group, be it here or left out.
+    /// The name of the route that has a consumer group, be it here or left out. Of a part it reads the names of all routes when it is asked for the
+    /// first time: some milliseconds for ten thousand.
     pub fn route_of_group(&self, group: &str) -> Option<&str> {
         let here = self.routes.iter().find(|route| *route.group == *group).map(|route| &*route.name);
-        here.or_else(|| self.elsewhere.route_of_group(&self.mesh, group))
+        here.or_else(|| self.elsewhere.as_ref()?.get(group).map(|name| &**name))
     }
 
     /// All topics that the table names, sorted by name: declared ones, sources, destinations, and
@@ -418,7 +421,7 @@ pub(crate) fn compile_checked(table: &Table, checked: Checked, digest: String) -
         by_name: HashMap::with_capacity(table.routes.len()),
         by_topic: HashMap::new(),
         by_service: HashMap::new(),
-        elsewhere: Elsewhere::default(),
+        elsewhere: None,
     };
     for (i, (spec, fields)) in table.routes.iter().zip(resolved).enumerate() {
         // An expression of the route itself, or of the defaults when it has none.

@@ -39,6 +39,8 @@ pub mod sign;
 mod table;
 mod value;
 
+use std::sync::LazyLock;
+
 use check::Checked;
 
 pub use compile::{
@@ -48,6 +50,7 @@ pub use diff::{Change, ChangeKind, RouteCounts, count_routes, diff};
 pub use expression::{Expression, ExpressionError};
 pub use fault::{Fault, Faults};
 pub use graph::{AllNotes, GraphFormat, Notes, graph, graph_with, loops};
+pub use part::{Parts, digest_of, part_digest, part_of};
 pub use record::{HeaderSource, NoHeaders, RecordView, ReplyView};
 pub use schema::{Mismatch, Schema};
 pub use table::{
@@ -76,10 +79,19 @@ pub fn parse(source_name: &str, text: &str) -> Result<Table, Faults> {
 ///
 /// As [`parse`].
 pub fn load(source_name: &str, text: &str) -> Result<(Table, CompiledTable), Faults> {
+    load_with_parts(source_name, text).map(|(table, compiled, _)| (table, compiled))
+}
+
+/// As [`load`], with the [`Table::parts`], which its digest needs anyway.
+///
+/// # Errors
+///
+/// As [`parse`].
+pub fn load_with_parts(source_name: &str, text: &str) -> Result<(Table, CompiledTable, Parts), Faults> {
     let (table, checked, _) = read_text(source_name, text)?;
-    let digest = table.digest();
-    let compiled = compile::compile_checked(&table, checked, digest);
-    Ok((table, compiled))
+    let parts = table.parts();
+    let compiled = compile::compile_checked(&table, checked, parts.digest());
+    Ok((table, compiled, parts))
 }
 
 /// Compiles a text that was stored with its digest: the one that [`Table::digest`] gives if the text is what [`Table::to_json`] gave. Whoever
@@ -93,21 +105,41 @@ pub fn load_stored(source_name: &str, text: &str, digest: &str) -> Result<Compil
     Ok(compile::compile_checked(&table, checked, digest.to_owned()))
 }
 
-/// As [`load_stored`], without the routes of services that `serves` denies: neither read nor checked, they cost next to nothing. What the table declares
-/// of topics is there, and [`CompiledTable::route_of_group`] knows the groups of all.
+/// Gives all parts of a table, if they can be had; called at most once.
+pub type AllParts = Box<dyn FnOnce() -> Option<Parts> + Send>;
+
+/// As [`load_stored`], of some of its parts, without the routes of services that `serves` denies: neither read nor checked, they cost next to nothing.
+/// `more` says that there are other parts. What the table declares of topics is there, and [`CompiledTable::route_of_group`] asks `all` for the groups
+/// of the others when it has to.
 ///
 /// # Errors
 ///
-/// As [`parse`], of what is not left out.
-pub fn load_part(source_name: &str, text: &str, digest: &str, serves: impl Fn(&str) -> bool) -> Result<CompiledTable, Faults> {
-    if let Some(part) = part::split(text, serves)
-        && let Ok(mut compiled) = load_stored(source_name, &part.text, digest)
-    {
-        compiled.elsewhere = part.elsewhere;
-        return Ok(compiled);
+/// As [`parse`], of what is not left out, with the places in the whole.
+pub fn load_part(
+    source_name: &str,
+    digest: &str,
+    parts: &Parts,
+    more: bool,
+    serves: impl Fn(&str) -> bool,
+    all: AllParts,
+) -> Result<CompiledTable, Faults> {
+    let Some((text, left_out)) = parts.own(serves) else {
+        let message = "these are no parts of the table that this version understands";
+        return Err(finish(source_name, vec![Fault::new(fault::code::UNSUPPORTED, "", message, "update this sidecar")]));
+    };
+    match load_stored(source_name, &text, digest) {
+        Ok(mut compiled) if more || left_out => {
+            let mesh = compiled.mesh.clone();
+            let groups = move || all().map(|parts| parts.groups(&mesh)).unwrap_or_default();
+            compiled.elsewhere = Some(LazyLock::new(Box::new(groups)));
+            Ok(compiled)
+        }
+        Ok(compiled) => Ok(compiled),
+        Err(faults) => match all().and_then(|parts| parts.join()) {
+            Some(whole) => load_stored(source_name, &whole, digest),
+            None => Err(faults),
+        },
     }
-    // What is wrong is told with its place in the whole.
-    load_stored(source_name, text, digest)
 }
 
 /// As [`parse`], with the [warnings](Table::warnings) of the table, each at its place in the text.

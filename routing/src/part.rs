@@ -1,17 +1,22 @@
-//! The part of a stored table that one sidecar runs: the routes of its services, and all that the table declares of topics.
+//! A table in parts: what it declares, and the routes of its services, those of a service in the part that its name gives.
 //!
 //! A mesh of a thousand services has a table of ten thousand routes, and each sidecar runs ten of them. Who applies a table checks all of it; a sidecar
-//! reads and compiles its part, and remembers of the others which consumer groups are theirs.
+//! reads, checks and compiles its part. The digest of a table is one over the digests of its parts, so that a part can be told to be genuine without the
+//! others: two levels of a Merkle tree.
 //!
-//! Invariant: a part behaves as the whole does, as far as its own routes go. Whatever is not plainly a stored table is not taken apart.
+//! Invariant: put together, the parts are the text that was taken apart, to the byte.
+//! Invariant: a part behaves as the whole does, as far as its own routes go.
+//! Invariant: which part a service's routes are in, and what a digest is over, never change: both are in the records of the control topic.
 
 use std::borrow::Cow;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::Write as _;
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
+use sha2::{Digest as _, Sha256};
 
-/// A table, as far as it has to be read to find whose its routes are. With a field that is not known here it is left whole: that is to be told.
+/// A table, as far as it has to be read to find whose its routes are.
 #[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 struct Root<'t> {
@@ -37,7 +42,7 @@ struct Spec<'t> {
 }
 
 /// Whose a route is.
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 struct Owned<'t> {
     #[serde(borrow, default)]
     name: Option<Cow<'t, str>>,
@@ -47,66 +52,144 @@ struct Owned<'t> {
     group: Option<Cow<'t, str>>,
 }
 
-/// The routes of a table that other sidecars run.
-#[derive(Debug, Default)]
-pub(crate) struct Elsewhere {
-    /// Those with the group that every route has unless it names one.
-    names: HashSet<Box<str>>,
-    /// The others, by group.
-    groups: HashMap<Box<str>, Box<str>>,
-}
-
-impl Elsewhere {
-    pub(crate) fn is_empty(&self) -> bool {
-        self.names.is_empty() && self.groups.is_empty()
-    }
-
-    /// The route that has a group.
-    pub(crate) fn route_of_group(&self, mesh: &str, group: &str) -> Option<&str> {
-        let named = || group.strip_prefix(mesh)?.strip_prefix('.').and_then(|name| self.names.get(name));
-        self.groups.get(group).or_else(named).map(|name| &**name)
+impl<'t> Owned<'t> {
+    fn read(json: &'t str) -> Option<Self> {
+        serde_json::from_str(json).ok()
     }
 }
 
-/// A table without the routes of others.
-pub(crate) struct Part {
-    /// Its JSON.
-    pub(crate) text: String,
-    /// What is left out.
-    pub(crate) elsewhere: Elsewhere,
+/// What the declaring part of every table ends with: its routes are in the others.
+const NO_ROUTES: &str = "\"routes\":[]}}";
+
+/// The number of the part that the routes of a service are in.
+pub fn part_of(service: &str) -> u8 {
+    let [first, ..]: [u8; 32] = Sha256::digest(service).into();
+    first
 }
 
-/// Leaves out the routes of services that `serves` denies. `None` if there are none, or the text is not plainly a table.
-pub(crate) fn split(text: &str, serves: impl Fn(&str) -> bool) -> Option<Part> {
-    let mut root: Root<'_> = serde_json::from_str(text).ok()?;
-    let defaults: Option<Owned<'_>> = root.spec.defaults.map(|defaults| serde_json::from_str(defaults.get())).transpose().ok()?;
-    let shared = match &defaults {
-        Some(Owned { group: Some(_), .. }) => return None,
-        Some(defaults) => defaults.service.as_deref(),
-        None => None,
-    };
-    let (mut own, mut elsewhere) = (Vec::new(), Elsewhere::default());
-    for route in &root.spec.routes {
-        let Owned { name, service, group } = serde_json::from_str(route.get()).ok()?;
-        let (name, service) = (name?, service.as_deref().or(shared)?);
-        if serves(service) {
-            own.push(*route);
-            continue;
+/// The digest of a table, `sha256:…`, from those of its parts: SHA-256 over a line for each.
+pub fn digest_of(declared: &str, parts: impl IntoIterator<Item = (u8, [u8; 32])>) -> String {
+    let mut lines = String::from("mesh/v1 table\n");
+    // Writing into a string cannot fail.
+    let _ = writeln!(lines, "declared {}", hex(&part_digest(declared)));
+    for (number, digest) in parts {
+        let _ = writeln!(lines, "part {number} {}", hex(&digest));
+    }
+    format!("sha256:{}", hex(&Sha256::digest(lines).into()))
+}
+
+/// The digest of the text of a part.
+pub fn part_digest(text: &str) -> [u8; 32] {
+    Sha256::digest(text).into()
+}
+
+fn hex(bytes: &[u8; 32]) -> String {
+    let digit = |nibble: u8| char::from_digit(u32::from(nibble), 16).unwrap_or_default();
+    bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
+}
+
+/// A table in parts, or some of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Parts {
+    /// What it declares beside routes: its canonical JSON, without routes.
+    pub declared: String,
+    /// The parts by their numbers, of those that have routes. A line for each route: its place in the table, a space, its canonical JSON.
+    pub routes: BTreeMap<u8, String>,
+}
+
+impl Parts {
+    /// Takes apart what [`Table::to_json`](crate::Table::to_json) gave. `None` if it is not plainly that.
+    pub fn split(text: &str) -> Option<Self> {
+        let mut root: Root<'_> = serde_json::from_str(text).ok()?;
+        let shared = root.spec.defaults.map_or_else(|| Some(Owned::default()), |defaults| Owned::read(defaults.get()))?.service;
+        let mut routes: BTreeMap<u8, String> = BTreeMap::new();
+        for (place, route) in std::mem::take(&mut root.spec.routes).into_iter().enumerate() {
+            let Owned { name, service, .. } = Owned::read(route.get())?;
+            let service = name.and(service.as_deref().or(shared.as_deref()))?;
+            let _ = writeln!(routes.entry(part_of(service)).or_default(), "{place} {}", route.get());
         }
-        let name: Box<str> = name.into();
-        match group {
-            Some(group) => drop(elsewhere.groups.insert(group.into(), name)),
-            None => drop(elsewhere.names.insert(name)),
-        }
+        let parts = Self { declared: serde_json::to_string(&root).ok()?, routes };
+        // White space, the order of fields and line breaks are those of the canonical form, or it is another text.
+        (parts.join()? == text).then_some(parts)
     }
-    root.spec.routes = own;
-    if elsewhere.is_empty() { None } else { Some(Part { text: serde_json::to_string(&root).ok()?, elsewhere }) }
+
+    /// The digest of the table, if all its parts are here.
+    pub fn digest(&self) -> String {
+        digest_of(&self.declared, self.routes.iter().map(|(number, text)| (*number, part_digest(text))))
+    }
+
+    /// The text of the table, if all its parts are here; `None` if a route before another is missing, or these are no parts of a table.
+    pub fn join(&self) -> Option<String> {
+        let routes = self.lines()?;
+        let whole = routes.iter().enumerate().all(|(index, (place, _))| index == *place);
+        if whole { self.with(routes.into_iter().map(|(_, route)| route)) } else { None }
+    }
+
+    /// The routes with their places, in the order of the table.
+    fn lines(&self) -> Option<Vec<(usize, &str)>> {
+        let line = |line| -> Option<(usize, &str)> {
+            let (place, route) = str::split_once(line, ' ')?;
+            Some((place.parse().ok()?, route))
+        };
+        let mut routes: Vec<_> = self.routes.values().flat_map(|text| text.lines()).map(line).collect::<Option<_>>()?;
+        routes.sort_by_key(|(place, _)| *place);
+        Some(routes)
+    }
+
+    /// The text of a table that has these routes.
+    fn with<'t>(&self, routes: impl Iterator<Item = &'t str>) -> Option<String> {
+        let before = self.declared.strip_suffix(NO_ROUTES)?;
+        let mut text = String::with_capacity(self.declared.len() + self.routes.values().map(String::len).sum::<usize>());
+        text += before;
+        text += "\"routes\":[";
+        for (index, route) in routes.enumerate() {
+            if index > 0 {
+                text.push(',');
+            }
+            text += route;
+        }
+        text += "]}}";
+        Some(text)
+    }
+
+    /// The table without the routes of services that `serves` denies, and whether there are some in these parts. `None` if these are no parts of a table.
+    pub(crate) fn own(&self, serves: impl Fn(&str) -> bool) -> Option<(String, bool)> {
+        let shared = self.defaults()?.service;
+        let routes = self.lines()?;
+        let mut own = Vec::with_capacity(routes.len());
+        for (_, route) in &routes {
+            let service = Owned::read(route)?.service;
+            if serves(service.as_deref().or(shared.as_deref())?) {
+                own.push(*route);
+            }
+        }
+        let more = own.len() < routes.len();
+        Some((self.with(own.into_iter())?, more))
+    }
+
+    fn defaults(&self) -> Option<Owned<'_>> {
+        let root: Root<'_> = serde_json::from_str(&self.declared).ok()?;
+        root.spec.defaults.map_or_else(|| Some(Owned::default()), |defaults| Owned::read(defaults.get()))
+    }
+
+    /// Which routes the consumer groups belong to.
+    pub(crate) fn groups(&self, mesh: &str) -> HashMap<Box<str>, Box<str>> {
+        let shared = self.defaults().and_then(|defaults| defaults.group);
+        let routes = self.lines().unwrap_or_default();
+        let group = |(_, route): (usize, &str)| {
+            let Owned { name, group, .. } = Owned::read(route)?;
+            let name = name?;
+            let group = group.or_else(|| shared.clone()).map_or_else(|| format!("{mesh}.{name}"), Cow::into_owned);
+            Some((group.into(), name.into()))
+        };
+        routes.into_iter().filter_map(group).collect()
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{load_part, load_stored, parse};
+    use crate::{CompiledTable, Faults, load_part, load_stored, parse};
 
     const TABLE: &str = r#"
 apiVersion: mesh/v1
@@ -120,20 +203,31 @@ spec:
   routes:
   - { name: price, from: [orders], handler: /price, to: [priced] }
   - { name: bill, service: billing, from: [priced], handler: /bill, to: [bills], cases: [{ status: 202, to: [orders] }] }
+  - { name: again, from: [bills], handler: /again, filter: "record.size\n> 9", to: void }
   - { name: send, service: shipping, from: [bills], handler: /send, to: void, group: senders, retry: { topics: [1s] } }
 "#;
 
-    fn stored(yaml: &str) -> (String, String) {
-        let table = parse("t", yaml).unwrap();
-        (table.to_json(), table.digest())
+    fn parts(text: &str) -> Parts {
+        Parts::split(text).unwrap()
+    }
+
+    /// The part of one service, of a table whose parts these are.
+    fn part(all: &Parts, digest: &str, own: &'static str) -> Result<CompiledTable, Faults> {
+        let number = part_of(own);
+        let some = Parts { routes: all.routes.clone().into_iter().filter(|(known, _)| *known == number).collect(), ..all.clone() };
+        let more = some != *all;
+        let rest = all.clone();
+        load_part("t", digest, &some, more, |service| service == own, Box::new(|| Some(rest)))
     }
 
     #[test]
     fn a_part_has_its_own_routes_and_what_is_declared_and_knows_whose_the_other_groups_are() {
-        let (text, digest) = stored(TABLE);
+        let table = parse("t", TABLE).unwrap();
+        let (text, digest, all) = (table.to_json(), table.digest(), table.parts());
+        assert_eq!((all.join().unwrap(), all.digest()), (text.clone(), digest.clone()));
         let whole = load_stored("t", &text, &digest).unwrap();
         for own in ["pricing", "billing", "shipping", "nobody"] {
-            let part = load_part("t", &text, &digest, |service| service == own).unwrap();
+            let part = part(&all, &digest, own).unwrap();
             assert!(!part.is_whole() && whole.is_whole());
             assert_eq!((&part.mesh, &part.digest), (&whole.mesh, &whole.digest));
             assert_eq!(part.routes, whole.routes_of(own), "{own}");
@@ -148,42 +242,77 @@ spec:
                 assert_eq!((part.route_of_group(group), whole.route_of_group(group)), (None, None), "{own}: {group}");
             }
         }
-        let topics = |part: &crate::CompiledTable| part.topics.iter().map(|topic| topic.name.to_string()).collect::<Vec<_>>().join(" ");
-        let of_shipping = load_part("t", &text, &digest, |service| service == "shipping").unwrap();
-        assert_eq!(topics(&of_shipping), "bills never orders send.bills.park send.bills.retry-1 send.dlq");
-        let all = load_part("t", &text, &digest, |_| true).unwrap();
-        assert!(all.is_whole() && all.routes == whole.routes);
+        let topics = |part: &CompiledTable| part.topics.iter().map(|topic| topic.name.to_string()).collect::<Vec<_>>().join(" ");
+        assert_eq!(topics(&part(&all, &digest, "shipping").unwrap()), "bills never orders send.bills.park send.bills.retry-1 send.dlq");
+        let every = load_part("t", &digest, &all, false, |_| true, Box::new(|| None)).unwrap();
+        assert!(every.is_whole() && every.routes == whole.routes);
+    }
+
+    /// These are in the control topics of meshes.
+    #[test]
+    fn parts_and_digests_are_what_they_always_were() {
+        assert_eq!(["pricing", "billing", "shipping", ""].map(part_of), [30, 12, 116, 227]);
+        let all = parse("t", TABLE).unwrap().parts();
+        let numbers: Vec<u8> = all.routes.keys().copied().collect();
+        assert_eq!(numbers, [12, 30, 116]);
+        assert!(all.routes[&30].starts_with("0 {\"name\":\"price\"") && all.routes[&30].contains("\n2 {\"name\":\"again\""));
+        assert_eq!(all.digest(), "sha256:eedd79d3d530a89ffec47aff2afd9ba7d92be847a4e4ba28c7702a3f8afd1f34");
+        assert_eq!(digest_of("{}", [(7, part_digest("x"))]), "sha256:1541229319f0415db91d34ebe64dcf6fcc2b3d96fa30571f339ab680775082db");
+    }
+
+    #[test]
+    fn every_part_counts_in_the_digest_and_a_missing_route_is_seen() {
+        let all = parse("t", TABLE).unwrap().parts();
+        let mut digests = std::collections::HashSet::from([all.digest()]);
+        for changed in [
+            Parts { declared: all.declared.replace("shop", "shed"), ..all.clone() },
+            Parts { routes: all.routes.iter().map(|(number, text)| (number ^ 1, text.clone())).collect(), ..all.clone() },
+            Parts { routes: all.routes.iter().map(|(number, text)| (*number, text.replace("price", "prize"))).collect(), ..all.clone() },
+        ] {
+            assert!(digests.insert(changed.digest()));
+        }
+        for number in all.routes.keys() {
+            let mut some = all.clone();
+            some.routes.remove(number);
+            // Of the last route that is missing only the digest tells.
+            assert!(digests.insert(some.digest()) && some.join().as_ref() != Some(&all.join().unwrap()));
+            assert_eq!(some.join().is_none(), *number != part_of("shipping"));
+        }
+        let odd = Parts { routes: [(0, "no line\n".to_owned())].into(), ..all.clone() };
+        assert!(odd.join().is_none());
+        let faults = load_part("t", "d", &odd, true, |_| true, Box::new(|| None)).unwrap_err();
+        assert!(faults.to_string().contains("parts of the table"), "{faults}");
     }
 
     /// What is wrong with a part is told of the whole, where it stands there; what is wrong elsewhere is for those who run it.
     #[test]
     fn faults_of_a_part_are_told_with_their_place_in_the_whole() {
-        let (text, digest) = stored(TABLE);
+        let text = parse("t", TABLE).unwrap().to_json();
         let wrong = text.replace("\"handler\":\"/send\"", "\"handler\":7");
         assert_ne!(wrong, text);
-        let faults = |own: &'static str| load_part("t", &wrong, &digest, |service| service == own).err();
+        let faults = |own: &'static str| part(&parts(&wrong), "d", own).err();
         let found = faults("shipping").unwrap();
-        assert_eq!(found.0[0].field, "spec.routes[2].handler");
+        assert_eq!(found.0[0].field, "spec.routes[3].handler");
         assert_eq!(found.0[0].column as usize, 1 + wrong.find(":7").unwrap() + 1);
         assert!(faults("pricing").is_none());
     }
 
     #[test]
     fn what_is_not_plainly_a_stored_table_is_not_taken_apart() {
-        let (text, _) = stored(TABLE);
-        let split = |text: &str| split(text, |service| service == "pricing").is_some();
-        assert!(split(&text));
+        let text = parse("t", TABLE).unwrap().to_json();
+        assert!(Parts::split(&text).is_some());
         for (from, to) in [
             ("{\"apiVersion\"", "{\"newer\":1,\"apiVersion\""),
             ("\"spec\":{", "\"spec\":{\"newer\":1,"),
             ("\"name\":\"send\",", ""),
             ("\"service\":\"pricing\",", ""),
-            ("\"defaults\":{", "\"defaults\":{\"group\":\"one\","),
             ("\"name\":\"send\"", "\"name\":[]"),
+            ("\"name\":\"send\"", "\n\"name\":\"send\""),
+            ("\"kind\":", "\"kind\": "),
         ] {
             let changed = text.replace(from, to);
-            assert!(changed != text && !split(&changed), "{to} in place of {from}");
+            assert!(changed != text && Parts::split(&changed).is_none(), "{to} in place of {from}");
         }
-        assert!(!split(TABLE) && !split("{}") && !split("") && !split("[1]"));
+        assert!([TABLE, "{}", "", "[1]"].into_iter().all(|text| Parts::split(text).is_none()));
     }
 }

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use serde::ser::{SerializeMap, Serializer};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
+use crate::part::Parts;
 use crate::value::{print_duration, print_time};
 
 /// The `apiVersion` of a table.
@@ -418,14 +418,23 @@ impl Table {
         serde_saphyr::to_string(self).unwrap_or_default()
     }
 
-    /// `sha256:<hex>` over the canonical form: it does not depend on formatting, on the order of
+    /// The canonical form in parts.
+    pub fn parts(&self) -> Parts {
+        let json = self.to_json();
+        // A route without a service is a fault of any table that is checked.
+        Parts::split(&json).unwrap_or_else(|| Parts { declared: json, ..Parts::default() })
+    }
+
+    /// `sha256:<hex>` over the canonical form, [part by part](Parts): it does not depend on formatting, on the order of
     /// keys, or on YAML or JSON.
     pub fn digest(&self) -> String {
-        let mut out = String::from("sha256:");
-        for byte in Sha256::digest(self.to_json()) {
-            out.push_str(&format!("{byte:02x}"));
-        }
-        out
+        self.parts().digest()
+    }
+
+    /// The consumer group of a route.
+    pub fn group_of(&self, route: &RouteSpec) -> String {
+        let named = route.fields.group.as_ref().or(self.defaults.group.as_ref());
+        named.cloned().unwrap_or_else(|| format!("{}.{}", self.mesh, route.name))
     }
 
     /// The fields of a route with the table's defaults folded in. What neither names stays `None`.

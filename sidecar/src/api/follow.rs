@@ -17,7 +17,7 @@ use axum::body::Body;
 use bytes::Bytes;
 use futures_util::stream;
 use http::{HeaderMap, HeaderValue, Response, header, request::Parts};
-use tokio::time::Instant;
+use tokio::{task::spawn_blocking, time::Instant};
 
 use super::{Api, paths, problem::ApiError};
 use crate::{
@@ -182,9 +182,16 @@ pub(super) async fn open(api: &Api, caller: Caller, topics: &[String], group: &s
     if group.len() > 255 || group.chars().any(char::is_control) {
         return Err(ApiError::Query { name: "group", reason: "must have at most 255 characters and no control character".to_owned() });
     }
-    let route = api.inner.table.borrow().as_ref().and_then(|table| table.compiled.route_of_group(group).map(str::to_owned));
-    if let Some(route) = route {
-        return Err(ApiError::RouteGroup { group: group.to_owned(), route });
+    let table = api.inner.table.borrow().clone();
+    if let (Some(table), false) = (table, group.is_empty()) {
+        // The names of ten thousand routes may have to be read for it.
+        let asked = group.to_owned();
+        let route = spawn_blocking(move || table.compiled.route_of_group(&asked).map(str::to_owned)).await;
+        // What was begun is not run once the process ends.
+        let Ok(route) = route else { return Err(ApiError::Draining) };
+        if let Some(route) = route {
+            return Err(ApiError::RouteGroup { group: group.to_owned(), route });
+        }
     }
     if group.starts_with("__") {
         return Err(ApiError::Query { name: "group", reason: "must not begin with `__`".to_owned() });

@@ -7,18 +7,18 @@
 //! good one first.
 //! Invariant: the generation in force here never goes back, but from a canary that was aborted to the newest one that is meant for all.
 
-use std::{path::Path, sync::Arc};
+use std::{collections::BTreeSet, path::Path, sync::Arc};
 
-use mesh_proto::v1;
-use mesh_routing::CompiledTable;
+use bytes::Bytes;
+use mesh_routing::{CompiledTable, load_part, load_stored, part_of};
 use tokio::{task::spawn_blocking, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     CACHE_AFTER, StartError, cache,
     rollout::{self, Rollout},
-    snapshot::Snapshot,
-    state::{Backoff, Local, Progress, Shared, now_ms, origin_of},
+    snapshot::{Snapshot, SnapshotError},
+    state::{Backoff, Local, Progress, Shared, Taken, now_ms, origin_of},
     topics,
 };
 use crate::{
@@ -31,7 +31,7 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Pinned {
     compiled: Arc<CompiledTable>,
-    response: v1::GetTableResponse,
+    taken: Taken,
 }
 
 impl Pinned {
@@ -40,20 +40,15 @@ impl Pinned {
         let (path, mesh) = (path.to_owned(), mesh.to_owned());
         spawn_blocking(move || {
             let text = std::fs::read_to_string(&path).map_err(|error| StartError::Read { path: path.clone(), error })?;
-            let loaded = mesh_routing::load(&path.display().to_string(), &text);
-            let (table, compiled) = loaded.map_err(|faults| StartError::Faults { path: path.clone(), faults })?;
+            let loaded = mesh_routing::load_with_parts(&path.display().to_string(), &text);
+            let (table, compiled, parts) = loaded.map_err(|faults| StartError::Faults { path: path.clone(), faults })?;
             if table.mesh != mesh {
                 return Err(StartError::Mesh { path, found: table.mesh, expected: mesh });
             }
-            let response = v1::GetTableResponse {
-                generation: 0,
-                digest: compiled.digest.to_string(),
-                json: table.to_json(),
-                applied_ms: now_ms(),
-                origin: v1::TableOrigin::Pinned.into(),
-                entry: None,
-            };
-            Ok(Self { compiled: Arc::new(compiled), response })
+            let snapshot =
+                Snapshot::new(&mesh, 0, now_ms(), "", parts).map_err(|error| StartError::Pack { path, error: error.to_string() })?;
+            let taken = Taken { snapshot: Arc::new(snapshot), origin: TableOrigin::Pinned };
+            Ok(Self { compiled: Arc::new(compiled), taken })
         })
         .await?
     }
@@ -62,11 +57,11 @@ impl Pinned {
 /// Puts the pinned table in force, and creates its topics as soon as the broker is there.
 pub(super) async fn run_pinned(shared: Arc<Shared>, pinned: Pinned, stop: CancellationToken) {
     stop.run_until_cancelled(async {
-        let Pinned { compiled, response } = pinned;
+        let Pinned { compiled, taken } = pinned;
         let table = compiled.clone();
         let mut ensured = std::pin::pin!(ensure_topics(&shared, &table, 0));
         let in_time = timeout(CACHE_AFTER, &mut ensured).await.is_ok();
-        put(&shared, response, TableOrigin::Pinned, compiled, Verdict::default());
+        put(&shared, taken, compiled, Verdict::default());
         shared.ready.send_replace(true);
         if !in_time {
             ensured.await;
@@ -111,8 +106,8 @@ pub(super) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
         }
         shared.ready.send_replace(true);
         // Not cancelled: a stop waits for the milliseconds that the disk takes.
-        if let Some(snapshot) = taken {
-            stored = store_copy(&shared, snapshot, stored).await;
+        if let Some(taken) = taken {
+            stored = store_copy(&shared, taken, stored).await;
         }
     }
 }
@@ -122,7 +117,7 @@ const COPY: &str = "table copy";
 
 /// A copy on disk, compiled: one that this version cannot run is none.
 struct Copy {
-    snapshot: Snapshot,
+    snapshot: Arc<Snapshot>,
     compiled: Arc<CompiledTable>,
 }
 
@@ -130,7 +125,7 @@ async fn load_copy(shared: &Shared) -> Option<Copy> {
     let (config, chosen) = (shared.config.clone(), rollout::chosen(shared));
     let load = move || {
         let mut refused = Vec::new();
-        for name in [cache::FILE, cache::PREVIOUS] {
+        for name in [cache::FILE, cache::PREVIOUS, cache::OLDER] {
             match load_file(&config, name, &chosen) {
                 Ok(None) => {}
                 Ok(found) => return (found, refused),
@@ -158,6 +153,7 @@ fn load_file(config: &Config, name: &str, chosen: &impl Fn(&str) -> bool) -> Res
     if !chosen(&snapshot.channel) {
         return Err(format!("{}: it is a {}, which this instance is none of", config.state.join(name).display(), snapshot.channel));
     }
+    let snapshot = Arc::new(snapshot);
     let compiled = compile(config, &snapshot).map_err(|reason| format!("{}: {reason}", config.state.join(name).display()))?;
     Ok(Some(Copy { snapshot, compiled: Arc::new(compiled) }))
 }
@@ -165,8 +161,8 @@ fn load_file(config: &Config, name: &str, chosen: &impl Fn(&str) -> bool) -> Res
 /// Takes the copy on disk into force.
 fn use_copy(shared: &Shared, copy: &Copy, verdict: Verdict) {
     tracing::warn!(generation = copy.snapshot.generation, "the routing table comes from the copy on disk");
-    let response = Local::response(&copy.snapshot, TableOrigin::Cache);
-    put(shared, response, TableOrigin::Cache, copy.compiled.clone(), verdict);
+    let taken = Taken { snapshot: copy.snapshot.clone(), origin: TableOrigin::Cache };
+    put(shared, taken, copy.compiled.clone(), verdict);
 }
 
 /// What was found about the newest generation.
@@ -195,10 +191,17 @@ impl Verdict {
     }
 }
 
+/// What is to be copied to the disk.
+struct ToStore {
+    snapshot: Arc<Snapshot>,
+    /// The same, packed.
+    record: Bytes,
+}
+
 /// How a judgement ended.
 enum Judged {
     /// With a verdict, and with what is to be copied to the disk.
-    Done(Option<Box<Snapshot>>),
+    Done(Option<ToStore>),
     /// A newer generation came meanwhile: it is judged next.
     Superseded,
 }
@@ -232,16 +235,21 @@ async fn judge(shared: &Shared, now: Progress, copy: Option<&Copy>) -> Judged {
     }
     for generation in candidates {
         match prepare(shared, generation).await {
-            Ok((snapshot, compiled)) => {
+            Ok((copy, compiled)) => {
+                let snapshot = &copy.snapshot;
                 verdict.digests.push((generation, snapshot.digest.clone()));
-                if !ensure_topics(shared, &compiled, head).await {
+                // What was there for the table before is there.
+                let known =
+                    active.as_ref().filter(|active| settled && !shared.waits_for(TOPICS) && active.compiled.topics == compiled.topics);
+                if known.is_none() && !ensure_topics(shared, &compiled, head).await {
                     return Judged::Superseded;
                 }
                 if verdict.rollout.as_ref().is_some_and(|rollout| rollout.entry.generation == generation) {
                     rollout::begin(shared, generation);
                 }
-                put(shared, Local::response(&snapshot, TableOrigin::Mesh), TableOrigin::Mesh, Arc::new(compiled), verdict);
-                return Judged::Done(Some(Box::new(snapshot)));
+                let taken = Taken { snapshot: snapshot.clone(), origin: TableOrigin::Mesh };
+                put(shared, taken, Arc::new(compiled), verdict);
+                return Judged::Done(Some(copy));
             }
             Err(reason) => {
                 tracing::error!(generation, reason, "the routing table is refused, and the last good one stays in force");
@@ -271,32 +279,45 @@ async fn learn(shared: &Shared, head: u64) -> Option<Arc<Rollout>> {
 }
 
 /// Reads, verifies and compiles a generation. The error is the reason in words.
-async fn prepare(shared: &Shared, generation: u64) -> Result<(Snapshot, CompiledTable), String> {
+async fn prepare(shared: &Shared, generation: u64) -> Result<(ToStore, CompiledTable), String> {
     let winner = shared.log(|log| log.winner(generation).cloned()).ok_or("its record was deleted")?;
     let config = shared.config.clone();
     spawn_blocking(move || {
         let snapshot = Snapshot::read(&winner, &config.mesh, generation).map_err(|error| error.to_string())?;
         snapshot.verify(&config.control.trusted_keys).map_err(|error| error.to_string())?;
+        let snapshot = Arc::new(snapshot);
         let compiled = compile(&config, &snapshot)?;
-        Ok((snapshot, compiled))
+        Ok((ToStore { snapshot, record: winner.value }, compiled))
     })
     .await
     .map_err(|error| format!("it could not be compiled: {error}"))?
 }
 
-fn compile(config: &Config, snapshot: &Snapshot) -> Result<CompiledTable, String> {
+/// Compiles the part that this sidecar runs.
+fn compile(config: &Config, snapshot: &Arc<Snapshot>) -> Result<CompiledTable, String> {
     let (name, mesh) = (format!("generation {}", snapshot.generation), &config.mesh);
-    let serves = |service: &str| config.service(service).is_some();
-    let compiled = mesh_routing::load_part(&name, &snapshot.table, &snapshot.digest, serves).map_err(|faults| faults.to_string())?;
+    let own: BTreeSet<u8> = config.services.iter().map(|service| part_of(&service.name)).collect();
+    let compiled = match snapshot.parts(|part| own.contains(&part)) {
+        Ok((parts, more)) => {
+            let (serves, all) = (|service: &str| config.service(service).is_some(), snapshot.clone());
+            load_part(&name, &snapshot.digest, &parts, more, serves, Box::new(move || all.parts(|_| true).ok().map(|(all, _)| all)))
+        }
+        // What is not plainly a table is told with all its faults.
+        Err(SnapshotError::NoTable) => load_stored(&name, &snapshot.table().map_err(|error| error.to_string())?, &snapshot.digest),
+        Err(error) => return Err(error.to_string()),
+    };
+    let compiled = compiled.map_err(|faults| faults.to_string())?;
     if *compiled.mesh != **mesh {
         return Err(format!("the table is of mesh {:?}, and this sidecar belongs to mesh {mesh:?}", compiled.mesh));
     }
     Ok(compiled)
 }
 
+/// The subject of topics that are missing.
+const TOPICS: &str = "topics";
+
 /// Creates the topics that are missing. Waits for a broker that is away; `false` if a newer generation came meanwhile.
 async fn ensure_topics(shared: &Shared, compiled: &CompiledTable, head: u64) -> bool {
-    const SUBJECT: &str = "topics";
     let mut progress = shared.progress.subscribe();
     let mut backoff = Backoff::new();
     loop {
@@ -305,12 +326,12 @@ async fn ensure_topics(shared: &Shared, compiled: &CompiledTable, head: u64) -> 
                 for differs in plan.differs {
                     tracing::warn!("{differs}");
                 }
-                shared.wait_for(SUBJECT, None);
+                shared.wait_for(TOPICS, None);
                 return true;
             }
             Err(error) => {
                 let passes = error.kind == BrokerErrorKind::Unreachable;
-                shared.wait_for(SUBJECT, Some(format!("the topics of the routing table cannot be created: {error}")));
+                shared.wait_for(TOPICS, Some(format!("the topics of the routing table cannot be created: {error}")));
                 if !passes {
                     // The routes whose topics are missing wait for them, and name them; the others need not.
                     return true;
@@ -326,26 +347,27 @@ async fn ensure_topics(shared: &Shared, compiled: &CompiledTable, head: u64) -> 
 }
 
 /// The swap. Whoever sees the verdict sees the table too.
-fn put(shared: &Shared, response: v1::GetTableResponse, origin: TableOrigin, compiled: Arc<CompiledTable>, verdict: Verdict) {
+fn put(shared: &Shared, taken: Taken, compiled: Arc<CompiledTable>, verdict: Verdict) {
     let active = shared.table.borrow().clone();
     // The same table again: routes see that nothing changed.
     let compiled = match active {
         Some(active) if active.compiled.digest == compiled.digest => active.compiled.clone(),
         _ => compiled,
     };
-    let (generation, applied_ms) = (response.generation, response.applied_ms);
-    tracing::info!(generation, digest = response.digest, origin = origin_of(origin).as_str_name(), "a routing table is in force");
+    let (Snapshot { generation, applied_ms, digest, .. }, origin) = (&*taken.snapshot, taken.origin);
+    let (generation, applied_ms) = (*generation, *applied_ms);
+    tracing::info!(generation, digest, origin = origin_of(origin).as_str_name(), "a routing table is in force");
     shared.table.send_replace(Some(Arc::new(ActiveTable { generation, applied_ms, origin, compiled })));
     shared.local.send_modify(|local| {
-        local.table = Some(Arc::new(response));
+        local.table = Some(Arc::new(taken));
         verdict.say(local);
     });
 }
 
 /// `last` is the copy that was stored before; gives the one that is stored now.
-async fn store_copy(shared: &Shared, snapshot: Box<Snapshot>, last: Option<cache::Stored>) -> Option<cache::Stored> {
+async fn store_copy(shared: &Shared, copy: ToStore, last: Option<cache::Stored>) -> Option<cache::Stored> {
     let config = shared.config.clone();
-    let store = move || cache::store(&config.state, &snapshot, &config.control.trusted_keys, last.as_ref());
+    let store = move || cache::store(&config.state, &copy.snapshot, &copy.record, &config.control.trusted_keys, last.as_ref());
     let (stored, failed) = match spawn_blocking(store).await {
         Ok(Ok(stored)) => (stored, None),
         Ok(Err(error)) => (None, Some(error.to_string())),

@@ -6,9 +6,10 @@
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use mesh_proto::v1;
 use mesh_routing::{
-    CompiledTable, Fault, Faults, RouteFields, Table,
+    CompiledTable, Fault, Faults, Parts, RouteFields, Table,
     channel::{Channel, Selector},
     count_routes,
     sign::Signed,
@@ -16,6 +17,7 @@ use mesh_routing::{
 use tokio::{
     task::spawn_blocking,
     time::{Instant, timeout, timeout_at},
+    try_join,
 };
 
 use super::{
@@ -202,7 +204,7 @@ pub enum ApplyError {
 pub(super) struct Candidate {
     table: Table,
     pub(super) compiled: CompiledTable,
-    json: String,
+    parts: Parts,
     warnings: Vec<Fault>,
 }
 
@@ -221,7 +223,6 @@ struct InForce {
     /// The name of the key that signed it.
     signed_by: Option<String>,
     table: Option<Table>,
-    compiled: Option<CompiledTable>,
 }
 
 impl Control {
@@ -245,11 +246,13 @@ impl Control {
         if let Some(path) = &self.0.config.table {
             return Err(ApplyError::Pinned { path: path.clone() });
         }
-        let mut candidate = self.check(file, text).await?;
         let _one_at_a_time = self.0.applying.acquire().await.map_err(|error| ApplyError::Internal(error.to_string()))?;
-
-        self.catch_up().await?;
-        let in_force = self.in_force().await?;
+        let in_force = async {
+            self.catch_up().await?;
+            self.in_force().await
+        };
+        // Faults are told at once, whatever the broker does.
+        let (mut candidate, in_force) = try_join!(self.check(file, text), in_force)?;
         // Where a canary was aborted, the one before it is in force.
         let expected = |generation: u64| generation == in_force.generation || (in_force.aborted.is_some() && generation == in_force.stable);
         if let Some(expected) = options.expected_generation.filter(|generation| !expected(*generation)) {
@@ -321,9 +324,15 @@ impl Control {
                     }),
                     promotes: options.promotes,
                 };
-                let mut snapshot = Snapshot::new(&self.0.config.mesh, generation, now_ms(), &self.0.instance, candidate.json);
-                (snapshot.signature, snapshot.about, snapshot.channel) = (seal, about.bounded(), channel.to_string());
-                self.propose(snapshot, &channel, in_force.table).await?;
+                let (mesh, writer, parts) = (self.0.config.mesh.clone(), self.0.instance.clone(), candidate.parts);
+                let (text, about) = (channel.to_string(), about.bounded());
+                let pack = move || {
+                    let snapshot = Snapshot::new(&mesh, generation, now_ms(), &writer, parts)?;
+                    Snapshot { signature: seal, about, channel: text, ..snapshot }.pack()
+                };
+                let packed = spawn_blocking(pack).await.map_err(|error| ApplyError::Internal(error.to_string()))?;
+                let value = packed.map_err(|error| ApplyError::Internal(error.to_string()))?;
+                self.propose(generation, &channel, value, options.promotes.is_some(), in_force.table).await?;
                 let mut local = self.0.local.subscribe();
                 // Not waiting longer is no error: status tells how far each instance is.
                 timeout(ADOPTION, local.wait_for(|local| local.judged >= generation)).await.map(drop).unwrap_or_default();
@@ -336,7 +345,7 @@ impl Control {
     pub(super) async fn check(&self, file: &str, text: &str) -> Result<Candidate, ApplyError> {
         let (file, text, mesh) = (file.to_owned(), text.to_owned(), self.0.config.mesh.clone());
         spawn_blocking(move || {
-            let (table, compiled) = mesh_routing::load(&file, &text)?;
+            let (table, compiled, parts) = mesh_routing::load_with_parts(&file, &text)?;
             if table.mesh != *mesh {
                 return Err(Faults(vec![Fault {
                     message: format!("the table is of mesh {:?}, and this sidecar belongs to mesh {mesh:?}", table.mesh),
@@ -349,7 +358,7 @@ impl Control {
             for warning in &mut warnings {
                 warning.file.clone_from(&file);
             }
-            Ok(Candidate { json: table.to_json(), table, compiled, warnings })
+            Ok(Candidate { table, compiled, parts, warnings })
         })
         .await
         .map_err(|error| ApplyError::Internal(error.to_string()))?
@@ -394,10 +403,9 @@ impl Control {
             }
             (Some(generation), Some(open)) => {
                 let value = open.value.clone();
-                let read =
-                    spawn_blocking(move || Snapshot::unpack(&value)).await.map_err(|error| ApplyError::Internal(error.to_string()))?;
-                let problem = match read {
-                    Ok(snapshot) if snapshot.digest == candidate.compiled.digest.to_string() => return Ok(()),
+                let read = spawn_blocking(move || Snapshot::unpack(&value)?.table_digest()).await;
+                let problem = match read.map_err(|error| ApplyError::Internal(error.to_string()))? {
+                    Ok(digest) if digest == *candidate.compiled.digest => return Ok(()),
                     Ok(_) => "the table is another one than the canary's".to_owned(),
                     Err(error) => error.to_string(),
                 };
@@ -414,21 +422,20 @@ impl Control {
         });
         let local = self.0.local.borrow().table.clone();
         // A copy on disk may be ahead of a control topic that was lost: generations grow all the same.
-        let ahead = local.as_ref().map_or(0, |table| table.generation).max(head) > head;
+        let ahead = local.as_ref().map_or(0, |here| here.snapshot.generation).max(head) > head;
         // Where the mesh's cannot be read, the last good one here stands for it; a canary does not.
-        let local = local.filter(|table| ahead || table.generation <= in_log);
-        let generation = local.as_ref().map_or(0, |table| table.generation).max(head);
+        let local = local.filter(|here| ahead || here.snapshot.generation <= in_log);
+        let generation = local.as_ref().map_or(0, |here| here.snapshot.generation).max(head);
         let stable = if ahead { generation } else { in_log };
         let config = self.0.config.clone();
         spawn_blocking(move || {
             let snapshot = winner.filter(|_| !ahead).and_then(|winner| Snapshot::read(&winner, &config.mesh, stable).ok());
             let snapshot = snapshot.filter(|snapshot| snapshot.verify(&config.control.trusted_keys).is_ok());
-            let digest = snapshot.as_ref().map(|snapshot| snapshot.digest.clone());
+            let digest = snapshot.as_ref().and_then(|snapshot| snapshot.table_digest().ok());
             let signed_by = snapshot.as_ref().and_then(|snapshot| Some(snapshot.signature.as_ref()?.key.clone()));
-            let read = |json: &str| mesh_routing::load("the table in force", json).ok();
-            let found = snapshot.and_then(|snapshot| read(&snapshot.table)).or_else(|| read(&local?.json));
-            let (table, compiled) = found.unzip();
-            InForce { generation, stable, canary, aborted, digest, signed_by, table, compiled }
+            let read = |snapshot: &Snapshot| mesh_routing::parse("the table in force", &snapshot.table().ok()?).ok();
+            let table = snapshot.as_ref().and_then(read).or_else(|| read(&local?.snapshot));
+            InForce { generation, stable, canary, aborted, digest, signed_by, table }
         })
         .await
         .map_err(|error| ApplyError::Internal(error.to_string()))
@@ -454,7 +461,7 @@ impl Control {
             let snapshot = winner.and_then(|winner| Snapshot::unpack(&winner.value).ok());
             let winner = snapshot.map(|snapshot| history::who(&snapshot)).unwrap_or_default();
             let base = base.and_then(|base| Snapshot::unpack(&base.value).ok());
-            let base = base.and_then(|base| mesh_routing::parse("the table that was expected", &base.table).ok());
+            let base = base.and_then(|base| mesh_routing::parse("the table that was expected", &base.table().ok()?).ok());
             (winner, history::changed_lines(base.as_ref(), in_force.table.as_ref()))
         });
         // Without them the conflict is still one.
@@ -467,7 +474,7 @@ impl Control {
         let none = self.empty_table();
         let read = spawn_blocking(move || {
             let snapshot = Snapshot::unpack(&winner.value).ok()?;
-            let after = mesh_routing::parse("the winner's table", &snapshot.table).ok();
+            let after = snapshot.table().ok().and_then(|table| mesh_routing::parse("the winner's table", &table).ok());
             let before = before.or_else(|| Some(none).filter(|_| generation == 1));
             Some((history::who(&snapshot), history::changed_lines(before.as_ref(), after.as_ref())))
         });
@@ -483,7 +490,9 @@ impl Control {
         candidate: &mut Candidate,
     ) -> Vec<RouteBacklog> {
         let admin = self.0.broker.admin();
-        let counting = topics::backlogs(&*admin, existing, in_force.compiled.as_ref(), &candidate.compiled);
+        let before = in_force.table.as_ref();
+        let groups = before.iter().flat_map(|table| table.routes.iter().map(|route| table.group_of(route))).collect();
+        let counting = topics::backlogs(&*admin, existing, &groups, &candidate.compiled);
         let detail = match timeout(COUNTING, counting).await {
             Ok(Ok(backlogs)) => return backlogs,
             Ok(Err(error)) => error.to_string(),
@@ -498,13 +507,16 @@ impl Control {
     }
 
     /// Appends the proposal, and waits for the log to say who won.
-    async fn propose(&self, snapshot: Snapshot, channel: &Channel, before: Option<Table>) -> Result<(), ApplyError> {
+    async fn propose(
+        &self,
+        generation: u64,
+        channel: &Channel,
+        snapshot: Bytes,
+        promotes: bool,
+        before: Option<Table>,
+    ) -> Result<(), ApplyError> {
         let deadline = Instant::now() + READ_BACK;
-        let (generation, promotes) = (snapshot.generation, snapshot.about.promotes.is_some());
         let unclear = |detail: &str| ApplyError::Unclear { generation, detail: detail.to_owned() };
-        let packed = spawn_blocking(move || snapshot.pack()).await;
-        let value = packed.map_err(|error| error.to_string()).and_then(|packed| packed.map_err(|error| error.to_string()));
-        let value = value.map_err(ApplyError::Internal)?;
         let id = uuid::Uuid::new_v4().simple().to_string();
         // Its canary may end before it comes to the log.
         let id = if promotes { promotion_id(&id) } else { id };
@@ -514,13 +526,13 @@ impl Control {
         producer.learn_topic(CONTROL_TOPIC, BROKER).await.map_err(ApplyError::Refused)?;
         // What is old is deleted before the proposal, so that the log ends with a record that compaction keeps.
         let topic: Arc<str> = CONTROL_TOPIC.into();
-        let outgoing = |key: bytes::Bytes, value| Outgoing {
+        let outgoing = |key: Bytes, value| Outgoing {
             topic: topic.clone(),
             partition: Some(0),
             record: Record { key: Some(key), value, headers: Vec::new(), timestamp_ms: None },
         };
         let mut records: Vec<Outgoing> = self.0.log(|log| log.deletable()).into_iter().map(|key| outgoing(key, None)).collect();
-        records.push(outgoing(key.clone().into(), Some(value)));
+        records.push(outgoing(key.clone().into(), Some(snapshot)));
         let mut progress = self.0.progress.subscribe();
         let mut acks = producer.send(records);
         let mut acked = false;

@@ -19,9 +19,11 @@ use super::snapshot::{Snapshot, SnapshotError};
 use crate::pause::Pauses;
 
 /// The newest copy's name within the state folder.
-pub(crate) const FILE: &str = "table.json";
+pub(crate) const FILE: &str = "table.zst";
 /// The name of the copy before it.
-pub(crate) const PREVIOUS: &str = "table.previous.json";
+pub(crate) const PREVIOUS: &str = "table.previous.zst";
+/// The name of the newest copy of an older version, which wrote the envelope as it is. It is removed when there is another.
+pub(crate) const OLDER: &str = "table.json";
 
 /// Why a copy cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -63,19 +65,30 @@ impl Stored {
     }
 }
 
-/// Writes the newest copy. The one that was there is kept as the copy before it, if it is good: it is read for that, unless it is the one that this
+/// Writes the newest copy: the record of its snapshot, as it is. The one that was there is kept as the copy before it, if it is good: it is read for that, unless it is the one that this
 /// process wrote `last`.
-pub(crate) fn store(state: &Path, snapshot: &Snapshot, trusted: &[PublicKey], last: Option<&Stored>) -> Result<Option<Stored>, CacheError> {
+pub(crate) fn store(
+    state: &Path,
+    snapshot: &Snapshot,
+    record: &[u8],
+    trusted: &[PublicKey],
+    last: Option<&Stored>,
+) -> Result<Option<Stored>, CacheError> {
     let untouched = last.filter(|last| Stored::of(state, last.generation).as_ref() == Some(*last)).map(|last| last.generation);
     let read = || load(state, FILE, &snapshot.mesh, trusted).ok().flatten().map(|old| old.generation);
     let kept = untouched.or_else(read).is_some_and(|old| old < snapshot.generation);
-    write(state, FILE, snapshot, kept.then_some(PREVIOUS))?;
-    Ok(Stored::of(state, snapshot.generation))
+    write(state, FILE, record, kept.then_some(PREVIOUS))?;
+    let older = state.join(OLDER);
+    match fs::remove_file(&older) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(CacheError::Io { path: older, error }),
+        Ok(()) | Err(_) => Ok(Stored::of(state, snapshot.generation)),
+    }
 }
 
 /// Writes the pauses.
 pub(crate) fn store_pauses(state: &Path, pauses: &Pauses) -> Result<(), CacheError> {
-    write(state, PAUSES, pauses, None)
+    let json = serde_json::to_vec(pauses).map_err(|error| CacheError::Io { path: state.join(PAUSES), error: error.into() })?;
+    write(state, PAUSES, &json, None)
 }
 
 /// Reads the pauses; none if there is no file.
@@ -92,13 +105,13 @@ pub(crate) fn load_pauses(state: &Path) -> Result<Pauses, String> {
 }
 
 /// Writes a file, whole or not at all; the one that was there gets another name, if it is to be kept.
-fn write(state: &Path, name: &str, content: &impl serde::Serialize, keep: Option<&str>) -> Result<(), CacheError> {
+fn write(state: &Path, name: &str, content: &[u8], keep: Option<&str>) -> Result<(), CacheError> {
     let path = state.join(name);
     let write = || -> io::Result<()> {
         fs::create_dir_all(state)?;
         let temporary = state.join(format!("{name}.{}.tmp", std::process::id()));
         let mut file = File::create(&temporary)?;
-        file.write_all(&serde_json::to_vec(content)?)?;
+        file.write_all(content)?;
         file.sync_all()?;
         if let Some(keep) = keep {
             // Should the next step never come, this copy is still found.
@@ -111,15 +124,16 @@ fn write(state: &Path, name: &str, content: &impl serde::Serialize, keep: Option
     write().map_err(|error| CacheError::Io { path: path.clone(), error })
 }
 
-/// Reads a copy, [`FILE`] or [`PREVIOUS`]; `None` if there is none.
+/// Reads a copy, [`FILE`], [`PREVIOUS`] or [`OLDER`]; `None` if there is none.
 pub(crate) fn load(state: &Path, name: &str, mesh: &str, trusted: &[PublicKey]) -> Result<Option<Snapshot>, CacheError> {
     let path = state.join(name);
-    let json = match fs::read(&path) {
-        Ok(json) => json,
+    let copy = match fs::read(&path) {
+        Ok(copy) => copy,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(CacheError::Io { path, error }),
     };
-    let checked = Snapshot::from_json(&json).and_then(|snapshot| {
+    let read = if name == OLDER { Snapshot::from_json(&copy) } else { Snapshot::unpack(&copy.into()) };
+    let checked = read.and_then(|snapshot| {
         snapshot.check(mesh, snapshot.generation)?;
         snapshot.verify(trusted)?;
         Ok(snapshot)
@@ -133,45 +147,65 @@ mod tests {
 
     use super::*;
 
+    fn snapshot(generation: u64) -> Snapshot {
+        Snapshot::new("shop", generation, 5, "w", mesh_routing::Parts::default()).unwrap()
+    }
+
+    fn store(state: &Path, snapshot: &Snapshot, last: Option<&Stored>) -> Option<Stored> {
+        super::store(state, snapshot, &snapshot.pack().unwrap(), &[], last).unwrap()
+    }
+
     #[test]
     fn is_read_back_replaced_and_refused() {
         let folder = tempfile::tempdir().unwrap();
         let state = folder.path().join("a/b");
         let load = |name: &str, mesh: &str| load(&state, name, mesh, &[]);
         assert!(load(FILE, "shop").unwrap().is_none() && load(PREVIOUS, "shop").unwrap().is_none());
-        let first = Snapshot::new("shop", 1, 5, "w", "{}".into());
-        store(&state, &first, &[], None).unwrap();
+        let first = snapshot(1);
+        store(&state, &first, None);
         assert_eq!(load(FILE, "shop").unwrap(), Some(first.clone()));
-        let second = Snapshot::new("shop", 2, 6, "w", "{\"a\":1}".into());
-        store(&state, &second, &[], None).unwrap();
-        store(&state, &second, &[], None).unwrap();
+        let second = snapshot(2);
+        store(&state, &second, None);
+        store(&state, &second, None);
         assert_eq!(load(FILE, "shop").unwrap(), Some(second.clone()));
         assert_eq!(load(PREVIOUS, "shop").unwrap(), Some(first.clone()), "the same again does not push it out");
         assert_eq!(fs::read_dir(&state).unwrap().count(), 2, "no temporary file is left");
 
         assert!(load(FILE, "other").unwrap_err().to_string().contains("mesh"));
         let unsigned = super::load(&state, FILE, "shop", &[SigningKey::from_random(&[1; 32]).public()]).unwrap_err();
-        assert!(unsigned.to_string().contains("table.json: it is not signed"), "{unsigned}");
+        assert!(unsigned.to_string().contains("table.zst: it is not signed"), "{unsigned}");
         let path = state.join(FILE);
-        let json = fs::read(&path).unwrap();
-        fs::write(&path, &json[..json.len() / 2]).unwrap();
+        let copy = fs::read(&path).unwrap();
+        fs::write(&path, &copy[..copy.len() / 2]).unwrap();
         let error = load(FILE, "shop").unwrap_err();
-        assert!(error.to_string().contains("table.json"), "{error}");
+        assert!(error.to_string().contains("table.zst"), "{error}");
 
         // What is not good is replaced, and the good copy before it stays.
-        let third = Snapshot::new("shop", 3, 7, "w", "{}".into());
-        store(&state, &third, &[], None).unwrap();
+        let third = snapshot(3);
+        store(&state, &third, None);
         assert_eq!((load(FILE, "shop").unwrap(), load(PREVIOUS, "shop").unwrap()), (Some(third), Some(first.clone())));
 
         // What this process wrote itself is not read again, unless somebody changed it.
-        let fourth = Snapshot::new("shop", 4, 8, "w", "{}".into());
-        let stored = store(&state, &fourth, &[], None).unwrap();
-        let fifth = Snapshot::new("shop", 5, 9, "w", "{}".into());
-        let stored = store(&state, &fifth, &[], stored.as_ref()).unwrap();
+        let fourth = snapshot(4);
+        let stored = store(&state, &fourth, None);
+        let fifth = snapshot(5);
+        let stored = store(&state, &fifth, stored.as_ref());
         assert_eq!(load(PREVIOUS, "shop").unwrap(), Some(fourth.clone()));
         fs::write(&path, "cut").unwrap();
-        let sixth = Snapshot::new("shop", 6, 10, "w", "{}".into());
-        store(&state, &sixth, &[], stored.as_ref()).unwrap();
+        let sixth = snapshot(6);
+        store(&state, &sixth, stored.as_ref());
         assert_eq!((load(FILE, "shop").unwrap(), load(PREVIOUS, "shop").unwrap()), (Some(sixth), Some(fourth)));
+    }
+
+    /// An older version wrote the envelope as it is, under another name.
+    #[test]
+    fn an_older_copy_is_read_until_there_is_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = folder.path();
+        fs::write(state.join(OLDER), serde_json::to_vec(&snapshot(3)).unwrap()).unwrap();
+        assert_eq!(load(state, OLDER, "shop", &[]).unwrap().unwrap().generation, 3);
+        store(state, &snapshot(4), None);
+        assert!(load(state, OLDER, "shop", &[]).unwrap().is_none());
+        assert_eq!(load(state, FILE, "shop", &[]).unwrap(), Some(snapshot(4)));
     }
 }

@@ -143,7 +143,7 @@ mod tests {
     fn what_others_say_is_one_short_line() {
         assert_eq!(clean("a\n\u{1b}[2Jb", 10), "a  [2Jb");
         assert_eq!(clean("äöüäöü", 3), "äöü…");
-        let mut snapshot = Snapshot::new("shop", 1, 0, "a", "{}".into());
+        let mut snapshot = Snapshot::new("shop", 1, 0, "a", mesh_routing::Parts::default()).unwrap();
         assert_eq!(who(&snapshot), "instance a");
         snapshot.about = About { by: "ann@desk".into(), source: "r.yaml".into(), message: "more\nroutes".into(), ..About::default() };
         assert_eq!(who(&snapshot), "ann@desk through instance a, from \"r.yaml\", saying \"more routes\"");

@@ -59,7 +59,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::{
     adopt::Pinned,
-    state::{Local, Shared},
+    state::{Shared, Taken},
 };
 pub use self::{
     apply::{Applied, ApplyError, ApplyOptions, CanaryOptions, Checked},
@@ -107,6 +107,14 @@ pub enum StartError {
         found: String,
         /// The mesh in the config.
         expected: String,
+    },
+    /// The table cannot be packed.
+    #[error("the pinned table {path} cannot be packed: {error}", path = path.display())]
+    Pack {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        error: String,
     },
     /// A task failed.
     #[error("the pinned table could not be compiled: {0}")]
@@ -220,29 +228,32 @@ impl Control {
     /// A table: the one in force here, or that of a generation. `None` if there is none.
     ///
     /// # Errors
-    /// Why the record of that generation cannot be read.
+    /// Why it cannot be read.
     pub async fn get_table(&self, generation: Option<u64>) -> Result<Option<v1::GetTableResponse>, String> {
-        let local = self.0.local.borrow().clone();
-        match generation {
-            None => Ok(local.table.map(|table| (*table).clone())),
-            Some(generation) => {
-                if let Some(table) = local.table.filter(|table| table.generation == generation && generation > 0) {
-                    return Ok(Some((*table).clone()));
+        let here = self
+            .0
+            .local
+            .borrow()
+            .table
+            .clone()
+            .filter(|here| generation.is_none_or(|wanted| wanted > 0 && here.snapshot.generation == wanted));
+        let winner = generation.and_then(|wanted| self.0.log(|log| log.winner(wanted).cloned()).map(|winner| (wanted, winner)));
+        let config = self.0.config.clone();
+        let read = move || match (here, winner) {
+            (Some(here), _) => here.response().map(Some),
+            (None, Some((generation, winner))) => {
+                let snapshot = Arc::new(snapshot::Snapshot::read(&winner, &config.mesh, generation)?);
+                let mut response = Taken { snapshot: snapshot.clone(), origin: TableOrigin::Mesh }.response()?;
+                // One that is not trusted can be read, and says so.
+                if let (Some(entry), Err(error)) = (&mut response.entry, snapshot.verify(&config.control.trusted_keys)) {
+                    entry.refused = error.to_string();
                 }
-                let Some(winner) = self.0.log(|log| log.winner(generation).cloned()) else { return Ok(None) };
-                let config = self.0.config.clone();
-                let read = tokio::task::spawn_blocking(move || {
-                    let snapshot = snapshot::Snapshot::read(&winner, &config.mesh, generation)?;
-                    let mut response = Local::response(&snapshot, TableOrigin::Mesh);
-                    // One that is not trusted can be read, and says so.
-                    if let (Some(entry), Err(error)) = (&mut response.entry, snapshot.verify(&config.control.trusted_keys)) {
-                        entry.refused = error.to_string();
-                    }
-                    Ok::<_, snapshot::SnapshotError>(response)
-                });
-                read.await.map_err(|error| error.to_string())?.map(Some).map_err(|error| error.to_string())
+                Ok(Some(response))
             }
-        }
+            (None, None) => Ok(None),
+        };
+        let read = tokio::task::spawn_blocking(read).await.map_err(|error| error.to_string())?;
+        read.map_err(|error: snapshot::SnapshotError| error.to_string())
     }
 }
 

@@ -6,7 +6,7 @@
 //! Invariant: the answering instance's own status is made on the spot, never read from the topic.
 //! Invariant: what is known of others is bounded in number and in age.
 //! Invariant: a report is kept as it came, and read when somebody asks: in a mesh of a thousand sidecars each hears a thousand reports of every
-//! apply, and mostly nobody asks.
+//! apply, and mostly nobody asks. While nobody does, those of a large mesh are heard many at once ([`rest`]).
 
 use std::{
     collections::BTreeMap,
@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     rollout,
     snapshot::unzip,
-    state::{Backoff, Shared, now_ms},
+    state::{Backoff, Shared, now_ms, origin_of},
     topics::STATUS_TOPIC,
 };
 use crate::{
@@ -39,6 +39,14 @@ const EVERY: Duration = Duration::from_secs(30);
 const WATCHED_SHARE: Duration = Duration::from_millis(20);
 /// The longest that one look makes the mesh be watched, in milliseconds.
 const MAX_WATCH_MS: i64 = 60_000;
+/// Of each instance of the mesh so much time is rested before the next reports are heard, while nobody looks.
+const REST_SHARE: Duration = Duration::from_millis(1);
+/// In a mesh so small that a rest would be shorter there is none.
+const SHORTEST_REST: Duration = Duration::from_millis(50);
+/// The longest rest: clocks that are told by reports are so much less exact.
+const LONGEST_REST: Duration = Duration::from_secs(1);
+/// Who looked may look again so soon, in milliseconds.
+const LOOKING_MS: i64 = 10_000;
 /// How often the board is looked at for changes.
 const LOOK: Duration = Duration::from_secs(1);
 /// An instance that did not report for so long is lost.
@@ -146,6 +154,8 @@ impl Stamp {
 /// The state of the mesh.
 pub(super) fn mesh(shared: &Shared) -> v1::GetStatusResponse {
     let now = now_ms();
+    shared.looked_until_ms.fetch_max(now.saturating_add(LOOKING_MS), Ordering::Relaxed);
+    shared.looked.notify_one();
     let head = shared.progress.borrow().head;
     let mut instances: Vec<_> = others(shared)
         .into_iter()
@@ -297,13 +307,13 @@ fn own(shared: &Shared) -> v1::InstanceStatus {
         services: shared.config.services.iter().map(|service| service.name.to_string()).collect(),
         state: v1::InstanceState::Unspecified.into(),
         generation: local.generation(),
-        digest: local.table.as_ref().map(|table| table.digest.clone()).unwrap_or_default(),
+        digest: local.table.as_ref().map(|table| table.snapshot.digest.clone()).unwrap_or_default(),
         error: local.refused.unwrap_or_default(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         reported_ms: now_ms(),
         routes: shared.board.routes().iter().map(route).collect(),
         waiting: shared.waiting_reasons(),
-        origin: local.table.as_ref().map_or(0, |table| table.origin),
+        origin: local.table.as_ref().map_or(0, |table| origin_of(table.origin).into()),
         started_ms: shared.started_ms,
         refused_generation: if refused { local.target } else { 0 },
         labels: shared.labels.clone(),
@@ -517,11 +527,28 @@ async fn follow(shared: &Shared, consumer: &mut dyn Consumer, ends: &Ends) {
                 for (offset, record) in &batch.records {
                     hear(shared, record, *offset >= end);
                 }
+                rest(shared).await;
             }
             Event::Trouble(error) => tracing::debug!(%error, "{STATUS_TOPIC} is waited for"),
             Event::Assigned(_) | Event::Revoking(_) | Event::Expired { .. } | Event::Recovered => {}
         }
     }
+}
+
+/// Lets reports gather: in a large mesh each that is heard by itself wakes all its sidecars. Ends when somebody looks. Cancel-safe.
+pub(super) async fn rest(shared: &Shared) {
+    let peers = shared.peers.lock().unwrap_or_else(PoisonError::into_inner).len();
+    if let Some(rest) = rest_of(peers)
+        && shared.looked_until_ms.load(Ordering::Relaxed) < now_ms()
+    {
+        // Either way the rest is over.
+        timeout(rest, shared.looked.notified()).await.unwrap_or_default();
+    }
+}
+
+fn rest_of(peers: usize) -> Option<Duration> {
+    let rest = REST_SHARE.saturating_mul(u32::try_from(peers).unwrap_or(u32::MAX));
+    (rest >= SHORTEST_REST).then_some(rest.min(LONGEST_REST))
 }
 
 /// Takes a report.
@@ -621,6 +648,12 @@ mod tests {
         for length in [0, 7, 8, 15, 17] {
             assert_eq!(Stamp::read(&record(vec![Header::new(STAMP, vec![1; length])])), None, "{length}");
         }
+    }
+
+    #[test]
+    fn a_small_mesh_does_not_rest() {
+        assert_eq!([0, 3, 49].map(rest_of), [None; 3]);
+        assert_eq!([50, 300, 20_000].map(rest_of), [50, 300, 1_000].map(|ms| Some(Duration::from_millis(ms))));
     }
 
     #[test]

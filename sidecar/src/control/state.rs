@@ -11,7 +11,7 @@ use std::{
 use mesh_proto::v1;
 use mesh_routing::{CompiledTable, channel::Member};
 use tokio::{
-    sync::{Semaphore, watch},
+    sync::{Notify, Semaphore, watch},
     task::spawn_blocking,
 };
 use tokio_util::sync::CancellationToken;
@@ -23,7 +23,7 @@ use super::{
     report::Peers,
     reset::OperationError,
     rollout::{Count, Rollout},
-    snapshot::Snapshot,
+    snapshot::{Snapshot, SnapshotError},
 };
 pub(super) use crate::record::now_ms;
 use crate::{
@@ -55,7 +55,7 @@ pub(super) struct Progress {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Local {
     /// The table in force here.
-    pub(super) table: Option<Arc<v1::GetTableResponse>>,
+    pub(super) table: Option<Arc<Taken>>,
     /// The newest generation that was judged: adopted, refused, or left to those that it chooses.
     pub(super) judged: u64,
     /// Whether that was a canary that was aborted.
@@ -72,19 +72,34 @@ pub(super) struct Local {
 
 impl Local {
     pub(super) fn generation(&self) -> u64 {
-        self.table.as_ref().map_or(0, |table| table.generation)
+        self.table.as_ref().map_or(0, |table| table.snapshot.generation)
     }
+}
 
-    /// A snapshot in the API's words.
-    pub(super) fn response(snapshot: &Snapshot, origin: TableOrigin) -> v1::GetTableResponse {
-        v1::GetTableResponse {
+/// A table that was taken into force.
+#[derive(Debug)]
+pub(super) struct Taken {
+    /// The table; of one that the config pins without a place in the mesh's history.
+    pub(super) snapshot: Arc<Snapshot>,
+    /// Where it came from.
+    pub(super) origin: TableOrigin,
+}
+
+impl Taken {
+    /// The same in the API's words. CPU-heavy for large tables.
+    ///
+    /// # Errors
+    /// If the table is not what its envelope says.
+    pub(super) fn response(&self) -> Result<v1::GetTableResponse, SnapshotError> {
+        let Self { snapshot, origin } = self;
+        Ok(v1::GetTableResponse {
             generation: snapshot.generation,
             digest: snapshot.digest.clone(),
-            json: snapshot.table.clone(),
+            json: snapshot.table()?,
             applied_ms: snapshot.applied_ms,
-            origin: origin_of(origin).into(),
-            entry: Some(history::entry(snapshot, String::new())),
-        }
+            origin: origin_of(*origin).into(),
+            entry: (*origin != TableOrigin::Pinned).then(|| history::entry(snapshot, String::new())),
+        })
     }
 }
 
@@ -105,6 +120,10 @@ pub(super) struct Shared {
     pub(super) watched_until_ms: AtomicI64,
     /// When this instance told the others so, in the same way.
     pub(super) watch_told_ms: AtomicI64,
+    /// Until when somebody may look at the state of the mesh again, in milliseconds since 1970-01-01 UTC.
+    pub(super) looked_until_ms: AtomicI64,
+    /// That somebody looks.
+    pub(super) looked: Notify,
     /// Cancelled when somebody asks this process to drain.
     pub(super) drain: CancellationToken,
     log: Mutex<Log>,
@@ -157,6 +176,8 @@ impl Shared {
             started_ms: now_ms(),
             watched_until_ms: AtomicI64::new(0),
             watch_told_ms: AtomicI64::new(0),
+            looked_until_ms: AtomicI64::new(0),
+            looked: Notify::new(),
             drain: CancellationToken::new(),
             progress: watch::Sender::default(),
             local: watch::Sender::default(),
@@ -201,12 +222,13 @@ impl Shared {
         }
         // Of the same table, or of one that came this moment: either was in force while it was asked for.
         let Some(table) = self.local.borrow().table.clone() else { return Ok(None) };
-        let name = format!("generation {}", table.generation);
-        let whole = spawn_blocking(move || mesh_routing::load_stored(&name, &table.json, &table.digest));
-        let whole = whole.await.map_err(|error| OperationError::Refused(error.to_string()))?;
-        let whole = whole.map_err(|faults| {
-            OperationError::Refused(format!("the table in force has routes of other services that this version cannot read:\n{faults}"))
-        })?;
+        let read = move || {
+            let Snapshot { generation, digest, .. } = &*table.snapshot;
+            let text = table.snapshot.table().map_err(|error| format!("the table in force cannot be read: {error}"))?;
+            mesh_routing::load_stored(&format!("generation {generation}"), &text, digest)
+                .map_err(|faults| format!("the table in force has routes of other services that this version cannot read:\n{faults}"))
+        };
+        let whole = spawn_blocking(read).await.map_err(|error| error.to_string()).flatten().map_err(OperationError::Refused)?;
         let whole = Arc::new(whole);
         *self.whole.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&whole);
         Ok(Some(whole))
@@ -227,6 +249,11 @@ impl Shared {
                 }
             }
         }
+    }
+
+    /// Whether this is waited for.
+    pub(super) fn waits_for(&self, subject: &'static str) -> bool {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).contains_key(subject)
     }
 
     /// What is waited for, in words.

@@ -2,6 +2,7 @@
 
 mod part;
 mod redrive;
+mod report;
 mod rollout;
 mod signed;
 
@@ -233,7 +234,7 @@ async fn a_refused_table_leaves_the_last_good_one() {
 
     // What others write can be anything.
     broker.append(CONTROL_TOPIC, 0, "shop/2/x", Some(b"garbage"));
-    let newer = Snapshot { schema: 9, ..Snapshot::new("shop", 3, 0, "x", "{}".into()) };
+    let newer = Snapshot { schema: 9, ..Snapshot::new("shop", 3, 0, "x", mesh_routing::Parts::default()).unwrap() };
     broker.append(CONTROL_TOPIC, 0, "shop/3/x", Some(&newer.pack().unwrap()));
     broker.append(CONTROL_TOPIC, 0, "other/9/x", Some(b"of another mesh"));
     let status = a.status("NACKED", |status| status.generation == 3 && state_of(status, "a") == InstanceState::Nacked).await;

@@ -180,17 +180,16 @@ pub struct RouteBacklog {
     pub records: u64,
 }
 
-/// Counts what the routes whose groups are new begin with. Routes whose sources do not exist yet begin with nothing.
+/// Counts what the routes whose groups are not `known` begin with. Routes whose sources do not exist yet begin with nothing.
 ///
 /// # Errors
 /// What the broker says.
 pub(crate) async fn backlogs(
     admin: &dyn Admin,
     existing: &BTreeMap<String, i32>,
-    before: Option<&CompiledTable>,
+    known: &HashSet<String>,
     after: &CompiledTable,
 ) -> Result<Vec<RouteBacklog>, BrokerError> {
-    let known: HashSet<String> = before.iter().flat_map(|table| &table.routes).map(|route| route.group.to_string()).collect();
     let new: Vec<Arc<Route>> = after.routes.iter().filter(|route| !known.contains(&*route.group)).cloned().collect();
 
     // Each topic's watermarks once, however many routes read it.

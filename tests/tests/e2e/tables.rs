@@ -195,6 +195,18 @@ async fn signed(stage: Stage) -> Result<()> {
     sidecar.finish().await
 }
 
+/// The envelope of a copy on disk, and its routes: a frame for each.
+fn opened(copy: &[u8]) -> Result<(Value, String)> {
+    let length = zstd::zstd_safe::find_frame_compressed_size(copy).map_err(|_| anyhow::anyhow!("no frame"))?;
+    let (envelope, routes) = copy.split_at_checked(length).context("a frame")?;
+    Ok((serde_json::from_slice(&zstd::decode_all(envelope)?)?, String::from_utf8(zstd::decode_all(routes)?)?))
+}
+
+fn packed(envelope: &Value, routes: &str) -> Result<Vec<u8>> {
+    let frame = |content: &[u8]| zstd::bulk::compress(content, 3);
+    Ok([frame(&serde_json::to_vec(envelope)?)?, frame(routes.as_bytes())?].concat())
+}
+
 /// The copies on disk of a sidecar whose broker is away.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_copy_on_disk_that_is_not_good_is_refused_with_its_reason() -> Result<()> {
@@ -210,14 +222,14 @@ async fn a_copy_on_disk_that_is_not_good_is_refused_with_its_reason() -> Result<
         }
         sidecar.finish().await?;
         let state = stage.folder().join("sidecar-state");
-        let (good, old) = (std::fs::read(state.join("table.json"))?, std::fs::read(state.join("table.previous.json"))?);
+        let (good, old) = (std::fs::read(state.join("table.zst"))?, std::fs::read(state.join("table.previous.zst"))?);
 
         // Without its broker, and with these copies on the disk.
         let start = async |name: &str, copies: [&[u8]; 2], trusted: Option<&str>| {
             let folder = stage.folder().join(format!("{name}-state"));
             std::fs::create_dir_all(&folder)?;
-            std::fs::write(folder.join("table.json"), copies[0])?;
-            std::fs::write(folder.join("table.previous.json"), copies[1])?;
+            std::fs::write(folder.join("table.zst"), copies[0])?;
+            std::fs::write(folder.join("table.previous.zst"), copies[1])?;
             let nowhere = json!({ "kafka": { "bootstrap.servers": "127.0.0.1:1" } });
             let sidecar = stage.sidecar(name).service("work", &service).broker(nowhere);
             let sidecar = match trusted {
@@ -234,19 +246,21 @@ async fn a_copy_on_disk_that_is_not_good_is_refused_with_its_reason() -> Result<
                 mine.generation == generation && mine.origin() == TableOrigin::Cache && mine.state() == InstanceState::Cached
             }
         };
-        let envelope: Value = serde_json::from_slice(&good)?;
+        let (envelope, routes) = opened(&good)?;
         let with = |field: &str, value: Value| {
             let mut changed = envelope.clone();
             changed[field] = value;
-            serde_json::to_vec(&changed)
+            packed(&changed, &routes)
         };
         let mut forged = envelope["signature"].clone();
         forged["ed25519"] = json!("A".repeat(86) + "==");
         let cases = [
-            ("garbage", vec![0; 100], "is not a JSON envelope of schema 1"),
-            ("truncated", good[..good.len() / 2].to_vec(), "is not a JSON envelope of schema 1"),
-            ("table", with("table", json!("{}"))?, "says digest"),
-            ("schema", with("schema", json!(2))?, "has schema 2, and this version reads schema 1 only"),
+            ("garbage", vec![0; 100], "cannot be unpacked"),
+            ("truncated", good[..good.len() / 2].to_vec(), "cannot be unpacked"),
+            ("shortened", good[..good.len() - 3].to_vec(), "cannot be unpacked"),
+            ("declared", with("declared", json!("{}"))?, "says digest"),
+            ("route", packed(&envelope, &routes.replace("work", "walk"))?, "is not what its envelope says"),
+            ("schema", with("schema", json!(3))?, "has schema 3, and this version reads schema 1 and 2 only"),
             ("signature", with("signature", forged)?, "does not fit"),
             ("unsigned", with("signature", Value::Null)?, "it is not signed"),
             ("generation", with("generation", json!(3))?, "does not fit"),
@@ -256,7 +270,7 @@ async fn a_copy_on_disk_that_is_not_good_is_refused_with_its_reason() -> Result<
             let mut sidecar = start(what, [content, &old], Some(public)).await?;
             let status = sidecar.wait_status(what, MINUTE, cached(1)).await.with_context(|| format!("{what}: the last good copy runs"))?;
             let waiting = status.instances[0].waiting.join("\n");
-            ensure!(waiting.contains("table.json: ") && waiting.contains(reason), "{what}: {waiting}");
+            ensure!(waiting.contains("table.zst: ") && waiting.contains(reason), "{what}: {waiting}");
             ensure!(waiting.contains("generation 1, the copy before it, takes its place"), "{what}: {waiting}");
             sidecar.kill9().await
         };
@@ -264,7 +278,7 @@ async fn a_copy_on_disk_that_is_not_good_is_refused_with_its_reason() -> Result<
 
         let mut sidecar = start("good", [&good, &old], Some(public)).await?;
         let status = sidecar.wait_status("CACHED", MINUTE, cached(2)).await?;
-        ensure!(!status.instances[0].waiting.join("").contains("table.json"), "{status:#?}");
+        ensure!(!status.instances[0].waiting.join("").contains("table.zst"), "{status:#?}");
         sidecar.kill9().await?;
         // Neither is good: nothing runs, and it says so.
         let mut sidecar = start("neither", [&good[..9], &old[..old.len() - 2]], None).await?;
@@ -272,7 +286,7 @@ async fn a_copy_on_disk_that_is_not_good_is_refused_with_its_reason() -> Result<
         let status = sidecar.wait_status("both refused", MINUTE, refused).await?;
         ensure!(status.instances[0].generation == 0, "{status:#?}");
         let shown = sidecar.ctl(&["status"]).await?.success()?;
-        ensure!(shown.contains("table.json: ") && shown.contains("table.previous.json: "), "{shown}");
+        ensure!(shown.contains("table.zst: ") && shown.contains("table.previous.zst: "), "{shown}");
         sidecar.kill9().await
     })
     .await

@@ -64,7 +64,7 @@ async fn what_cannot_be_read_is_refused_by_those_who_would_run_it() {
     let json = a.control().get_table(None).await.unwrap().unwrap().json;
     let newer = json.replace("\"handler\":\"/bill\"", "\"handler\":\"/bill\",\"mood\":\"of a newer version\"");
     assert_ne!(newer, json);
-    let value = Snapshot::new("shop", 2, 0, "x", newer).pack().unwrap();
+    let value = Snapshot::new("shop", 2, 0, "x", mesh_routing::Parts::split(&newer).unwrap()).unwrap().pack().unwrap();
     broker.append(CONTROL_TOPIC, 0, &proposal_key("shop", 2, "x", &Channel::Stable), Some(&value));
     a.generation(2).await;
     let status = a.status("b NACKED", |status| state_of(status, "b") == InstanceState::Nacked).await;

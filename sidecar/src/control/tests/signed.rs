@@ -25,8 +25,8 @@ fn signed(key: &SigningKey, text: &str, generation: u64) -> ApplyOptions {
 
 /// A generation as a writer would put it into the log.
 fn stored(generation: u64, text: &str, seal: Option<Seal>) -> bytes::Bytes {
-    let json = mesh_routing::parse("t", text).unwrap().to_json();
-    Snapshot { signature: seal, ..Snapshot::new("shop", generation, 0, "x", json) }.pack().unwrap()
+    let parts = mesh_routing::parse("t", text).unwrap().parts();
+    Snapshot { signature: seal, ..Snapshot::new("shop", generation, 0, "x", parts).unwrap() }.pack().unwrap()
 }
 
 #[tokio::test]
@@ -84,13 +84,13 @@ async fn what_the_log_holds_is_refused_with_its_reason_and_the_last_good_table_s
     let other = one("other");
     let good = |generation| Some(Seal::from(&signature(&trusted, &other, generation)));
     let truncated = stored(3, &other, good(3));
-    let newer = Snapshot { schema: 2, ..Snapshot::unpack(&stored(6, &other, good(6))).unwrap() };
+    let newer = Snapshot { schema: 3, ..Snapshot::unpack(&stored(6, &other, good(6))).unwrap() };
     let cases: [(&str, bytes::Bytes); 6] = [
         ("it is not signed", stored(2, &other, None)),
         ("the snapshot", truncated.slice(..truncated.len() / 2)),
         ("does not fit", stored(4, &other, good(3))),
         ("it is signed by key", stored(5, &other, Some(Seal::from(&signature(&key(9), &other, 5))))),
-        ("has schema 2", newer.pack().unwrap()),
+        ("has schema 3", newer.pack().unwrap()),
         ("says generation", stored(99, &other, good(99))),
     ];
     for (generation, (reason, value)) in (2..).zip(cases) {
@@ -134,8 +134,8 @@ async fn history_tells_who_applied_what_and_conflicts_do_too() {
     a.control().apply("generation 1", &one("priced"), back).await.unwrap();
 
     // Another sidecar tells the same, from the log alone. An older version left less there.
-    let json = mesh_routing::parse("t", &one("priced")).unwrap().to_json();
-    let old = Snapshot { about: About::default(), ..Snapshot::new("shop", 4, 7, "older", json) };
+    let parts = mesh_routing::parse("t", &one("priced")).unwrap().parts();
+    let old = Snapshot { about: About::default(), ..Snapshot::new("shop", 4, 7, "older", parts).unwrap() };
     broker.append(CONTROL_TOPIC, 0, "shop/4/x", Some(&old.pack().unwrap()));
     let b = start(&broker, "b").await;
     b.generation(4).await;

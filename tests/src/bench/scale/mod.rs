@@ -111,9 +111,14 @@ fn pieces(services: usize, routes: usize, figure: &mut impl FnMut(String, f64, &
     take("`parse`, the JSON", &|| mesh_routing::parse("t", &json).map(|read| drop(black_box(read))))?;
     take("`compile`", &|| mesh_routing::compile(&parsed).map(|read| drop(black_box(read))))?;
     take("`load` (both, checked once), the JSON", &|| mesh_routing::load("t", &json).map(|read| drop(black_box(read))))?;
-    let (digest, own) = (parsed.digest(), |service: &str| service == "svc-0");
-    take("`load_part`, the JSON, one service's routes", &|| {
-        mesh_routing::load_part("t", &json, &digest, own).map(|read| drop(black_box(read)))
+    take("`parts`, and their digest", &|| {
+        black_box(parsed.parts().digest());
+        Ok(())
+    })?;
+    let (digest, own, mut part) = (parsed.digest(), |service: &str| service == "svc-0", parsed.parts());
+    part.routes.retain(|number, _| *number == mesh_routing::part_of("svc-0"));
+    take("`load_part`, one service's routes of its part", &|| {
+        mesh_routing::load_part("t", &digest, &part, true, own, Box::new(|| None)).map(|read| drop(black_box(read)))
     })
 }
 
