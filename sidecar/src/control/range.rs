@@ -15,8 +15,10 @@ use crate::{
     record::{Batch, Header, Position, Record, TopicPartition},
 };
 
-/// How long nothing comes until the broker is asked whether there is more: compaction and the markers of transactions leave gaps.
-const QUIET: Duration = Duration::from_secs(1);
+/// How long nothing comes until the broker is asked whether there is more: compaction and the markers of transactions leave gaps. A client of its own asks, so
+/// each time that it was in vain the next pause is twice as long, up to the longest.
+const QUIET: Duration = Duration::from_millis(200);
+const LONGEST_QUIET: Duration = Duration::from_secs(2);
 /// How long a broker that is in trouble, or sends nothing of what it has, is waited for.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How much is fetched ahead, in bytes.
@@ -90,12 +92,13 @@ impl RangeReader {
 
     /// The next records, those of one partition in their order; `None` at the end of all ranges.
     pub(super) async fn next(&mut self) -> Result<Option<Batch>, BrokerError> {
-        let mut until = Instant::now() + PATIENCE;
+        let (mut until, mut quiet) = (Instant::now() + PATIENCE, QUIET);
         loop {
             if self.left.is_empty() {
                 return Ok(None);
             }
-            let Ok(event) = timeout(QUIET, self.consumer.next()).await else {
+            let Ok(event) = timeout(quiet, self.consumer.next()).await else {
+                quiet = LONGEST_QUIET.min(quiet * 2);
                 self.end_at_gaps().await;
                 if Instant::now() < until {
                     continue;
@@ -108,7 +111,7 @@ impl RangeReader {
             };
             // Trouble that changes, or that comes and goes, is no progress.
             if matches!(event, Event::Records(_) | Event::Expired { .. }) {
-                until = Instant::now() + PATIENCE;
+                (until, quiet) = (Instant::now() + PATIENCE, QUIET);
             }
             match event {
                 Event::Records(mut batch) => {
@@ -201,7 +204,7 @@ mod tests {
         let events = fake.0.lock().unwrap().consumers[0].events.clone();
         let sent = tokio::spawn(async move {
             for offset in 0..3 {
-                tokio::time::sleep(PATIENCE - QUIET * 2).await;
+                tokio::time::sleep(PATIENCE - LONGEST_QUIET * 2).await;
                 events.send(of(0, offset)).await.unwrap();
             }
             // What came later is not of the range; the other partition's is a gap but for its last.
