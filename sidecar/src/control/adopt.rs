@@ -239,9 +239,9 @@ async fn judge(shared: &Shared, now: Progress, copy: Option<&Copy>) -> Judged {
                 let snapshot = &copy.snapshot;
                 verdict.digests.push((generation, snapshot.digest.clone()));
                 // What was there for the table before is there.
-                let known =
-                    active.as_ref().filter(|active| settled && !shared.waits_for(TOPICS) && active.compiled.topics == compiled.topics);
-                if known.is_none() && !ensure_topics(shared, &compiled, head).await {
+                let same = active.as_ref().is_some_and(|active| active.compiled.topics == compiled.topics);
+                let there = same && settled && !shared.waits_for(TOPICS);
+                if !there && !ensure_topics(shared, &compiled, head).await {
                     return Judged::Superseded;
                 }
                 if verdict.rollout.as_ref().is_some_and(|rollout| rollout.entry.generation == generation) {
