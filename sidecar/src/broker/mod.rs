@@ -331,6 +331,18 @@ pub trait Admin: Send + Sync + 'static {
         })
     }
 
+    /// The high watermarks of partitions, in their order, each or why it is not told. For what is asked for all the time by many: who asks may wait a
+    /// moment for others, so that the broker is asked once for all of them.
+    fn ends(&self, partitions: Vec<TopicPartition>) -> BoxFuture<'_, Vec<Result<i64, BrokerError>>> {
+        Box::pin(async move {
+            let mut found = Vec::with_capacity(partitions.len());
+            for partition in &partitions {
+                found.push(self.watermarks(partition).await.map(|(_, high)| high));
+            }
+            found
+        })
+    }
+
     /// These topics as they are now, in their order; those that do not exist are left out. Their settings only with `settings`.
     fn describe_topics(&self, topics: Vec<String>, settings: bool) -> BoxFuture<'_, Result<Vec<TopicInfo>, BrokerError>> {
         let _ = (topics, settings);

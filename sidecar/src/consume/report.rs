@@ -52,9 +52,9 @@ impl Asked {
         Self { slot: index, partition: slot.partition.clone(), high: slot.high, end: slot.end, idle }
     }
 
-    /// The newest offset + 1, and whether it is not a record's but a transaction's marker. That is looked up once, when nothing happens.
-    async fn measure(&self, admin: &dyn Admin) -> Result<(i64, Option<End>), BrokerError> {
-        let (_, high) = admin.watermarks(&self.partition).await?;
+    /// The newest offset + 1, as it was told, and whether it is not a record's but a transaction's marker. That is looked up once, when nothing happens.
+    async fn measure(&self, high: Result<i64, BrokerError>, admin: &dyn Admin) -> Result<(i64, Option<End>), BrokerError> {
+        let high = high?;
         let Some(from) = self.idle.filter(|from| *from < high && high == self.high) else { return Ok((high, None)) };
         let end = End { from, high };
         if self.end != Some(end) {
@@ -67,7 +67,7 @@ impl Asked {
     }
 }
 
-/// Asks the broker for the newest offsets of partitions; one that it does not tell is left out. Those of `sides` are told together or not at all.
+/// Asks the broker for the newest offsets of partitions; one that it does not tell is left out.
 pub(super) fn watch_lag(
     admin: Arc<dyn Admin>,
     epoch: u64,
@@ -76,21 +76,24 @@ pub(super) fn watch_lag(
 ) -> BoxFuture<'static, Measured> {
     async move {
         let (at_ms, asked) = (now_ms(), partitions.len());
+        let all = partitions.iter().map(|asked| &asked.partition).chain(sides.iter().map(|(_, partition)| partition)).cloned().collect();
+        let mut highs = admin.ends(all).await.into_iter();
         let mut ends = Vec::with_capacity(asked);
-        for asked in partitions {
-            match asked.measure(&*admin).await {
+        for (asked, high) in partitions.into_iter().zip(highs.by_ref()) {
+            match asked.measure(high, &*admin).await {
                 Ok((high, end)) => ends.push((asked.slot, high, end)),
                 Err(error) => tracing::debug!(partition = %asked.partition, %error, "no watermark for the lag"),
             }
         }
         let complete = ends.len() == asked;
-        let (slots, sides): (Vec<u32>, Vec<TopicPartition>) = sides.into_iter().unzip();
-        let marks = if sides.is_empty() { Ok(Vec::new()) } else { admin.all_watermarks(sides).await };
-        let marks = marks.unwrap_or_else(|error| {
-            tracing::debug!(%error, "not known whether something came late into a retry topic");
-            Vec::new()
-        });
-        let sides = slots.into_iter().zip(marks).map(|(slot, (_, high))| (slot, high)).collect();
+        let told = |((slot, partition), high): ((u32, TopicPartition), Result<i64, BrokerError>)| match high {
+            Ok(high) => Some((slot, high)),
+            Err(error) => {
+                tracing::debug!(%partition, %error, "not known whether something came late into a retry topic");
+                None
+            }
+        };
+        let sides = sides.into_iter().zip(highs).filter_map(told).collect();
         Measured { at_ms, epoch, ends, complete, sides }
     }
     .boxed()

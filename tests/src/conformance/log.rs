@@ -125,6 +125,10 @@ pub(super) async fn unknown_topics(broker: Arc<dyn Broker>) -> Result<()> {
     let missing = TopicPartition::new(fresh("missing"), 0);
     let answer = within("answer to watermarks", broker.admin().watermarks(&missing)).await?;
     ensure!(answer.as_ref().is_err_and(|error| error.kind == BrokerErrorKind::UnknownTopic), "watermarks of a missing topic: {answer:?}");
+    let (empty, filled) = (TopicPartition::new(existing.clone(), 0), TopicPartition::new(existing, 1));
+    let answer = within("answer to ends", broker.admin().ends(vec![empty, missing, filled])).await?;
+    let ends: Vec<_> = answer.iter().map(|end| end.as_ref().map_err(|error| error.kind)).collect();
+    ensure!(ends == [Ok(&0), Err(BrokerErrorKind::UnknownTopic), Ok(&1)], "ends, of a missing topic among them: {answer:?}");
     Ok(())
 }
 

@@ -28,7 +28,7 @@ use super::{
     health::{Health, Leaderless, Reporter},
     producer::Topics,
     settings::Settings,
-    together::Together,
+    together::{Gather, Together},
 };
 use crate::{
     broker::{Admin, BrokerError, BrokerErrorKind, BrokerNode, Commit, GroupInfo, NewTopic, TopicChange, TopicInfo},
@@ -45,6 +45,8 @@ const VISIBLE: Duration = Duration::from_secs(10);
 pub(super) const AGAIN: Duration = Duration::from_millis(50);
 /// How many questions run at a time.
 const AT_ONCE: usize = 4;
+/// How long who asks for the ends of partitions waits for others, to ask with them.
+const GATHER: Duration = Duration::from_millis(100);
 
 /// Asks the broker.
 pub(super) struct Asker {
@@ -55,6 +57,8 @@ pub(super) struct Asker {
     slots: Semaphore,
     /// All routes of a table ask for all topics at once, and where there are many it is a large answer.
     listed: Together<Listed>,
+    /// Every route asks for those of its partitions, all the time.
+    ends: Gather<TopicPartition, Result<i64, BrokerError>>,
 }
 
 type Listed = Result<Arc<BTreeMap<String, i32>>, BrokerError>;
@@ -69,7 +73,15 @@ impl Asker {
     pub(super) fn open(settings: Settings, health: Arc<Health>, topics: Arc<Topics>) -> Result<Self, BrokerError> {
         let client = BaseConsumer::from_config_and_context(&settings.admin(None), Reporter(health.clone()))
             .map_err(|error| broker_error("kafka", &error))?;
-        Ok(Self { client: Arc::new(client), settings, health, topics, slots: Semaphore::new(AT_ONCE), listed: Together::default() })
+        Ok(Self {
+            client: Arc::new(client),
+            settings,
+            health,
+            topics,
+            slots: Semaphore::new(AT_ONCE),
+            listed: Together::default(),
+            ends: Gather::default(),
+        })
     }
 
     /// Runs a blocking question.
@@ -240,12 +252,12 @@ fn count(partitions: usize) -> i32 {
     i32::try_from(partitions).unwrap_or(i32::MAX)
 }
 
-/// The offsets for logical positions or times (`Offset::Offset(ms)`), in one request a broker.
+/// The offsets for logical positions or times (`Offset::Offset(ms)`), in one request a broker; for each partition by itself why there is none.
 pub(super) fn list_offsets<C: rdkafka::consumer::ConsumerContext>(
     client: &BaseConsumer<C>,
     asked: &[(TopicPartition, Offset)],
     timeout: Duration,
-) -> Result<Vec<Offset>, BrokerError> {
+) -> Result<Vec<Result<Offset, BrokerError>>, BrokerError> {
     if asked.is_empty() {
         return Ok(Vec::new());
     }
@@ -255,16 +267,14 @@ pub(super) fn list_offsets<C: rdkafka::consumer::ConsumerContext>(
         list.add_partition_offset(&partition.topic, partition.partition, *offset).map_err(|error| broker_error(what(), &error))?;
     }
     let answer = client.offsets_for_times(list, timeout).map_err(|error| broker_error(what(), &error))?;
-    asked
-        .iter()
-        .map(|(partition, _)| {
-            let element = answer
-                .find_partition(&partition.topic, partition.partition)
-                .ok_or_else(|| BrokerError::new(BrokerErrorKind::Other, format!("{partition}: no answer")))?;
-            element.error().map_err(|error| broker_error(partition, &error))?;
-            Ok(element.offset())
-        })
-        .collect()
+    let of = |(partition, _): &(TopicPartition, Offset)| {
+        let element = answer
+            .find_partition(&partition.topic, partition.partition)
+            .ok_or_else(|| BrokerError::new(BrokerErrorKind::Other, format!("{partition}: no answer")))?;
+        element.error().map_err(|error| broker_error(partition, &error))?;
+        Ok(element.offset())
+    };
+    Ok(asked.iter().map(of).collect())
 }
 
 /// The low and the high watermark of each partition.
@@ -443,6 +453,21 @@ impl Admin for Asker {
         })
     }
 
+    fn ends(&self, partitions: Vec<TopicPartition>) -> BoxFuture<'_, Vec<Result<i64, BrokerError>>> {
+        Box::pin(async move {
+            let question = async |all: Vec<TopicPartition>| {
+                let asked = all.clone();
+                let answers = self.ask(move |client| Ok(manage::ends(client, &asked))).await;
+                let answers = answers.unwrap_or_else(|error| vec![Err(error); all.len()]);
+                if answers.iter().any(|answer| answer.as_ref().is_err_and(|error| error.kind == BrokerErrorKind::Unreachable)) {
+                    self.health.look_for_leaders();
+                }
+                all.into_iter().zip(answers).collect()
+            };
+            self.ends.ask(&partitions, GATHER, question).await
+        })
+    }
+
     fn describe_topics(&self, topics: Vec<String>, settings: bool) -> BoxFuture<'_, Result<Vec<TopicInfo>, BrokerError>> {
         Box::pin(self.describe(topics, settings))
     }
@@ -562,7 +587,7 @@ pub(super) fn at_time<C: rdkafka::consumer::ConsumerContext>(
     partitions
         .iter()
         .zip(found)
-        .map(|(partition, offset)| match offset {
+        .map(|(partition, offset)| match offset? {
             Offset::Offset(offset) if offset >= 0 => Ok(offset),
             _ => Ok(watermarks(client, std::slice::from_ref(partition), timeout)?.first().map_or(0, |(_, high)| *high)),
         })

@@ -1,10 +1,15 @@
-//! One question for many who ask it at the same time.
+//! One question for many who ask it at the same time, and one about all that many ask about at about the same time.
 //!
 //! Invariant: who asks gets an answer to a question that was asked after the call.
 
-use std::time::Instant;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, Instant},
+};
 
 use tokio::sync::Mutex;
+
+use super::{sync, wakeup::lock};
 
 /// The last answer, and when it was asked for.
 #[derive(Debug)]
@@ -31,6 +36,46 @@ impl<T: Clone> Together<T> {
         let answer = question().await;
         *last = Some((asked, answer.clone()));
         answer
+    }
+}
+
+/// What is to be asked about, and the last answers, with the time at which they were asked for.
+#[derive(Debug)]
+pub(super) struct Gather<K, V> {
+    wanted: sync::Mutex<BTreeSet<K>>,
+    last: Mutex<Option<(Instant, BTreeMap<K, V>)>>,
+}
+
+impl<K, V> Default for Gather<K, V> {
+    fn default() -> Self {
+        Self { wanted: sync::Mutex::new(BTreeSet::new()), last: Mutex::new(None) }
+    }
+}
+
+impl<K: Clone + Ord, V: Clone> Gather<K, V> {
+    /// Asks about these, and about what others ask about meanwhile, a pause after the call. The question answers all that it is asked about.
+    /// Cancel-safe, as [`Together::ask`].
+    pub(super) async fn ask(&self, keys: &[K], pause: Duration, question: impl AsyncFnOnce(Vec<K>) -> BTreeMap<K, V>) -> Vec<V> {
+        let of = |answers: &BTreeMap<K, V>| keys.iter().filter_map(|key| answers.get(key).cloned()).collect();
+        let called = Instant::now();
+        lock(&self.wanted).extend(keys.iter().cloned());
+        // Held over the pause and the question, on purpose, as above.
+        let mut last = self.last.lock().await;
+        if let Some((asked, answers)) = &*last
+            && *asked > called
+            // Not if somebody took them along who gave up then.
+            && keys.iter().all(|key| answers.contains_key(key))
+        {
+            return of(answers);
+        }
+        tokio::time::sleep(pause).await;
+        let mut all = std::mem::take(&mut *lock(&self.wanted));
+        all.extend(keys.iter().cloned());
+        let asked = Instant::now();
+        let answers = question(all.into_iter().collect()).await;
+        let own = of(&answers);
+        *last = Some((asked, answers));
+        own
     }
 }
 
@@ -62,5 +107,28 @@ mod tests {
         assert!(given_up.as_mut().now_or_never().is_none());
         drop(given_up);
         assert_eq!(ask().await, 3);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_asked_about_within_a_pause_is_one_question() {
+        let (gather, questions) = (Gather::default(), sync::Mutex::new(Vec::new()));
+        let ask = |keys: [u32; 2]| {
+            let (gather, questions) = (&gather, &questions);
+            async move {
+                let question = async |all: Vec<u32>| {
+                    lock(questions).push(all.clone());
+                    all.into_iter().map(|key| (key, key * 10)).collect()
+                };
+                gather.ask(&keys, Duration::from_millis(100), question).await
+            }
+        };
+        assert_eq!(join_all([ask([2, 1]), ask([3, 2])]).await, [[20, 10], [30, 20]]);
+        assert_eq!(ask([1, 2]).await, [10, 20], "an old answer is nobody's");
+        // One who gives up leaves the question to the next.
+        let (mut given_up, mut next) = (Box::pin(ask([4, 5])), Box::pin(ask([6, 7])));
+        assert!(given_up.as_mut().now_or_never().is_none() && next.as_mut().now_or_never().is_none());
+        drop(given_up);
+        assert_eq!(next.await, [60, 70]);
+        assert_eq!(*lock(&questions), [vec![1, 2, 3], vec![1, 2], vec![4, 5, 6, 7]]);
     }
 }

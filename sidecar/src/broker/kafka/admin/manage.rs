@@ -12,6 +12,8 @@ use crate::broker::PartitionInfo;
 
 /// How many topics are asked for their settings with one request.
 const DESCRIBED_AT_ONCE: usize = 100;
+/// How many partitions are asked for their ends with one request: librdkafka looks each of them up among all the others.
+const ENDS_AT_ONCE: usize = 100;
 
 impl Asker {
     /// Runs calls of an admin client of their own: it has a thread, and its drop waits for it.
@@ -222,18 +224,29 @@ async fn wait_taken(
 
 /// The watermarks of partitions, with two requests a broker.
 pub(super) fn all_watermarks(client: &BaseConsumer<Reporter>, partitions: &[TopicPartition]) -> Result<Vec<(i64, i64)>, BrokerError> {
-    let ask = |logical: Offset| {
-        let asked: Vec<_> = partitions.iter().map(|partition| (partition.clone(), logical)).collect();
-        list_offsets(client, &asked, TIMEOUT)
-    };
-    let number = |partition: &TopicPartition, offset: Offset| match offset {
+    let (lows, highs) = (positions(client, partitions, Offset::Beginning)?, positions(client, partitions, Offset::End)?);
+    // The end was asked for later: it is never below the beginning.
+    lows.into_iter().zip(highs).map(|(low, high)| Ok((low?, high?))).collect()
+}
+
+/// The ends of partitions, with one request a broker for each hundred.
+pub(super) fn ends(client: &BaseConsumer<Reporter>, partitions: &[TopicPartition]) -> Vec<Result<i64, BrokerError>> {
+    let of = |part: &[TopicPartition]| positions(client, part, Offset::End).unwrap_or_else(|error| vec![Err(error); part.len()]);
+    partitions.chunks(ENDS_AT_ONCE).flat_map(of).collect()
+}
+
+/// The offsets at the beginning or the end of partitions.
+fn positions(
+    client: &BaseConsumer<Reporter>,
+    partitions: &[TopicPartition],
+    logical: Offset,
+) -> Result<Vec<Result<i64, BrokerError>>, BrokerError> {
+    let asked: Vec<_> = partitions.iter().map(|partition| (partition.clone(), logical)).collect();
+    let number = |(partition, offset): (&TopicPartition, Result<Offset, BrokerError>)| match offset? {
         Offset::Offset(offset) if offset >= 0 => Ok(offset),
         other => Err(BrokerError::new(BrokerErrorKind::Other, format!("watermarks of {partition}: the broker said {other:?}"))),
     };
-    let (lows, highs) = (ask(Offset::Beginning)?, ask(Offset::End)?);
-    let pairs = partitions.iter().zip(lows.into_iter().zip(highs));
-    // The end was asked for later: it is never below the beginning.
-    pairs.map(|(partition, (low, high))| Ok((number(partition, low)?, number(partition, high)?))).collect()
+    Ok(partitions.iter().zip(list_offsets(client, &asked, TIMEOUT)?).map(number).collect())
 }
 
 /// The brokers, as the cluster tells clients to reach them.
