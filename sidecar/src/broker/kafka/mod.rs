@@ -64,6 +64,8 @@ pub struct KafkaBroker {
     asker: Arc<Asker>,
     producer: Arc<KafkaProducer>,
     keeper: Keeper,
+    /// Counts the consumers: each holds it.
+    consumers: Arc<()>,
 }
 
 impl KafkaBroker {
@@ -86,7 +88,7 @@ impl KafkaBroker {
         let asker = Arc::new(Asker::open(settings.clone(), health.clone(), topics.clone())?);
         let producer = Arc::new(KafkaProducer::open(settings.clone(), health.clone(), asker.clone(), topics)?);
         let keeper = Keeper::start(health.clone(), asker.clone())?;
-        Ok(Arc::new(Self { settings, health, asker, producer, keeper }))
+        Ok(Arc::new(Self { settings, health, asker, producer, keeper, consumers: Arc::default() }))
     }
 }
 
@@ -100,7 +102,7 @@ impl Broker for KafkaBroker {
     }
 
     fn consumer(&self, config: ConsumerConfig) -> Result<Box<dyn Consumer>, BrokerError> {
-        Ok(Box::new(KafkaConsumer::open(&self.settings, config, self.health.clone())?))
+        Ok(Box::new(KafkaConsumer::open(&self.settings, config, self.health.clone(), &self.consumers)?))
     }
 
     fn admin(&self) -> Arc<dyn Admin> {

@@ -28,6 +28,12 @@ const RESERVED: [(&str, &[&str], &str); 12] = [
 /// Keys of members that the broker decides on with `group.protocol: consumer`: librdkafka refuses them then.
 const CLASSIC_ONLY: [&str; 4] = ["session.timeout.ms", "heartbeat.interval.ms", "partition.assignment.strategy", "group.protocol.type"];
 
+/// How long the broker holds back the answer to a fetch that finds nothing, in milliseconds: for a few consumers, and at most. Longer is rarer; but a
+/// partition that is assigned, sought or resumed meanwhile is not asked for before it is over.
+const FETCH_WAIT_MS: (usize, usize) = (50, 500);
+/// How many of them the consumers of a process make in a second together, about.
+const FETCHES: usize = 100;
+
 /// How long the broker lets a transaction be open, in milliseconds.
 const TRANSACTION_MS: u64 = 10_000;
 /// After how long an idle connection of a producer of transactions is closed. No less: one that waits for an answer counts as idle, too.
@@ -72,7 +78,7 @@ impl Settings {
     /// Whether librdkafka knows the keys and takes their values.
     pub(super) fn check(&self) -> Result<(), BrokerError> {
         let reader = ConsumerConfig::reader(Vec::new(), crate::broker::StartOffset::Earliest, 1 << 20);
-        for config in [self.producer(), self.consumer(&reader)] {
+        for config in [self.producer(), self.consumer(&reader, 0)] {
             config.create_native_config().map_err(|error| broker_error("kafka", &error))?;
         }
         Ok(())
@@ -157,13 +163,22 @@ impl Settings {
         config
     }
 
-    /// For a consumer.
-    pub(super) fn consumer(&self, consumer: &ConsumerConfig) -> ClientConfig {
+    /// For a consumer beside so many others.
+    pub(super) fn consumer(&self, consumer: &ConsumerConfig, others: usize) -> ClientConfig {
         const MIB: usize = 1024 * 1024;
+        let (least, most) = FETCH_WAIT_MS;
+        let wait = match consumer {
+            // Nothing of these is ever paused, and every sidecar has three of them, idle nearly always.
+            _ if is_of_the_mesh(consumer) => most,
+            // What it is to read comes and goes.
+            _ if consumer.topics.is_empty() => least,
+            // Each that is idle costs the sidecar and the broker a fetch each time: a thousand would ask 20,000 times a second.
+            _ => ((others + 1) * 1_000 / FETCHES).clamp(least, most),
+        };
         let ahead = (consumer.buffer_bytes / 2).clamp(MIB, 8 * MIB);
         let mut config = self.base();
         config
-            .set("fetch.wait.max.ms", "50")
+            .set("fetch.wait.max.ms", wait.to_string())
             .set("fetch.queue.backoff.ms", "10")
             .set("queued.max.messages.kbytes", (ahead / 1024).to_string())
             // librdkafka counts the bytes of records only, and keeps some hundreds more for each: many small ones are bounded by number.
@@ -171,11 +186,6 @@ impl Settings {
             .set("fetch.max.bytes", ahead.max(self.options.record_bytes + 64 * 1024).to_string())
             .set("socket.timeout.ms", "15000")
             .set("topic.metadata.refresh.interval.ms", "30000");
-        if is_of_the_mesh(consumer) {
-            // Nothing of these is ever paused, so nobody waits for a fetch to come back empty, and the broker answers at once when there is something.
-            // Every sidecar has three of them, idle nearly always: asked as often as for records, a thousand sidecars would ask 60,000 times a second.
-            config.set("fetch.wait.max.ms", "500");
-        }
         // With `group.protocol: consumer` the broker decides on both, and librdkafka refuses them.
         let classic = self.classic();
         if classic {
@@ -255,10 +265,10 @@ mod tests {
         };
         let all = [("bootstrap.servers", "a:1"), ("session.timeout.ms", "9000"), ("heartbeat.interval.ms", "1000")];
         let newer = of(&[&all[..], &[("group.protocol", "consumer"), ("group.remote.assignor", "uniform")]].concat()).unwrap();
-        let config = newer.consumer(&consumer);
+        let config = newer.consumer(&consumer, 0);
         assert_eq!((config.get("group.protocol"), config.get("group.remote.assignor")), (Some("consumer"), Some("uniform")));
         assert!(CLASSIC_ONLY.iter().all(|key| config.get(key).is_none()));
-        let classic = of(&all).unwrap().consumer(&consumer);
+        let classic = of(&all).unwrap().consumer(&consumer, 0);
         assert_eq!(
             (classic.get("session.timeout.ms"), classic.get("partition.assignment.strategy")),
             (Some("9000"), Some("cooperative-sticky"))
@@ -271,7 +281,7 @@ mod tests {
         let reader = ConsumerConfig::reader(Vec::new(), crate::broker::StartOffset::Earliest, 1 << 20);
         let beat = |pairs: &[(&str, &str)]| {
             let keys = keys(&[&[("bootstrap.servers", "a:1")], pairs].concat());
-            Settings::new(keys, KafkaOptions::default()).unwrap().consumer(&reader).get("heartbeat.interval.ms").map(str::to_owned)
+            Settings::new(keys, KafkaOptions::default()).unwrap().consumer(&reader, 0).get("heartbeat.interval.ms").map(str::to_owned)
         };
         assert_eq!(beat(&[]).as_deref(), Some("1000"));
         assert_eq!(beat(&[("session.timeout.ms", "45000")]).as_deref(), Some("3000"));
@@ -281,20 +291,24 @@ mod tests {
     }
 
     #[test]
-    fn who_reads_the_meshs_own_topics_asks_seldom() {
-        let wait = |group: Option<&str>, topics: &[&str], pairs: &[(&str, &str)]| {
+    fn the_more_consumers_there_are_the_less_each_asks() {
+        let wait = |group: Option<&str>, topics: &[&str], others: usize, pairs: &[(&str, &str)]| {
             let topics = topics.iter().map(|topic| (*topic).into()).collect();
             let reader = ConsumerConfig::reader(topics, crate::broker::StartOffset::Earliest, 1 << 20);
             let consumer = ConsumerConfig { group: group.map(str::to_owned), ..reader };
             let keys = keys(&[&[("bootstrap.servers", "a:1")], pairs].concat());
-            Settings::new(keys, KafkaOptions::default()).unwrap().consumer(&consumer).get("fetch.wait.max.ms").map(str::to_owned)
+            let config = Settings::new(keys, KafkaOptions::default()).unwrap().consumer(&consumer, others);
+            config.get("fetch.wait.max.ms").unwrap().parse::<u64>().unwrap()
         };
-        assert_eq!(wait(None, &["__mesh.status"], &[]).as_deref(), Some("500"));
-        assert_eq!(wait(None, &["__mesh.status"], &[("fetch.wait.max.ms", "70")]).as_deref(), Some("70"));
-        assert_eq!(wait(None, &["orders"], &[]).as_deref(), Some("50"));
-        assert_eq!(wait(None, &["__mesh.status", "orders"], &[]).as_deref(), Some("50"));
-        assert_eq!(wait(None, &[], &[]).as_deref(), Some("50"));
-        assert_eq!(wait(Some("g"), &["orders"], &[]).as_deref(), Some("50"));
+        assert_eq!([0, 4, 5, 19, 49, 1_000].map(|others| wait(Some("g"), &["orders"], others, &[])), [50, 50, 60, 200, 500, 500]);
+        assert_eq!([0, 19].map(|others| wait(None, &["__mesh.status", "orders"], others, &[])), [50, 200]);
+        assert_eq!(
+            [0, 19].map(|others| wait(None, &["__mesh.status"], others, &[])),
+            [500; 2],
+            "nobody waits for what the mesh reads itself"
+        );
+        assert_eq!(wait(None, &[], 1_000, &[]), 50, "partitions are chosen as they are needed");
+        assert_eq!(wait(Some("g"), &["orders"], 1_000, &[("fetch.wait.max.ms", "70")]), 70);
     }
 
     #[test]

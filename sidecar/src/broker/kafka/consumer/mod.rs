@@ -141,10 +141,12 @@ impl Drop for Committing {
 pub(super) struct KafkaConsumer {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
+    _counted: Arc<()>,
 }
 
 impl KafkaConsumer {
-    pub(super) fn open(settings: &Settings, config: ConsumerConfig, health: Arc<Health>) -> Result<Self, BrokerError> {
+    /// Each consumer holds `counted`, and so does their broker.
+    pub(super) fn open(settings: &Settings, config: ConsumerConfig, health: Arc<Health>, counted: &Arc<()>) -> Result<Self, BrokerError> {
         if config.topics.is_empty() && config.group.is_some() {
             return Err(BrokerError::new(BrokerErrorKind::Config, "a consumer of a group needs at least one topic"));
         }
@@ -154,7 +156,7 @@ impl KafkaConsumer {
         if config.group.as_ref().is_some_and(String::is_empty) {
             return Err(BrokerError::new(BrokerErrorKind::Config, "a consumer group's name is empty"));
         }
-        let kafka = settings.consumer(&config);
+        let kafka = settings.consumer(&config, Arc::strong_count(counted).saturating_sub(1));
         let wakeup: Arc<Wakeup> = Arc::default();
         let transactor = match &config.transactional_id {
             Some(_) if config.group.is_none() => {
@@ -181,7 +183,7 @@ impl KafkaConsumer {
             .name(name)
             .spawn(move || session.run())
             .map_err(|error| BrokerError::new(BrokerErrorKind::Other, format!("kafka: no thread for a consumer: {error}")))?;
-        Ok(Self { shared, thread: Some(thread) })
+        Ok(Self { shared, thread: Some(thread), _counted: counted.clone() })
     }
 
     fn begin_close(&self) {
