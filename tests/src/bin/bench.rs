@@ -194,15 +194,16 @@ async fn draw(args: Args, only: Vec<Curve>, out: PathBuf) -> Result<ExitCode> {
 
 async fn guarded(args: Args) -> Result<ExitCode> {
     ensure!(!cfg!(debug_assertions), "the guard's figures are those of a release build: cargo run --release");
+    // Before there is a broker: a file that is not there is told at once.
+    let baseline = if args.guard_take { None } else { Some(Baseline::read(&args.guard_file)?) };
     let guard = Guard::new(benches(&args, guard::effort()).await?).await;
-    if args.guard_take {
+    let Some(baseline) = baseline else {
         let cores = std::thread::available_parallelism()?;
         let (system, processor) = (std::env::consts::OS, std::env::consts::ARCH);
         let taken = format!("cargo run --release -p mesh-tests --bin bench -- --guard-take; {system}, {processor}, {cores} cores");
         guard.take(taken).await?.write(&args.guard_file)?;
         return Ok(ExitCode::SUCCESS);
-    }
-    let baseline = Baseline::read(&args.guard_file)?;
+    };
     let judged = guard::judge(&baseline, async |name| guard.measure(name).await);
     let found = tokio::time::timeout(guard::DEADLINE, judged).await.context("the guard took more than 3 minutes")??;
     println!("{}", guard::markdown(&found));
