@@ -264,6 +264,7 @@ pub(crate) struct Route {
     pub(crate) lag_records: u64,
     pub(crate) lag_seconds: f64,
     pub(crate) in_flight: u64,
+    pub(crate) breaker_open: bool,
     pub(crate) dispositions: BTreeMap<String, u64>,
 }
 
@@ -289,6 +290,7 @@ impl Mesh {
             lag_records: route.lag_records,
             lag_seconds: route.lag_seconds,
             in_flight: route.in_flight,
+            breaker_open: route.breaker_open,
             dispositions: route.dispositions.into_iter().collect(),
         };
         let instance = |instance: v1::InstanceStatus| Instance {

@@ -20,6 +20,7 @@ async fn of_the_mesh_and_its_history() {
         lag_records: 1_203,
         lag_seconds: 41.5,
         in_flight: 2,
+        breaker_open: true,
         dispositions: [("void".to_owned(), 7), ("dead_lettered".to_owned(), 1)].into(),
         waiting_since_ms: 1_700_000_100_000 - 125_000,
         ..v1::RouteStatus::default()
@@ -80,7 +81,7 @@ async fn of_the_mesh_and_its_history() {
                 "routes": [{
                     "route": "price", "service": "pricing", "state": "WAITING_FOR_SERVICE", "reason": "connection refused",
                     "waiting_seconds": 125.0, "partitions": 4, "lag_records": 1_203, "lag_seconds": 41.5, "in_flight": 2,
-                    "dispositions": { "dead_lettered": 1, "void": 7 },
+                    "breaker_open": true, "dispositions": { "dead_lettered": 1, "void": 7 },
                 }],
             },
             {
