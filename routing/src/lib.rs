@@ -50,7 +50,7 @@ pub use diff::{Change, ChangeKind, RouteCounts, count_routes, diff};
 pub use expression::{Expression, ExpressionError};
 pub use fault::{Fault, Faults};
 pub use graph::{AllNotes, GraphFormat, Notes, graph, graph_with, loops};
-pub use part::{Parts, digest_of, part_digest, part_of};
+pub use part::{Parts, digest_of, part_digest, part_of, text_digest};
 pub use record::{HeaderSource, NoHeaders, RecordView, ReplyView};
 pub use schema::{Mismatch, Schema};
 pub use table::{

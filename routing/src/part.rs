@@ -75,7 +75,12 @@ pub fn digest_of(declared: &str, parts: impl IntoIterator<Item = (u8, [u8; 32])>
     for (number, digest) in parts {
         let _ = writeln!(lines, "part {number} {}", hex(&digest));
     }
-    format!("sha256:{}", hex(&Sha256::digest(lines).into()))
+    text_digest(&lines)
+}
+
+/// `sha256:…` of a text: what the digest of a table was before it had parts.
+pub fn text_digest(text: &str) -> String {
+    format!("sha256:{}", hex(&part_digest(text)))
 }
 
 /// The digest of the text of a part.

@@ -21,9 +21,9 @@ use mesh_routing::{
     channel::Channel,
     digest_of, part_digest,
     sign::{PublicKey, STABLE, Signed},
+    text_digest,
 };
 use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha256};
 
 use super::{
     log::Winner,
@@ -237,7 +237,7 @@ impl Snapshot {
             return Err(SnapshotError::Channel(snapshot.channel));
         }
         let digest = match snapshot.schema {
-            WHOLE => digest_of_text(&snapshot.table),
+            WHOLE => text_digest(&snapshot.table),
             _ => snapshot.digest_of_parts()?,
         };
         snapshot.expect("digest", &snapshot.digest, &digest)?;
@@ -389,16 +389,6 @@ fn split_frame(value: &Bytes) -> Result<(Bytes, u64, Bytes), SnapshotError> {
     Ok((value.slice(..length), content.unwrap_or(u64::MAX), value.slice(length..)))
 }
 
-/// `sha256:<hex>` of a text: the digest of schema 1.
-fn digest_of_text(table: &str) -> String {
-    let mut out = String::from("sha256:");
-    for byte in Sha256::digest(table) {
-        out.push(char::from_digit(u32::from(byte >> 4), 16).unwrap_or_default());
-        out.push(char::from_digit(u32::from(byte & 15), 16).unwrap_or_default());
-    }
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -509,7 +499,7 @@ mod tests {
         let Snapshot { mesh, channel, generation, applied_ms, writer, .. } = sample();
         let json = table(3, 5).to_json();
         let old = serde_json::json!({
-            "schema": 1, "mesh": mesh, "channel": channel, "generation": generation, "digest": digest_of_text(&json),
+            "schema": 1, "mesh": mesh, "channel": channel, "generation": generation, "digest": text_digest(&json),
             "applied_ms": applied_ms, "writer": writer, "signature": null, "table": json,
         });
         let read = Snapshot::unpack(&zstd::bulk::compress(old.to_string().as_bytes(), 1).unwrap().into()).unwrap();
