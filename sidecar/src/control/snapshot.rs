@@ -38,9 +38,9 @@ const WHOLE: u32 = 1;
 pub(crate) const MAX_BYTES: u64 = 64 << 20;
 /// The compression's level: tables are written seldom and read by everybody.
 const LEVEL: i32 = 9;
-/// Parts share a frame until it has so many bytes: large enough to compress well (ten thousand routes take a seventh more room than in one frame, and half
+/// Parts share a frame until it has so many bytes: large enough to compress well (a table of random words takes a fifth more room than in one frame, and half
 /// as much again with a frame for each part), small enough to be unpacked for one part.
-const FRAME: usize = 128 << 10;
+const FRAME: usize = 64 << 10;
 
 /// A table with its place in the mesh's history.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
