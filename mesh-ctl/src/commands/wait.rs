@@ -234,7 +234,9 @@ pub(super) async fn run(context: &Context, client: &mut Client, generation: u64,
             for apart in all(Stand::Lost).chain(all(Stand::Pinned)) {
                 context.note(&format!("instance {} was not waited for: {}", apart.instance, Stand::of(apart, generation).word()));
             }
-            context.note(&format!("{} run generation {generation}", count(all(Stand::Synced).count() as u64, "instance")));
+            let synced = all(Stand::Synced).count() as u64;
+            let run = if synced == 1 { "runs" } else { "run" };
+            context.note(&format!("{} {run} generation {generation}", count(synced, "instance")));
             return Ok(());
         }
         if late {

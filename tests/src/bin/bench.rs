@@ -53,8 +53,7 @@ struct Args {
     /// Seconds that a load, or at most a point of a curve, is measured.
     #[arg(long, global = true)]
     seconds: Option<f64>,
-    /// Sidecars of the simulated mesh (`mesh-scale`). All are in one process: a thousand with a table of 10,000 routes need some GiB of memory, and as
-    /// much of the disk.
+    /// Sidecars of the simulated mesh (`mesh-scale`). All are in one process: a thousand with a table of 10,000 routes need some 1.3 GiB of memory.
     #[arg(long)]
     sidecars: Option<usize>,
     /// Routes of the table that is applied to it.

@@ -153,7 +153,7 @@ async fn signed(stage: Stage) -> Result<()> {
     // By the environment, as a pipeline has it.
     let sign = [("MESH_SIGN_KEY", key.as_str())];
     let said = sidecar.ctl_env(&["apply", "-f", &new, "--canary", &enough, "--wait"], &sign).await?.ends(0)?;
-    ensure!(said.stderr.contains("1 instance run generation 3") && !said.stderr.contains("no instance is chosen"), "{said:?}");
+    ensure!(said.stderr.contains("1 instance runs generation 3") && !said.stderr.contains("no instance is chosen"), "{said:?}");
     sidecar.wait_running(&["work"]).await?;
     sidecar.publish(&stage.topic("in"), Some("a"), "application/json", "{}").await?;
     ensure!(stage.read(&sidecar, None, &stage.topic("new"), 1).await?.len() == 1, "records flow by the canary");

@@ -56,7 +56,7 @@ async fn rolled_back(stage: Stage) -> Result<()> {
     let (one, two) = (text(&one)?, text(&two)?);
     sidecar.ctl(&["apply", "-f", one, "-m", "the first", "--wait"]).await?.success()?;
     let waited = sidecar.ctl(&["apply", "-f", two, "--wait"]).await?.ends(0)?;
-    ensure!(waited.stderr.contains("SYNCED   1 of 1: ") && waited.stderr.contains("1 instance run generation 2"), "{waited:?}");
+    ensure!(waited.stderr.contains("SYNCED   1 of 1: ") && waited.stderr.contains("1 instance runs generation 2"), "{waited:?}");
 
     let found = history(&sidecar).await?;
     ensure!(found.len() == 2 && found[0]["generation"] == 2 && found[0]["in_force"] == true && found[1]["in_force"] == false, "{found:#?}");
