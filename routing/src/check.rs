@@ -10,7 +10,7 @@ use crate::expression::{Expression, Roots, Source, compile_all};
 use crate::fault::{Fault, code};
 use crate::node::Path;
 use crate::schema::{self, Schema};
-use crate::table::{ConcurrencySpec, Deliver, ForwardSpec, RouteFields, SchemaSpec, Table, To};
+use crate::table::{ConcurrencySpec, Deliver, ForwardSpec, RouteFields, SchemaSpec, Table, To, group};
 use crate::value::{LONGEST, name_fault, topic_fault};
 
 const DAY: Duration = Duration::from_secs(86_400);
@@ -109,10 +109,7 @@ impl Check {
             if has_own_topics(fields) {
                 self.own_topics(&path, &route.name, fields, &named, &mut own, i);
             }
-            let group = match &fields.group {
-                Some(group) => Cow::Borrowed(group.as_str()),
-                None => Cow::Owned(format!("{}.{}", table.mesh, route.name)),
-            };
+            let group = group(&table.mesh, &route.name, fields.group.as_deref());
             if let Some(first) = groups.insert(group.clone(), i)
                 && table.routes[first].name != route.name
             {

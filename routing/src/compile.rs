@@ -15,7 +15,7 @@ use crate::fault::Faults;
 use crate::record::{RecordView, ReplyView};
 use crate::schema::{Mismatch, Schema};
 use crate::table::{
-    ConcurrencySpec, Deliver, ForwardSpec, Guarantee, OnExhausted, OnGap, Order, RetrySpec, RouteFields, Start, Table, To, TopicSpec,
+    ConcurrencySpec, Deliver, ForwardSpec, Guarantee, OnExhausted, OnGap, Order, RetrySpec, RouteFields, Start, Table, To, TopicSpec, group,
 };
 
 /// A table, ready to be asked.
@@ -458,7 +458,6 @@ pub(crate) fn compile_checked(table: &Table, checked: Checked, digest: String) -
 
 fn route(mesh: &str, name: &str, fields: &RouteFields, filter: Option<Expression>, cases: Vec<Case>, names: &mut Names) -> Route {
     let breaker = fields.breaker.clone().unwrap_or_default();
-    let group = fields.group.clone().unwrap_or_else(|| format!("{mesh}.{name}"));
     let ignored = |set: &BTreeSet<u16>| set.iter().copied().collect();
     let from = fields.from.as_deref().unwrap_or_default();
     let (adaptive, concurrency) = concurrency(fields.concurrency);
@@ -473,7 +472,7 @@ fn route(mesh: &str, name: &str, fields: &RouteFields, filter: Option<Expression
         filter,
         ignore_status: fields.ignore_status.as_ref().map_or_else(|| vec![204, 205, 304], ignored),
         start: fields.start.unwrap_or(Start::Earliest),
-        group: Arc::from(group),
+        group: Arc::from(group(mesh, name, fields.group.as_deref())),
         order: fields.order.unwrap_or(Order::Key),
         content_type: fields.content_type.as_deref().map(Arc::from),
         concurrency,

@@ -16,6 +16,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use sha2::{Digest as _, Sha256};
 
+use crate::table;
+
 /// A table, as far as it has to be read to find whose its routes are.
 #[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
@@ -41,6 +43,17 @@ struct Spec<'t> {
     routes: Vec<&'t RawValue>,
 }
 
+impl<'t> Root<'t> {
+    fn read(json: &'t str) -> Option<Self> {
+        serde_json::from_str(json).ok()
+    }
+
+    /// What every route has unless it says otherwise.
+    fn defaults(&self) -> Option<Owned<'t>> {
+        self.spec.defaults.map_or_else(|| Some(Owned::default()), |defaults| Owned::read(defaults.get()))
+    }
+}
+
 /// Whose a route is.
 #[derive(Default, Deserialize)]
 struct Owned<'t> {
@@ -58,8 +71,9 @@ impl<'t> Owned<'t> {
     }
 }
 
-/// What the declaring part of every table ends with: its routes are in the others.
-const NO_ROUTES: &str = "\"routes\":[]}}";
+/// What stands before and behind the routes of every table; in what it declares there are none between.
+const BEFORE: &str = "\"routes\":[";
+const BEHIND: &str = "]}}";
 
 /// The number of the part that the routes of a service are in.
 pub fn part_of(service: &str) -> u8 {
@@ -105,8 +119,8 @@ pub struct Parts {
 impl Parts {
     /// Takes apart what [`Table::to_json`](crate::Table::to_json) gave. `None` if it is not plainly that.
     pub fn split(text: &str) -> Option<Self> {
-        let mut root: Root<'_> = serde_json::from_str(text).ok()?;
-        let shared = root.spec.defaults.map_or_else(|| Some(Owned::default()), |defaults| Owned::read(defaults.get()))?.service;
+        let mut root = Root::read(text)?;
+        let shared = root.defaults()?.service;
         let mut routes: BTreeMap<u8, String> = BTreeMap::new();
         for (place, route) in std::mem::take(&mut root.spec.routes).into_iter().enumerate() {
             let Owned { name, service, .. } = Owned::read(route.get())?;
@@ -143,23 +157,22 @@ impl Parts {
 
     /// The text of a table that has these routes.
     fn with<'t>(&self, routes: impl Iterator<Item = &'t str>) -> Option<String> {
-        let before = self.declared.strip_suffix(NO_ROUTES)?;
+        let before = self.declared.strip_suffix(BEHIND).filter(|before| before.ends_with(BEFORE))?;
         let mut text = String::with_capacity(self.declared.len() + self.routes.values().map(String::len).sum::<usize>());
         text += before;
-        text += "\"routes\":[";
         for (index, route) in routes.enumerate() {
             if index > 0 {
                 text.push(',');
             }
             text += route;
         }
-        text += "]}}";
+        text += BEHIND;
         Some(text)
     }
 
     /// The table without the routes of services that `serves` denies, and whether there are some in these parts. `None` if these are no parts of a table.
     pub(crate) fn own(&self, serves: impl Fn(&str) -> bool) -> Option<(String, bool)> {
-        let shared = self.defaults()?.service;
+        let shared = Root::read(&self.declared)?.defaults()?.service;
         let routes = self.lines()?;
         let mut own = Vec::with_capacity(routes.len());
         for (_, route) in &routes {
@@ -172,19 +185,14 @@ impl Parts {
         Some((self.with(own.into_iter())?, more))
     }
 
-    fn defaults(&self) -> Option<Owned<'_>> {
-        let root: Root<'_> = serde_json::from_str(&self.declared).ok()?;
-        root.spec.defaults.map_or_else(|| Some(Owned::default()), |defaults| Owned::read(defaults.get()))
-    }
-
     /// Which routes the consumer groups belong to.
     pub(crate) fn groups(&self, mesh: &str) -> HashMap<Box<str>, Box<str>> {
-        let shared = self.defaults().and_then(|defaults| defaults.group);
+        let shared = Root::read(&self.declared).and_then(|root| root.defaults()?.group);
         let routes = self.lines().unwrap_or_default();
         let group = |(_, route): (usize, &str)| {
             let Owned { name, group, .. } = Owned::read(route)?;
             let name = name?;
-            let group = group.or_else(|| shared.clone()).map_or_else(|| format!("{mesh}.{name}"), Cow::into_owned);
+            let group = table::group(mesh, &name, group.as_deref().or(shared.as_deref()));
             Some((group.into(), name.into()))
         };
         routes.into_iter().filter_map(group).collect()

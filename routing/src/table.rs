@@ -3,6 +3,7 @@
 //! Invariant: printing a table and reading it back gives an equal table. Defaults are kept apart
 //! and are folded into a route by [`Table::resolved`] only.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -405,6 +406,11 @@ impl Serialize for Table {
     }
 }
 
+/// The consumer group of a route of a mesh: the one that it, or the defaults, name, or its own.
+pub(crate) fn group<'t>(mesh: &str, route: &str, named: Option<&'t str>) -> Cow<'t, str> {
+    named.map_or_else(|| Cow::Owned(format!("{mesh}.{route}")), Cow::Borrowed)
+}
+
 impl Table {
     /// The canonical form: JSON on one line, fields in a fixed order, absent fields left out,
     /// durations and times normalised. Equal tables, and only they, have equal forms.
@@ -432,9 +438,9 @@ impl Table {
     }
 
     /// The consumer group of a route.
-    pub fn group_of(&self, route: &RouteSpec) -> String {
-        let named = route.fields.group.as_ref().or(self.defaults.group.as_ref());
-        named.cloned().unwrap_or_else(|| format!("{}.{}", self.mesh, route.name))
+    pub fn group_of<'t>(&'t self, route: &'t RouteSpec) -> Cow<'t, str> {
+        let named = route.fields.group.as_deref().or(self.defaults.group.as_deref());
+        group(&self.mesh, &route.name, named)
     }
 
     /// The fields of a route with the table's defaults folded in. What neither names stays `None`.

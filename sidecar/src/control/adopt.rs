@@ -125,7 +125,7 @@ async fn load_copy(shared: &Shared) -> Option<Copy> {
     let (config, chosen) = (shared.config.clone(), rollout::chosen(shared));
     let load = move || {
         let mut refused = Vec::new();
-        for name in [cache::FILE, cache::PREVIOUS, cache::OLDER] {
+        for name in [cache::FILE, cache::PREVIOUS].into_iter().chain(cache::OLDER) {
             match load_file(&config, name, &chosen) {
                 Ok(None) => {}
                 Ok(found) => return (found, refused),

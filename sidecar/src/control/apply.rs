@@ -491,7 +491,7 @@ impl Control {
     ) -> Vec<RouteBacklog> {
         let admin = self.0.broker.admin();
         let before = in_force.table.as_ref();
-        let groups = before.iter().flat_map(|table| table.routes.iter().map(|route| table.group_of(route))).collect();
+        let groups = before.iter().flat_map(|table| table.routes.iter().map(|route| table.group_of(route).into_owned())).collect();
         let counting = topics::backlogs(&*admin, existing, &groups, &candidate.compiled);
         let detail = match timeout(COUNTING, counting).await {
             Ok(Ok(backlogs)) => return backlogs,

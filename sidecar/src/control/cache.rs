@@ -22,8 +22,8 @@ use crate::pause::Pauses;
 pub(crate) const FILE: &str = "table.zst";
 /// The name of the copy before it.
 pub(crate) const PREVIOUS: &str = "table.previous.zst";
-/// The name of the newest copy of an older version, which wrote the envelope as it is. It is removed when there is another.
-pub(crate) const OLDER: &str = "table.json";
+/// The names of the copies of an older version, the newest first: it wrote the envelope as it is. They are removed when there is another.
+pub(crate) const OLDER: [&str; 2] = ["table.json", "table.previous.json"];
 
 /// Why a copy cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -65,8 +65,8 @@ impl Stored {
     }
 }
 
-/// Writes the newest copy: the record of its snapshot, as it is. The one that was there is kept as the copy before it, if it is good: it is read for that, unless it is the one that this
-/// process wrote `last`.
+/// Writes the newest copy: the record of its snapshot, as it is. The one that was there is kept as the copy before it, if it is good: it is read for that,
+/// unless it is the one that this process wrote `last`.
 pub(crate) fn store(
     state: &Path,
     snapshot: &Snapshot,
@@ -78,11 +78,13 @@ pub(crate) fn store(
     let read = || load(state, FILE, &snapshot.mesh, trusted).ok().flatten().map(|old| old.generation);
     let kept = untouched.or_else(read).is_some_and(|old| old < snapshot.generation);
     write(state, FILE, record, kept.then_some(PREVIOUS))?;
-    let older = state.join(OLDER);
-    match fs::remove_file(&older) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(CacheError::Io { path: older, error }),
-        Ok(()) | Err(_) => Ok(Stored::of(state, snapshot.generation)),
+    for older in OLDER.map(|name| state.join(name)) {
+        match fs::remove_file(&older) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(CacheError::Io { path: older, error }),
+            Ok(()) | Err(_) => {}
+        }
     }
+    Ok(Stored::of(state, snapshot.generation))
 }
 
 /// Writes the pauses.
@@ -124,7 +126,7 @@ fn write(state: &Path, name: &str, content: &[u8], keep: Option<&str>) -> Result
     write().map_err(|error| CacheError::Io { path: path.clone(), error })
 }
 
-/// Reads a copy, [`FILE`], [`PREVIOUS`] or [`OLDER`]; `None` if there is none.
+/// Reads a copy, [`FILE`], [`PREVIOUS`] or one of [`OLDER`]; `None` if there is none.
 pub(crate) fn load(state: &Path, name: &str, mesh: &str, trusted: &[PublicKey]) -> Result<Option<Snapshot>, CacheError> {
     let path = state.join(name);
     let copy = match fs::read(&path) {
@@ -132,7 +134,7 @@ pub(crate) fn load(state: &Path, name: &str, mesh: &str, trusted: &[PublicKey]) 
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(CacheError::Io { path, error }),
     };
-    let read = if name == OLDER { Snapshot::from_json(&copy) } else { Snapshot::unpack(&copy.into()) };
+    let read = if OLDER.contains(&name) { Snapshot::from_json(&copy) } else { Snapshot::unpack(&copy.into()) };
     let checked = read.and_then(|snapshot| {
         snapshot.check(mesh, snapshot.generation)?;
         snapshot.verify(trusted)?;
@@ -199,13 +201,15 @@ mod tests {
 
     /// An older version wrote the envelope as it is, under another name.
     #[test]
-    fn an_older_copy_is_read_until_there_is_another() {
+    fn older_copies_are_read_until_there_is_another() {
         let folder = tempfile::tempdir().unwrap();
         let state = folder.path();
-        fs::write(state.join(OLDER), serde_json::to_vec(&snapshot(3)).unwrap()).unwrap();
-        assert_eq!(load(state, OLDER, "shop", &[]).unwrap().unwrap().generation, 3);
+        for (name, generation) in OLDER.into_iter().zip([3, 2]) {
+            fs::write(state.join(name), serde_json::to_vec(&snapshot(generation)).unwrap()).unwrap();
+            assert_eq!(load(state, name, "shop", &[]).unwrap().unwrap().generation, generation);
+        }
         store(state, &snapshot(4), None);
-        assert!(load(state, OLDER, "shop", &[]).unwrap().is_none());
+        assert!(OLDER.into_iter().all(|name| load(state, name, "shop", &[]).unwrap().is_none()));
         assert_eq!(load(state, FILE, "shop", &[]).unwrap(), Some(snapshot(4)));
     }
 }

@@ -176,7 +176,8 @@ impl Snapshot {
     /// # Errors
     /// The compressor's.
     pub(crate) fn new(mesh: &str, generation: u64, applied_ms: i64, writer: &str, table: Parts) -> Result<Self, SnapshotError> {
-        let digest = table.digest();
+        let parts: Vec<Part> = table.routes.iter().map(|(number, text)| Part::of(*number, text)).collect();
+        let digest = digest_of(&table.declared, parts.iter().map(|part| (part.part, part.digest())));
         let (mut frames, mut frame) = (Vec::new(), String::new());
         let last = table.routes.len();
         for (index, text) in (1..).zip(table.routes.values()) {
@@ -196,7 +197,7 @@ impl Snapshot {
             writer: writer.to_owned(),
             signature: None,
             about: About::default(),
-            parts: table.routes.iter().map(|(number, text)| Part::of(*number, text)).collect(),
+            parts,
             declared: table.declared,
             table: String::new(),
             frames: frames.into(),
@@ -213,9 +214,12 @@ impl Snapshot {
 
     /// Reads a record's value: the envelope, with its schema and digest; the parts are left as they are. CPU-heavy for large tables of schema 1.
     pub(crate) fn unpack(value: &Bytes) -> Result<Self, SnapshotError> {
-        let (json, frames) = frame(value, MAX_BYTES)?;
-        let snapshot = Self::from_json(&json)?;
-        Ok(Self { frames, ..snapshot })
+        let (envelope, _, frames) = split_frame(value)?;
+        let json = unzip(&envelope, MAX_BYTES)?;
+        if json.len() as u64 > MAX_BYTES {
+            return Err(SnapshotError::TooLarge);
+        }
+        Ok(Self { frames, ..Self::from_json(&json)? })
     }
 
     /// Reads the envelope's JSON, and checks its schema and digest.
@@ -369,13 +373,6 @@ pub(super) fn unzip(value: &[u8], limit: u64) -> std::io::Result<Vec<u8>> {
             Ok(bytes)
         }
     }
-}
-
-/// The content of the frame that comes first, at most `limit` bytes of it, and what is behind it.
-fn frame(value: &Bytes, limit: u64) -> Result<(Vec<u8>, Bytes), SnapshotError> {
-    let (compressed, _, rest) = split_frame(value)?;
-    let content = unzip(&compressed, limit)?;
-    if content.len() as u64 > limit { Err(SnapshotError::TooLarge) } else { Ok((content, rest)) }
 }
 
 /// The frame that comes first, how long its content says that it is (the longest that there is if it does not say), and what is behind it.
